@@ -1,0 +1,23 @@
+// The one source that is compiled once per instruction set (see setup.py).
+//
+// Everything it includes lives in unnamed namespaces and uses no inline function of the standard library: a weak symbol
+// from here, built with AVX-512 flags, could replace the same symbol elsewhere in the process. The table is all it exports.
+#include "algorithm/direct_forward.h"
+#include "algorithm/direct_grad_input.h"
+#include "algorithm/direct_grad_weight.h"
+#include "isa.h"
+#include "kernel_table.h"
+#include "microkernel/fma_peak.h"
+
+#define PVC_JOIN_(a, b) a##b
+#define PVC_JOIN(a, b) PVC_JOIN_(a, b)
+
+namespace pvc {
+
+const KernelTable PVC_JOIN(kernels_, PVC_ISA) = {
+    {direct_forward<float>, direct_grad_input<float>, direct_grad_weight<float>},
+    {direct_forward<double>, direct_grad_input<double>, direct_grad_weight<double>},
+    measure_fma_peak,
+};
+
+}  // namespace pvc

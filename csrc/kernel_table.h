@@ -1,0 +1,26 @@
+// The entry points that each instruction set provides; dispatch.cpp picks one table at run time.
+#pragma once
+
+#include "problem.h"
+
+namespace pvc {
+
+// The three passes for T = float or double, on dense tensors in problem.layout. Every output value is written.
+template <typename T>
+struct PassTable {
+    void (*forward)(const ConvProblem&, const T* x, const T* weight, const T* bias /* or null */, T* y);
+    void (*grad_input)(const ConvProblem&, const T* grad_output, const T* weight, T* grad_input);
+    void (*grad_weight)(const ConvProblem&, const T* grad_output, const T* x, T* grad_weight);
+};
+
+struct KernelTable {
+    PassTable<float> float32;
+    PassTable<double> float64;
+    double (*fma_peak)(double seconds);  // measured float32 FLOP/s of all threads of the caller
+};
+
+extern const KernelTable kernels_avx512;
+extern const KernelTable kernels_avx2;
+extern const KernelTable kernels_baseline;
+
+}  // namespace pvc

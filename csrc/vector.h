@@ -1,0 +1,68 @@
+// One explicit vector type for every instruction set, from the compiler's vector extension.
+//
+// `Vector<T>::type` is a GCC/Clang vector of PVC_VECTOR_BYTES bytes. Arithmetic is written with plain operators, a
+// scalar operand is broadcast, and `acc += scalar * vector` becomes one FMA where the instruction set has one
+// (-ffp-contract=fast). The width follows the flags of the translation unit; -DPVC_VECTOR_BYTES=64 overrides it, so
+// that the 16-lane shapes can be built and tested with AVX2 flags (the compiler then uses two registers per vector).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifndef PVC_VECTOR_BYTES
+#if defined(__AVX512F__)
+#define PVC_VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define PVC_VECTOR_BYTES 32
+#else
+#define PVC_VECTOR_BYTES 16
+#endif
+#endif
+
+namespace pvc {
+namespace {
+
+template <typename T>
+struct VectorType;
+
+template <>
+struct VectorType<float> {
+    typedef float aligned __attribute__((vector_size(PVC_VECTOR_BYTES)));
+    typedef float unaligned __attribute__((vector_size(PVC_VECTOR_BYTES), aligned(4), may_alias));
+};
+
+template <>
+struct VectorType<double> {
+    typedef double aligned __attribute__((vector_size(PVC_VECTOR_BYTES)));
+    typedef double unaligned __attribute__((vector_size(PVC_VECTOR_BYTES), aligned(8), may_alias));
+};
+
+// T is float or double. No pointer needs to be aligned beyond T.
+template <typename T>
+struct Vector {
+    using type = typename VectorType<T>::aligned;
+    static constexpr int lanes = PVC_VECTOR_BYTES / static_cast<int>(sizeof(T));
+
+    static inline type load(const T* from) {
+        return *reinterpret_cast<const typename VectorType<T>::unaligned*>(from);
+    }
+
+    static inline void store(T* to, type value) {
+        *reinterpret_cast<typename VectorType<T>::unaligned*>(to) = value;
+    }
+
+    // The first `count` (0 to lanes) elements, the rest zero; reads nothing beyond them.
+    static inline type load_partial(const T* from, int64_t count) {
+        type value = {};
+        std::memcpy(&value, from, static_cast<size_t>(count) * sizeof(T));
+        return value;
+    }
+
+    // Writes the first `count` (0 to lanes) elements and nothing beyond them.
+    static inline void store_partial(T* to, type value, int64_t count) {
+        std::memcpy(to, &value, static_cast<size_t>(count) * sizeof(T));
+    }
+};
+
+}  // namespace
+}  // namespace pvc
