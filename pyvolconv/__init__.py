@@ -1,0 +1,36 @@
+"""Hand-written 3-D convolution for PyTorch, and the instrument that shows where its cost goes.
+
+    conv3d, conv_transpose3d        functions, as in torch.nn.functional
+    Conv3d, ConvTranspose3d         modules, as in torch.nn
+    accelerate(model), revert       swap a model's convolutions in place, and back
+    use_backend(name), backends()   choose who computes
+    ConvProblem                     one convolution as a value
+    keep_pages()                    stop glibc from returning freed pages between steps
+"""
+
+from __future__ import annotations
+
+from . import derivatives as derivatives
+from . import transforms as transforms
+from .accelerate import accelerate, revert
+from .cost.pages import keep_pages
+from .dispatch import backends, use_backend
+from .errors import UnsupportedProblemError
+from .functional import conv3d, conv_transpose3d
+from .nn import Conv3d, ConvTranspose3d
+from .problem import ConvProblem
+
+__version__ = "0.1.0"
+__all__ = [
+    "Conv3d",
+    "ConvProblem",
+    "ConvTranspose3d",
+    "UnsupportedProblemError",
+    "accelerate",
+    "backends",
+    "conv3d",
+    "conv_transpose3d",
+    "keep_pages",
+    "revert",
+    "use_backend",
+]

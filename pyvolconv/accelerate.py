@@ -1,0 +1,132 @@
+"""`accelerate(model)`: give every 3-D convolution of a model this package's arithmetic, in place.
+
+A module keeps its identity, parameters, buffers and hooks; only its class changes, to one derived from both
+the original class and this package's, in that order:
+
+    class Conv3d(TheirConv3d, pyvolconv.Conv3d)        MRO: TheirConv3d, pyvolconv.Conv3d, nn.Conv3d
+
+So what a user's subclass overrides stays in force, and what it leaves to `nn.Conv3d` (also by
+`super().forward`) lands here. The derived class carries the original's name and module, so repr, FX's
+choice of leaf modules and counting by class name see no difference, and it pickles as the original class.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .nn import Conv3d, ConvTranspose3d
+
+Model = TypeVar("Model", bound=nn.Module)
+_REPLACEMENTS: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
+    (nn.Conv3d, Conv3d),
+    (nn.ConvTranspose3d, ConvTranspose3d),
+)
+
+
+def accelerate(model: Model, example_input: Any = None) -> Model:
+    """Swap every `nn.Conv3d` and `nn.ConvTranspose3d` of `model` in place, user subclasses included.
+
+    Args:
+        model: any module; parameters, state_dict keys, hooks and isinstance relations stay as they are.
+        example_input: a tensor or tuple of arguments for `model`. When given, the model is run on it before
+            and after the swap, without gradients and in its current mode, and the swap is undone if the
+            shapes or dtypes of the results differ or a convolution cannot be run.
+
+    Returns:
+        The same `model`.
+
+    Raises:
+        TypeError: `model` is no module.
+        RuntimeError: results on `example_input` changed in shape or dtype; the model is as it was.
+
+    Example:
+        >>> import torch, pyvolconv
+        >>> model = torch.nn.Sequential(torch.nn.Conv3d(1, 4, 3), torch.nn.ReLU())
+        >>> type(pyvolconv.accelerate(model)[0]).__mro__[1].__module__
+        'pyvolconv.nn'
+        >>> type(pyvolconv.revert(model)[0]) is torch.nn.Conv3d
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate() takes a torch.nn.Module, got {type(model).__name__}")
+    if example_input is None:
+        return _swap(model)
+    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    before = _describe(model, arguments)
+    _swap(model)
+    try:
+        after = _describe(model, arguments)
+    except BaseException:
+        revert(model)
+        raise
+    if after != before:
+        revert(model)
+        raise RuntimeError(f"accelerate() changed the result on example_input from {before} to {after}; undone")
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Undo `accelerate`: every swapped module gets its original class back, in place.
+
+    Returns:
+        The same `model`.
+    """
+    for module in model.modules():
+        original = getattr(type(module), "_pyvolconv_original", None)
+        if original is not None:
+            module.__class__ = original
+    return model
+
+
+def _swap(model: Model) -> Model:
+    for module in model.modules():
+        for torch_class, our_class in _REPLACEMENTS:
+            if isinstance(module, torch_class) and not isinstance(module, our_class):
+                module.__class__ = _derived(type(module), our_class)
+    return model
+
+
+@lru_cache(maxsize=None)
+def _derived(original: type[nn.Module], ours: type[nn.Module]) -> type[nn.Module]:
+    bases = (ours,) if original in ours.__bases__ else (original, ours)
+    members = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "__reduce_ex__": _reduce_as_original,
+        "_pyvolconv_original": original,
+    }
+    if not hasattr(original, "__deepcopy__"):
+        members["__deepcopy__"] = _deepcopy
+    return type(original.__name__, bases, members)
+
+
+def _reduce_as_original(self: Any, protocol: Any) -> Any:
+    original = type(self)._pyvolconv_original
+    constructor, arguments, *state = super(type(self), self).__reduce_ex__(protocol)
+    if constructor is copyreg.__newobj__:  # type: ignore[attr-defined]
+        # pickle insists that this constructor's class is the object's own, so name it another way.
+        constructor, arguments = original.__new__, (original, *arguments[1:])
+    return (constructor, tuple(original if part is type(self) else part for part in arguments), *state)
+
+
+def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    # The default goes through __reduce_ex__ and would return the original class.
+    result = type(self).__new__(type(self))
+    memo[id(self)] = result
+    result.__setstate__(copy.deepcopy(self.__dict__, memo))
+    return result
+
+
+def _describe(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
+    with torch.no_grad():
+        return torch.utils._pytree.tree_map(
+            lambda value: (tuple(value.shape), str(value.dtype)) if isinstance(value, torch.Tensor) else type(value),
+            model(*arguments),
+        )

@@ -1,0 +1,114 @@
+"""torch's own convolution: the peer that every path is compared with, and the last resort.
+
+ATen pads both ends of an axis alike; what an asymmetric problem adds on one end only is padded
+beforehand and cut from the gradient afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..problem import ConvProblem, Pass
+from .base import MEMORY_FORMAT, Accuracy, Backend, empty
+
+
+class AtenBackend(Backend):
+    """`torch.ops.aten.convolution` and `convolution_backward` (oneDNN, cuDNN or im2col inside)."""
+
+    name: ClassVar[str] = "aten"
+    family: ClassVar[str] = "aten"
+    ours: ClassVar[bool] = False
+
+    def unsupported_reasons(self, problem: ConvProblem, pass_: Pass) -> list[str]:
+        return []
+
+    def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding, excess = _split_padding(problem)
+        if any(excess):
+            x = F.pad(x, excess)
+        y = torch.ops.aten.convolution(
+            x, weight, bias, problem.stride, padding, problem.dilation, False, [0, 0, 0], problem.groups
+        )
+        return _dense(y, problem)
+
+    def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
+        padding, excess = _split_padding(problem)
+        size = [
+            size + begin + end
+            for size, begin, end in zip(problem.input_size, excess[4::-2], excess[5::-2], strict=True)
+        ]
+        # Only the sizes of the input are read; its pages are never touched.
+        x = torch.empty(
+            (problem.batch, problem.in_channels, *size),
+            dtype=grad_output.dtype,
+            device=grad_output.device,
+            memory_format=MEMORY_FORMAT[problem.layout],
+        )
+        grad = _backward(problem, grad_output, x, weight, padding, (True, False, False))[0]
+        if any(excess):
+            grad = F.pad(grad, [-amount for amount in excess])
+        return _dense(grad, problem)
+
+    def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
+        padding, excess = _split_padding(problem)
+        if any(excess):
+            x = F.pad(x, excess)
+        weight = empty(problem, "weight", like=x)
+        return _dense(_backward(problem, grad_output, x, weight, padding, (False, True, False))[1], problem)
+
+    def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
+        # fp16 and bf16 partial sums may be kept in the narrow dtype; oneDNN splits reductions by threads.
+        return Accuracy(constant=2.0, accumulate_dtype=problem.dtype, bitwise_reproducible=False)
+
+    def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
+        """Shares of FMA peak seen for oneDNN's and cuDNN's kernels (docs/performance.md).
+
+        Float32 direct kernels reach about half of the peak, less where a channel count leaves vector lanes
+        idle; float64 and grouped gradients fall to im2col or to a reference loop.
+        """
+        lanes = min(problem.in_channels, problem.out_channels) // problem.groups
+        if problem.device == "cpu" and problem.dtype == "float64":
+            return 0.04
+        if problem.device == "cpu" and problem.groups > 1 and pass_ != "forward":
+            return 0.02
+        return 0.5 if lanes >= 16 else 0.1
+
+
+def _split_padding(problem: ConvProblem) -> tuple[list[int], list[int]]:
+    """(padding that both ends share, per axis; the rest in the order of `F.pad`: last axis first)."""
+    shared = [min(pair) for pair in problem.padding]
+    excess: list[int] = []
+    for (begin, end), both in zip(reversed(problem.padding), reversed(shared), strict=True):
+        excess += [begin - both, end - both]
+    return shared, excess
+
+
+def _backward(
+    problem: ConvProblem,
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    padding: list[int],
+    output_mask: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        grad_output,
+        x,
+        weight,
+        None,
+        problem.stride,
+        padding,
+        problem.dilation,
+        False,
+        [0, 0, 0],
+        problem.groups,
+        output_mask,
+    )
+
+
+def _dense(tensor: Tensor, problem: ConvProblem) -> Tensor:
+    return tensor.contiguous(memory_format=MEMORY_FORMAT[problem.layout])

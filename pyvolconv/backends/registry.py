@@ -1,0 +1,35 @@
+"""Every backend, fastest first, torch last.
+
+Dispatcher, tests, benchmarks and `pyvolconv info` iterate this tuple: a new kernel is one file and one
+line here, and is at once selectable, tested and timed.
+"""
+
+from __future__ import annotations
+
+from .aten import AtenBackend
+from .base import Backend
+from .cpp import CppDirect
+from .im2col import Im2colBackend
+from .numba import NumbaBackend
+from .triton import TritonBackend
+
+REGISTRY: tuple[Backend, ...] = (
+    TritonBackend(),
+    CppDirect(),
+    Im2colBackend(),
+    NumbaBackend(),
+    AtenBackend(),
+)
+
+
+def select(name_or_family: str) -> tuple[Backend, ...]:
+    """The backends that a name ("cpp.direct") or a family ("cpp") means, in registry order.
+
+    Raises:
+        ValueError: no backend has that name or family; the message lists those that exist.
+    """
+    found = tuple(backend for backend in REGISTRY if name_or_family in (backend.name, backend.family))
+    if not found:
+        names = ", ".join(dict.fromkeys(part for backend in REGISTRY for part in (backend.family, backend.name)))
+        raise ValueError(f"unknown backend {name_or_family!r}; expected one of: {names}")
+    return found

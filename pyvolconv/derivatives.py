@@ -1,0 +1,140 @@
+"""Derivatives of the three operators, of every order, in reverse and in forward mode.
+
+    y  = conv3d(x, w)                x  -> y
+    dx = conv3d_grad_input(dy, w)    dy -> x
+    dw = conv3d_grad_weight(dy, x)   dy -> w
+
+Each is linear in both operands, and with <., .> the sum of products
+
+    <dy, conv3d(x, w)> = <conv3d_grad_input(dy, w), x> = <conv3d_grad_weight(dy, x), w>,
+
+so each partial derivative of one, applied to a cotangent, is one of the three again; a tangent goes through
+the operator itself. Because the formulas call the operators, their derivatives follow by recursion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
+
+from .dispatch import forced_backend, use_backend
+from .ops import conv3d, conv3d_grad_input, conv3d_grad_weight, library
+
+
+@dataclass(frozen=True)
+class _Bilinear:
+    """An operator and its two transposes, as functions of (first, second, cotangent, geometry)."""
+
+    operator: Any
+    grad_first: Callable[[Tensor, Tensor, Tensor, Sequence[Any]], Tensor]
+    grad_second: Callable[[Tensor, Tensor, Tensor, Sequence[Any]], Tensor]
+
+
+_RULES = (
+    _Bilinear(
+        conv3d,
+        lambda x, weight, grad, geometry: conv3d_grad_input(grad, weight, x.shape[2:], *geometry),
+        lambda x, weight, grad, geometry: conv3d_grad_weight(grad, x, weight.shape[2:], *geometry),
+    ),
+    _Bilinear(
+        conv3d_grad_input,
+        lambda grad_output, weight, grad, geometry: conv3d(grad, weight, None, *geometry),
+        lambda grad_output, weight, grad, geometry: conv3d_grad_weight(grad_output, grad, weight.shape[2:], *geometry),
+    ),
+    _Bilinear(
+        conv3d_grad_weight,
+        lambda grad_output, x, grad, geometry: conv3d(x, grad, None, *geometry),
+        lambda grad_output, x, grad, geometry: conv3d_grad_input(grad_output, grad, x.shape[2:], *geometry),
+    ),
+)
+
+
+# The dispatcher brings a call here once per level of torch.func transforms, with the levels above it taken
+# off, so the node belongs to that one level; autograd.Function.apply would start at the outermost again.
+class _BilinearFunction(_SingleLevelFunction):
+    """Autograd node of an operator called as operator(first, second, third, *geometry).
+
+    The third argument is the bias of conv3d, in which the operator is affine, and a size for the others.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rule: _Bilinear, keyset: Any, first: Tensor, second: Tensor, third: Any, *geometry: Any
+    ) -> Tensor:
+        ctx.save_for_backward(first, second)
+        ctx.save_for_forward(first, second)
+        ctx.set_materialize_grads(False)
+        ctx.rule, ctx.geometry = rule, geometry
+        ctx.size = None if rule.operator is conv3d else third
+        ctx.forced_backend = forced_backend()
+        args = (first, second, third, *geometry)
+        if not torch._C._are_functorch_transforms_active():
+            return _below_autograd(rule.operator, keyset, args)
+        # This node switches gradients off for its own level only: outer levels differentiate the call too.
+        with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+            return _below_autograd(rule.operator, keyset, args)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Any:  # type: ignore[override]
+        if grad is None:
+            return (None,) * 9
+        first, second = ctx.saved_tensors
+        _, _, needs_first, needs_second, needs_bias, *_ = ctx.needs_input_grad
+        with _forced(ctx.forced_backend):
+            return (
+                None,
+                None,
+                ctx.rule.grad_first(first, second, grad, ctx.geometry) if needs_first else None,
+                ctx.rule.grad_second(first, second, grad, ctx.geometry) if needs_second else None,
+                grad.sum((0, 2, 3, 4)) if needs_bias else None,
+                *(None,) * 4,
+            )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        _, _, first_tangent, second_tangent, bias_tangent, *_ = tangents
+        first, second = ctx.saved_tensors
+        terms = []
+        if first_tangent is not None:
+            terms.append(ctx.rule.operator(first_tangent, second, ctx.size, *ctx.geometry))
+        if second_tangent is not None:
+            terms.append(ctx.rule.operator(first, second_tangent, ctx.size, *ctx.geometry))
+        if bias_tangent is not None:
+            if not terms:
+                terms.append(torch.zeros_like(ctx.rule.operator(first, second, ctx.size, *ctx.geometry)))
+            terms.append(bias_tangent.view(-1, 1, 1, 1))
+        return sum(terms[1:], start=terms[0])
+
+
+def _forced(name: str | None) -> AbstractContextManager[None]:
+    return use_backend(name) if name and forced_backend() is None else nullcontext()
+
+
+def _below_autograd(operator: Any, keyset: Any, args: tuple[Any, ...]) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        result: Tensor = operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+    return result
+
+
+def _autograd_kernel(rule: _Bilinear) -> Callable[..., Tensor]:
+    def kernel(keyset: Any, *args: Any) -> Tensor:
+        differentiable = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if not differentiable and torch.autograd.forward_ad._current_level < 0:
+            return _below_autograd(rule.operator, keyset, args)
+        if torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return _BilinearFunction.apply(rule, keyset, *args)  # type: ignore[no-any-return]
+        return _BilinearFunction.apply(rule, keyset, *args)  # type: ignore[no-any-return]
+
+    return kernel
+
+
+for _rule in _RULES:
+    library.impl(_rule.operator, _autograd_kernel(_rule), "Autograd", with_keyset=True)

@@ -1,0 +1,102 @@
+"""Which backend runs a pass of a problem: forced > cost model > a clear error.
+
+A backend is forced by `use_backend("cpp")` in a `with` block or by the environment variable
+PYVOLCONV_BACKEND; the innermost wins. Without one, the cost model takes among the backends that can run
+the problem the one which expects to reach the largest share of the machine's FMA peak
+(`Backend.expected_efficiency`): all of them do the same multiplications, so that is the least time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from .backends.base import Backend
+from .backends.registry import REGISTRY, select
+from .errors import UnsupportedProblemError
+from .problem import ConvProblem, Pass
+
+ENVIRONMENT_VARIABLE = "PYVOLCONV_BACKEND"
+
+logger = logging.getLogger("pyvolconv")
+_forced: ContextVar[str | None] = ContextVar("pyvolconv_forced_backend", default=None)
+_chosen: dict[tuple[ConvProblem, Pass, str | None], Backend] = {}
+
+
+def backends() -> tuple[Backend, ...]:
+    """Every backend in order of preference; ask one with `unsupported_reasons(problem, pass_)`.
+
+    Example:
+        >>> import pyvolconv
+        >>> [backend.name for backend in pyvolconv.backends() if not backend.ours]
+        ['aten']
+    """
+    return REGISTRY
+
+
+def forced_backend() -> str | None:
+    """The name or family that this thread is forced to, or None."""
+    return _forced.get() or os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
+@contextmanager
+def use_backend(name_or_family: str) -> Iterator[None]:
+    """Force every convolution of this thread inside the block onto one backend or family.
+
+    A gradient keeps the backend that its forward call was forced to, also when `backward()` runs after the
+    block. A forced backend that cannot run a problem raises; it never falls back.
+
+    Raises:
+        ValueError: no backend has that name or family.
+        UnsupportedProblemError: (from the convolution) with the problem, the pass and every reason.
+
+    Example:
+        >>> import torch, pyvolconv
+        >>> x, w = torch.ones(1, 2, 4, 4, 4), torch.ones(3, 2, 3, 3, 3)
+        >>> with pyvolconv.use_backend("numba"):
+        ...     y = pyvolconv.conv3d(x, w)
+        >>> y.shape, y.unique().item()
+        (torch.Size([1, 3, 2, 2, 2]), 54.0)
+    """
+    select(name_or_family)
+    token = _forced.set(name_or_family)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose(problem: ConvProblem, pass_: Pass) -> Backend:
+    """The backend that runs `pass_` of `problem` when called from here.
+
+    Raises:
+        UnsupportedProblemError: no allowed backend can run it.
+        ValueError: PYVOLCONV_BACKEND names no backend.
+    """
+    forced = forced_backend()
+    key = (problem, pass_, forced)
+    backend = _chosen.get(key)
+    if backend is None:
+        backend = _chosen[key] = _choose(problem, pass_, forced)
+    return backend
+
+
+def forget_choices() -> None:
+    """Choose anew from the next call on, after something that backends look at (the environment) changed."""
+    _chosen.clear()
+
+
+def _choose(problem: ConvProblem, pass_: Pass, forced: str | None) -> Backend:
+    candidates = select(forced) if forced else tuple(backend for backend in REGISTRY if backend.automatic)
+    reasons = {backend.name: backend.unsupported_reasons(problem, pass_) for backend in candidates}
+    able = [backend for backend in candidates if not reasons[backend.name]]
+    if not able:
+        raise UnsupportedProblemError(problem, pass_, reasons, forced)
+    backend = max(able, key=lambda candidate: candidate.expected_efficiency(problem, pass_))
+    if not forced and not backend.ours:
+        refused = "; ".join(f"{name}: {several[0]}" for name, several in reasons.items() if several)
+        logger.warning("%s of %s runs in ATen (%s)", pass_, problem, refused or "expected to be faster")
+    return backend

@@ -1,0 +1,210 @@
+"""`conv3d` and `conv_transpose3d` with the signatures, results and errors of `torch.nn.functional`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+
+Sizes = int | Sequence[int]
+
+
+def conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: str | Sizes = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+) -> Tensor:
+    """3-D convolution (cross-correlation), as `torch.nn.functional.conv3d`.
+
+    Args:
+        input: (N, C_in, D, H, W), or (C_in, D, H, W) for one sample; any strides.
+        weight: (C_out, C_in / groups, K_d, K_h, K_w).
+        bias: (C_out,) or None.
+        stride, dilation: one number or one per axis (depth, height, width).
+        padding: likewise, or "valid", or "same" (stride 1; an even kernel pads one more at the end).
+        groups: number of independent channel groups.
+
+    Returns:
+        (N, C_out, D_out, H_out, W_out), in channels_last_3d when `input` or `weight` is.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: those of `torch.nn.functional.conv3d`, in its wording.
+        UnsupportedProblemError: a forced backend cannot run the problem.
+
+    Example:
+        >>> import torch, pyvolconv
+        >>> x, w = torch.randn(2, 3, 8, 8, 8), torch.randn(4, 3, 3, 3, 3)
+        >>> pyvolconv.conv3d(x, w, padding="same").shape
+        torch.Size([2, 4, 8, 8, 8])
+    """
+    args = _conv3d_arguments(input, weight, bias, stride, padding, dilation, groups)
+    if args is None:
+        # torch is the contract for arguments that make no convolution: it words the error.
+        return F.conv3d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    batched = input if input.dim() == 5 else input.unsqueeze(0)
+    y: Tensor = ops.conv3d(batched, weight, bias, *args)
+    return y if input.dim() == 5 else y.squeeze(0)
+
+
+def conv_transpose3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+) -> Tensor:
+    """Transposed 3-D convolution, as `torch.nn.functional.conv_transpose3d`.
+
+    It is the gradient with respect to the input of the convolution that maps this result's size back to
+    this input's size, and is computed as such.
+
+    Args:
+        input: (N, C_in, D, H, W), or (C_in, D, H, W) for one sample; any strides.
+        weight: (C_in, C_out / groups, K_d, K_h, K_w).
+        bias: (C_out,) or None.
+        stride, padding, dilation: one number or one per axis, of that convolution.
+        output_padding: voxels added at the end of each axis of the result.
+        groups: number of independent channel groups.
+
+    Returns:
+        (N, C_out, D_out, H_out, W_out), in channels_last_3d when `input` or `weight` is; per axis
+        (D - 1) * stride - 2 * padding + dilation * (K - 1) + output_padding + 1.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: those of `torch.nn.functional.conv_transpose3d`.
+        UnsupportedProblemError: a forced backend cannot run the problem.
+
+    Example:
+        >>> import torch, pyvolconv
+        >>> x, w = torch.randn(2, 4, 5, 5, 5), torch.randn(4, 3, 2, 2, 2)
+        >>> pyvolconv.conv_transpose3d(x, w, stride=2).shape
+        torch.Size([2, 3, 10, 10, 10])
+    """
+    sizes = _conv_transpose3d_sizes(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    if sizes is None:
+        return F.conv_transpose3d(
+            input,
+            weight,
+            bias,
+            stride,  # type: ignore[arg-type]
+            padding,  # type: ignore[arg-type]
+            output_padding,  # type: ignore[arg-type]
+            groups,
+            dilation,  # type: ignore[arg-type]
+        )
+    result_size, args, missing = sizes
+    batched = input if input.dim() == 5 else input.unsqueeze(0)
+    y: Tensor = ops.conv3d_grad_input(batched, weight, result_size, *args)
+    if any(missing):
+        y = F.pad(y, missing)
+    if bias is not None:
+        y = y + bias.view(-1, 1, 1, 1)
+    return y if input.dim() == 5 else y.squeeze(0)
+
+
+def _triple(value: Any) -> tuple[int, int, int] | None:
+    """Three ints out of what torch accepts for them, or None."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return (value, value, value)  # type: ignore[return-value]
+    if isinstance(value, (tuple, list)) and all(isinstance(size, (int, torch.SymInt)) for size in value):
+        if len(value) == 1:
+            return (value[0],) * 3
+        if len(value) == 3:
+            return tuple(value)  # type: ignore[return-value]
+    return None
+
+
+def _are_operands(input: Any, weight: Any, bias: Any, out_channels_axis: int, groups: Any) -> bool:
+    """Whether tensors and groups fit one another; what does not is left to torch to name."""
+    if not isinstance(input, Tensor) or not isinstance(weight, Tensor) or not isinstance(groups, int):
+        return False
+    if input.dim() not in (4, 5) or weight.dim() != 5 or groups < 1 or input.device.type not in ("cpu", "cuda", "meta"):
+        return False
+    if weight.device != input.device or weight.is_sparse or input.is_sparse:
+        return False
+    channels = weight.shape[out_channels_axis] * (groups if out_channels_axis == 1 else 1)
+    if bias is not None and (
+        not isinstance(bias, Tensor) or bias.dim() != 1 or bias.shape[0] != channels or bias.device != input.device
+    ):
+        return False
+    if weight.shape[0] == 0 or weight.shape[0] % groups or min(weight.shape[2:]) < 1:
+        return False
+    if torch.is_autocast_enabled(input.device.type if input.device.type != "meta" else "cpu"):
+        return True
+    return input.dtype == weight.dtype and (bias is None or bias.dtype == input.dtype)
+
+
+def _conv3d_arguments(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: Any
+) -> tuple[Any, ...] | None:
+    """(stride, padding as six numbers, dilation, groups), or None for arguments that torch refuses."""
+    stride, dilation = _triple(stride), _triple(dilation)
+    if stride is None or dilation is None or not _are_operands(input, weight, bias, 0, groups):
+        return None
+    if min(stride) < 1 or min(dilation) < 1 or input.shape[-4] != weight.shape[1] * groups or weight.shape[1] == 0:
+        return None
+    kernel_size, input_size = weight.shape[2:], input.shape[-3:]
+    if padding == "same" and stride == (1, 1, 1):
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+        pairs = [side for total in totals for side in (total // 2, total - total // 2)]
+    else:
+        sides = (0, 0, 0) if padding == "valid" else _triple(padding)
+        if sides is None or min(sides) < 0:
+            return None
+        pairs = [side for both in sides for side in (both, both)]
+    for axis in range(3):
+        size = input_size[axis] + pairs[2 * axis] + pairs[2 * axis + 1]
+        if input_size[axis] == 0 or size < dilation[axis] * (kernel_size[axis] - 1) + 1:
+            return None
+    return stride, tuple(pairs), dilation, groups
+
+
+def _conv_transpose3d_sizes(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    output_padding: Any,
+    groups: Any,
+    dilation: Any,
+) -> tuple[list[int], tuple[Any, ...], list[int]] | None:
+    """(size computed, geometry of the convolution, zeros to append), or None for what torch refuses.
+
+    The convolution must map the result's size to the input's size exactly, so output_padding first takes
+    away from the padding at the end, then uses the remainder that a stride discards; what is still left
+    (output_padding >= stride + padding) no tap reaches, and it is appended.
+    """
+    stride, padding, dilation = _triple(stride), _triple(padding), _triple(dilation)
+    extra = _triple(output_padding)
+    if stride is None or padding is None or dilation is None or extra is None:
+        return None
+    if not _are_operands(input, weight, bias, 1, groups) or input.shape[-4] != weight.shape[0] or weight.shape[1] == 0:
+        return None
+    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0 or min(extra) < 0 or min(input.shape[-3:]) < 1:
+        return None
+    size, pairs, missing = [], [], []
+    for axis in range(3):
+        s, p, d, e = stride[axis], padding[axis], dilation[axis], extra[axis]
+        if e >= s and e >= d:
+            return None
+        end = max(p - e, 0)
+        reached = min(e - p + end, s - 1)
+        missing = [0, e - p + end - reached, *missing]
+        pairs += [p, end]
+        size.append((input.shape[axis - 3] - 1) * s + d * (weight.shape[2 + axis] - 1) + 1 - p - end + reached)
+        if size[-1] < 1:
+            return None
+    return size, (stride, tuple(pairs), dilation, groups), missing
