@@ -1,0 +1,205 @@
+"""The answer in words: why a 3-D CNN step takes longer than an LSTM step, and what each path takes away.
+
+The identity that the answer rests on, with T the time of a training step, F its floating-point operations and
+E = F / T the rate at which they were done:
+
+    T_cnn / T_lstm  =  (F_cnn / F_lstm)  x  (E_lstm / E_cnn)
+      time ratio          work ratio         efficiency ratio
+
+F follows from how often a weight is used: a convolution weight once per voxel of its output, an LSTM weight once per
+frame. The work ratio is a property of the two networks; only the efficiency ratio is the implementation's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from . import wording
+from .results import ComparisonResult, Pages, PathTiming
+
+PARTS = {
+    "forward": "forward",
+    "grad_input": "grad_input",
+    "grad_weight": "grad_weight",
+    "other": "everything else",
+}
+PAGES_WORDS = {"returned": "pages returned (the allocator as installed)", "kept": "pages kept"}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The identity's four numbers for one CNN path: time = work x efficiency; rates in GF/s."""
+
+    path: str
+    pages: Pages
+    time_ratio: float
+    work_ratio: float
+    efficiency_ratio: float
+    cnn_gflops: float
+    lstm_gflops: float
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What going from one path to the next takes away, in ms per step and part by part (negative: added)."""
+
+    change: str
+    before: PathTiming
+    after: PathTiming
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def milliseconds(self) -> float:
+        """The whole saving of a step."""
+        return self.before.milliseconds - self.after.milliseconds
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The report's first and last words, and the numbers that they rest on."""
+
+    headline: str
+    paragraphs: list[str]
+    factors: list[Factors]
+    removals: list[Removal]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Words and numbers as plain values for JSON."""
+        return {
+            "headline": self.headline,
+            "paragraphs": self.paragraphs,
+            "factors": [asdict(item) for item in self.factors],
+            "removals": [
+                {"change": item.change, "milliseconds": item.milliseconds, "parts": item.parts}
+                for item in self.removals
+            ],
+        }
+
+
+def answer(result: ComparisonResult) -> Answer:
+    """Put a result into words. What was not measured is left out, so a partial result has a shorter answer."""
+    factors = [found for path, pages in _landmarks(result) if (found := factors_of(result, path, pages)) is not None]
+    removals = _removals(result)
+    return Answer(_headline(result), _paragraphs(result, factors, removals), factors, removals)
+
+
+def factors_of(result: ComparisonResult, path: PathTiming, pages: Pages) -> Factors | None:
+    """The identity for one CNN path against the LSTM in the same allocator state; None when a side is missing."""
+    lstm, cnn_facts, lstm_facts = result.lstm_step(pages), result.network("cnn"), result.network("lstm")
+    if lstm is None or cnn_facts is None or lstm_facts is None:
+        return None
+    cnn_rate = cnn_facts.flops * path.batch_size / path.milliseconds / 1e6
+    lstm_rate = lstm_facts.flops * lstm.batch_size / lstm.milliseconds / 1e6
+    return Factors(
+        path=path.path,
+        pages=pages,
+        time_ratio=path.milliseconds / lstm.milliseconds,
+        work_ratio=cnn_facts.flops / lstm_facts.flops,
+        efficiency_ratio=lstm_rate / cnn_rate,
+        cnn_gflops=cnn_rate,
+        lstm_gflops=lstm_rate,
+    )
+
+
+def as_installed(result: ComparisonResult) -> PathTiming | None:
+    """torch as its users have it: contiguous tensors, the allocator untouched."""
+    return result.timing("torch contiguous", "returned")
+
+
+def _landmarks(result: ComparisonResult) -> list[tuple[PathTiming, Pages]]:
+    candidates: list[tuple[PathTiming | None, Pages]] = [
+        (as_installed(result), "returned"),
+        (result.best("kept", ours=False), "kept"),
+        (result.best("kept", ours=True), "kept"),
+    ]
+    return [(timing, pages) for timing, pages in candidates if timing is not None]
+
+
+def _headline(result: ComparisonResult) -> str:
+    torch_default, ours = as_installed(result), result.best("kept", ours=True)
+    lstm_default, lstm_kept = result.lstm_step("returned"), result.lstm_step("kept")
+    if torch_default is None or lstm_default is None:
+        return "The run ended before torch's CNN and the LSTM were both timed, so there is no answer yet."
+    start = wording.ratio(torch_default.milliseconds / lstm_default.milliseconds)
+    sentence = f"With torch as installed, a training step of the 3D CNN takes {start} as long as one of the LSTM"
+    if ours is None or lstm_kept is None:
+        return sentence + "."
+    against_torch = wording.divide(torch_default.milliseconds, ours.milliseconds)
+    return (
+        f"{sentence}. With pyvolconv it takes {wording.ratio(ours.milliseconds / lstm_kept.milliseconds)}: "
+        f"{wording.milliseconds(ours.milliseconds)} instead of {wording.milliseconds(torch_default.milliseconds)}, "
+        f"{wording.ratio(against_torch)} faster."
+    )
+
+
+def _paragraphs(result: ComparisonResult, factors: list[Factors], removals: list[Removal]) -> list[str]:
+    paragraphs = [text for text in (_work(result),) if text]
+    paragraphs += [_identity(item) for item in factors]
+    paragraphs += [_removal(item) for item in removals]
+    return paragraphs
+
+
+def _work(result: ComparisonResult) -> str:
+    cnn, lstm = result.network("cnn"), result.network("lstm")
+    if cnn is None or lstm is None:
+        return ""
+    return (
+        f"The CNN has {wording.ratio(cnn.parameters / lstm.parameters)} the weights of the LSTM "
+        f"({wording.count(cnn.parameters)} against {wording.count(lstm.parameters)}) but "
+        f"{_times(cnn.flops / lstm.flops)} the arithmetic: a convolution uses each weight once per voxel, on average "
+        f"{wording.count(cnn.weight_uses)} times per sample over all of the CNN's weights; the LSTM uses each weight "
+        f"once per frame, on average {wording.significant(lstm.weight_uses)} times. No implementation of these two "
+        "networks changes that factor, short of computing the same sums with fewer multiplications."
+    )
+
+
+def _identity(item: Factors) -> str:
+    faster = item.efficiency_ratio < 1
+    comparison = wording.ratio(1 / item.efficiency_ratio if faster else item.efficiency_ratio)
+    return (
+        f"{item.path}, {PAGES_WORDS[item.pages]}: {wording.ratio(item.time_ratio)} the time = "
+        f"{wording.ratio(item.work_ratio)} the work × {wording.significant(item.efficiency_ratio)} for efficiency. "
+        f"The CNN's arithmetic runs at {wording.significant(item.cnn_gflops)} GF/s, {comparison} "
+        f"{'faster' if faster else 'slower'} than the LSTM's {wording.significant(item.lstm_gflops)} GF/s."
+    )
+
+
+def _removal(item: Removal) -> str:
+    verb = "takes away" if item.milliseconds >= 0 else "adds"
+    largest = max(item.parts, key=lambda part: abs(item.parts[part]), default=None)
+    text = (
+        f"{item.change} {verb} {wording.milliseconds(abs(item.milliseconds))} of "
+        f"{wording.milliseconds(item.before.milliseconds)}"
+    )
+    if largest is None:
+        return text + "."
+    return f"{text}; most of the change is in {PARTS[largest]} ({wording.milliseconds(item.parts[largest])})."
+
+
+def _removals(result: ComparisonResult) -> list[Removal]:
+    plain, plain_kept = as_installed(result), result.timing("torch contiguous", "kept")
+    layout, ours = result.timing("torch channels_last_3d", "kept"), result.best("kept", ours=True)
+    chain = [
+        ("Keeping freed pages instead of returning them to the system", plain, plain_kept),
+        ("Torch's channels_last_3d layout instead of contiguous", plain_kept, layout),
+        (f"The hand-written path ({ours.path if ours else ''}) instead of torch's", layout or plain_kept, ours),
+    ]
+    return [
+        Removal(change, before, after, _parts(before, after))
+        for change, before, after in chain
+        if before is not None and after is not None
+    ]
+
+
+def _parts(before: PathTiming, after: PathTiming) -> dict[str, float]:
+    saved = {}
+    for part in PARTS:
+        old, new = getattr(before, part), getattr(after, part)
+        if old is not None and new is not None:
+            saved[part] = old - new
+    return saved
+
+
+def _times(value: float) -> str:
+    return f"{wording.significant(value)} times"

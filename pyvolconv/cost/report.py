@@ -1,0 +1,182 @@
+"""The report of a comparison: `report.html` (self-contained), its plots as PNG files, and `results.json`."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from . import wording
+from .answer import Answer, answer, as_installed
+from .plots import write_plots
+from .results import PAGES, TARGET_ACCURACY, ComparisonResult, LayerRow, PathProfile, PathTiming
+
+PAGES_WORDS = {
+    "returned": (
+        "The C allocator as installed: it gives large freed buffers back to the system and faults fresh pages in "
+        "again at every step."
+    ),
+    "kept": "The allocator told to keep freed buffers for the next step, for torch and for ours alike.",
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """One key figure at the top of the report."""
+
+    label: str
+    value: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class PathRow:
+    """One path's step beside torch's and the LSTM's of the same allocator state."""
+
+    timing: PathTiming
+    speed_up: float | None
+    to_lstm: float | None
+
+
+@dataclass(frozen=True)
+class ProfileTable:
+    """One profiled step as a table."""
+
+    title: str
+    batch_size: int
+    rows: list[LayerRow]
+
+    @classmethod
+    def of(cls, profile: PathProfile) -> ProfileTable:
+        """The table of a profile."""
+        return cls(profile.title, profile.batch_size, profile.rows())
+
+    @property
+    def total(self) -> float:
+        """Milliseconds of all rows."""
+        return sum(row.milliseconds for row in self.rows)
+
+    @property
+    def flops(self) -> float:
+        """Operations of all rows."""
+        return sum(row.flops for row in self.rows)
+
+    @property
+    def faults(self) -> float:
+        """Page faults of all rows."""
+        return sum(row.page_faults for row in self.rows)
+
+
+def write_report(result: ComparisonResult, folder: Path) -> Path:
+    """Write results.json, the plots and report.html into `folder`, which is created when it is missing.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        OSError: the folder cannot be created or written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    words = answer(result)
+    result.write_json(folder / "results.json", answer=words.to_dict())
+    plots = write_plots(result, folder)
+    page = folder / "report.html"
+    page.write_text(render(result, words, plots), encoding="utf-8")
+    return page
+
+
+def render(result: ComparisonResult, words: Answer, plots: dict[str, dict[str, Path]]) -> str:
+    """The page as one string; the plots' PNG files are embedded, nothing outside it is referred to."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, "templates"),
+        autoescape=jinja2.select_autoescape(("html", "j2")),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for name in ("significant", "milliseconds", "seconds", "ratio", "percent", "scaled", "count"):
+        environment.filters[name] = getattr(wording, name)
+    images = {name: {theme: _data_uri(path) for theme, path in themes.items()} for name, themes in plots.items()}
+    return environment.get_template("report.html.j2").render(_context(result, words), images=images)
+
+
+def path_rows(result: ComparisonResult) -> dict[str, list[PathRow]]:
+    """For each allocator state that was measured: every path against torch contiguous and the LSTM of that state."""
+    groups = {}
+    for pages in PAGES:
+        torch_step, lstm = result.timing("torch contiguous", pages), result.lstm_step(pages)
+        rows = [
+            PathRow(
+                timing,
+                wording.divide(torch_step and torch_step.milliseconds, timing.milliseconds)
+                if timing.network == "cnn"
+                else None,
+                wording.divide(timing.milliseconds, lstm and lstm.milliseconds),
+            )
+            for timing in result.timings(pages)
+        ]
+        if rows:
+            groups[pages] = rows
+    return groups
+
+
+def cards(result: ComparisonResult) -> list[Card]:
+    """The key figures, as far as they were measured."""
+    installed, lstm_installed = as_installed(result), result.lstm_step("returned")
+    ours, torch_best, lstm = result.best("kept", ours=True), result.best("kept", ours=False), result.lstm_step("kept")
+    found = []
+    if installed and lstm_installed:
+        value = wording.ratio(installed.milliseconds / lstm_installed.milliseconds)
+        found.append(Card("CNN over LSTM, torch as installed", value, "time of a training step"))
+    if ours and lstm:
+        value = wording.ratio(ours.milliseconds / lstm.milliseconds)
+        found.append(Card("CNN over LSTM, pyvolconv", value, f"{ours.path}, pages kept"))
+    if ours and installed:
+        value = wording.ratio(installed.milliseconds / ours.milliseconds)
+        detail = f"{wording.milliseconds(installed.milliseconds)} → {wording.milliseconds(ours.milliseconds)}"
+        found.append(Card("Faster than torch as installed", value, detail))
+    if ours and torch_best:
+        value = wording.ratio(torch_best.milliseconds / ours.milliseconds)
+        found.append(Card("Faster than torch's best", value, f"{torch_best.path}, pages kept for both"))
+    return found
+
+
+def _context(result: ComparisonResult, words: Answer) -> dict[str, Any]:
+    machine = result.machine
+    every = [row.timing for rows in path_rows(result).values() for row in rows]
+    profiles = [ProfileTable.of(found) for found in result.profiles]
+    return {
+        "result": result,
+        "answer": words,
+        "cards": cards(result),
+        "groups": path_rows(result),
+        "pages_words": PAGES_WORDS,
+        "profiles": profiles,
+        "estimated": any(row.share_estimated for table in profiles for row in table.rows),
+        "path_notes": path_notes(result),
+        "batch_words": f"One training step on {every[0].batch_size} samples." if every else "",
+        "target": result.training[0].target if result.training else TARGET_ACCURACY,
+        "caches": ", ".join(f"{name} {wording.binary(size)}" for name, size in machine.caches.items())
+        if machine
+        else "",
+        "versions": ", ".join(f"{name} {version}" for name, version in result.versions.items()),
+        "settings": ", ".join(f"{name} {value}" for name, value in result.settings.items() if value is not None),
+    }
+
+
+def path_notes(result: ComparisonResult) -> list[str]:
+    """What a reader of the path table must know: paths scaled up, paths left out."""
+    scaled = [
+        f"{timing.path}, pages {timing.pages}: too slow for a full epoch; timed on {timing.steps} step(s) of "
+        f"{timing.samples} of {timing.batch_size} samples and scaled up."
+        for timing in result.paths
+        if timing.scaled
+    ]
+    return scaled + [f"{path} was left out: {reason}" for path, reason in result.unavailable.items()]
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
