@@ -104,21 +104,21 @@ def factors_of(result: ComparisonResult, path: PathTiming, pages: Pages) -> Fact
 
 def as_installed(result: ComparisonResult) -> PathTiming | None:
     """torch as its users have it: contiguous tensors, the allocator untouched."""
-    return result.timing("torch contiguous", "returned")
+    return result.timing("torch contiguous", result.before)
 
 
 def _landmarks(result: ComparisonResult) -> list[tuple[PathTiming, Pages]]:
     candidates: list[tuple[PathTiming | None, Pages]] = [
-        (as_installed(result), "returned"),
-        (result.best("kept", ours=False), "kept"),
-        (result.best("kept", ours=True), "kept"),
+        (as_installed(result), result.before),
+        (result.best(result.after, ours=False), result.after),
+        (result.best(result.after, ours=True), result.after),
     ]
     return [(timing, pages) for timing, pages in candidates if timing is not None]
 
 
 def _headline(result: ComparisonResult) -> str:
-    torch_default, ours = as_installed(result), result.best("kept", ours=True)
-    lstm_default, lstm_kept = result.lstm_step("returned"), result.lstm_step("kept")
+    torch_default, ours = as_installed(result), result.best(result.after, ours=True)
+    lstm_default, lstm_kept = result.lstm_step(result.before), result.lstm_step(result.after)
     if torch_default is None or lstm_default is None:
         return "The run ended before torch's CNN and the LSTM were both timed, so there is no answer yet."
     start = wording.ratio(torch_default.milliseconds / lstm_default.milliseconds)
@@ -178,8 +178,8 @@ def _removal(item: Removal) -> str:
 
 
 def _removals(result: ComparisonResult) -> list[Removal]:
-    plain, plain_kept = as_installed(result), result.timing("torch contiguous", "kept")
-    layout, ours = result.timing("torch channels_last_3d", "kept"), result.best("kept", ours=True)
+    plain, plain_kept = as_installed(result), result.timing("torch contiguous", result.after)
+    layout, ours = result.timing("torch channels_last_3d", result.after), result.best(result.after, ours=True)
     chain = [
         ("Keeping freed pages instead of returning them to the system", plain, plain_kept),
         ("Torch's channels_last_3d layout instead of contiguous", plain_kept, layout),
@@ -188,7 +188,7 @@ def _removals(result: ComparisonResult) -> list[Removal]:
     return [
         Removal(change, before, after, _parts(before, after))
         for change, before, after in chain
-        if before is not None and after is not None
+        if before is not None and after is not None and before is not after
     ]
 
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from . import wording
 from .answer import PARTS
@@ -100,11 +100,11 @@ def paths(result: ComparisonResult, theme: Theme) -> Figure | None:
 
 def layers(result: ComparisonResult, theme: Theme) -> Figure | None:
     """Where the CNN's step goes: one row per layer, stacked by pass, one panel per path, all on one scale."""
-    shown = {found.title: found.rows() for found in result.shown_profiles()}
+    shown = {f"{found.path}\npages {found.pages}": found.rows() for found in result.shown_profiles()}
     if not shown:
         return None
     names = list(dict.fromkeys(row.layer for rows in shown.values() for row in rows))
-    figure = Figure(figsize=(WIDTH, 1.4 + 0.28 * len(names)), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.6 + 0.28 * len(names)), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
     longest = 0.0
     for axes, (title, rows) in zip(panels, shown.items(), strict=True):
@@ -116,7 +116,7 @@ def layers(result: ComparisonResult, theme: Theme) -> Figure | None:
             axes.text(left, position, f" {wording.significant(left)}", va="center", fontsize=8, color=theme["muted"])
             longest = max(longest, left)
         total = sum(row.milliseconds for row in rows)
-        axes.set_title(f"{title}: {wording.milliseconds(total)}", fontsize=10)
+        axes.set_title(f"{title}: {wording.milliseconds(total)}", fontsize=10, linespacing=1.4)
         _horizontal(axes)
         axes.set_xlabel("ms per training step")
     panels[0].set_yticks(range(len(names)), [name or "network" for name in names])
@@ -229,11 +229,11 @@ def _draw_roof(axes: Axes, machine: Machine, rows: list[LayerRow], theme: Theme)
     axes.plot([low, ridge, high], [bandwidth * low, peak, peak], color=theme["muted"], linewidth=1.6, zorder=1)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    slowest = min(row.gflops_per_second or math.inf for row in rows)
+    rates = [row.gflops_per_second or peak for row in rows]
     axes.set_xlim(low, high)
-    axes.set_ylim(min(slowest, bandwidth * low) / 1.6, peak * 1.9)
+    axes.set_ylim(min(*rates, bandwidth * low) / 1.6, max(*rates, peak) * 1.9)
     roof = f"FMA peak {wording.significant(peak)} GF/s"
-    axes.text(high, peak * 1.06, roof, ha="right", va="bottom", fontsize=8.5, color=theme["muted"])
+    axes.text(high, peak * 1.04, roof, ha="right", va="bottom", fontsize=8.5, color=theme["muted"])
     slope = f"copy bandwidth {wording.significant(bandwidth)} GB/s"
     middle = math.sqrt(low * ridge)
     axes.annotate(
@@ -245,6 +245,7 @@ def _draw_roof(axes: Axes, machine: Machine, rows: list[LayerRow], theme: Theme)
         color=theme["muted"],
     )
     for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
 

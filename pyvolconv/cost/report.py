@@ -60,6 +60,11 @@ class ProfileTable:
         return sum(row.milliseconds for row in self.rows)
 
     @property
+    def longest(self) -> float:
+        """Milliseconds of the longest row."""
+        return max(row.milliseconds for row in self.rows)
+
+    @property
     def flops(self) -> float:
         """Operations of all rows."""
         return sum(row.flops for row in self.rows)
@@ -125,22 +130,23 @@ def path_rows(result: ComparisonResult) -> dict[str, list[PathRow]]:
 
 def cards(result: ComparisonResult) -> list[Card]:
     """The key figures, as far as they were measured."""
-    installed, lstm_installed = as_installed(result), result.lstm_step("returned")
-    ours, torch_best, lstm = result.best("kept", ours=True), result.best("kept", ours=False), result.lstm_step("kept")
+    before, after = result.before, result.after
+    installed, lstm_installed = as_installed(result), result.lstm_step(before)
+    ours, torch_best, lstm = result.best(after, ours=True), result.best(after, ours=False), result.lstm_step(after)
     found = []
     if installed and lstm_installed:
         value = wording.ratio(installed.milliseconds / lstm_installed.milliseconds)
         found.append(Card("CNN over LSTM, torch as installed", value, "time of a training step"))
     if ours and lstm:
         value = wording.ratio(ours.milliseconds / lstm.milliseconds)
-        found.append(Card("CNN over LSTM, pyvolconv", value, f"{ours.path}, pages kept"))
+        found.append(Card("CNN over LSTM, pyvolconv", value, f"{ours.path}, pages {after}"))
     if ours and installed:
         value = wording.ratio(installed.milliseconds / ours.milliseconds)
         detail = f"{wording.milliseconds(installed.milliseconds)} → {wording.milliseconds(ours.milliseconds)}"
         found.append(Card("Faster than torch as installed", value, detail))
     if ours and torch_best:
         value = wording.ratio(torch_best.milliseconds / ours.milliseconds)
-        found.append(Card("Faster than torch's best", value, f"{torch_best.path}, pages kept for both"))
+        found.append(Card("Faster than torch's best", value, f"{torch_best.path}, pages {after} for both"))
     return found
 
 
@@ -170,8 +176,8 @@ def _context(result: ComparisonResult, words: Answer) -> dict[str, Any]:
 def path_notes(result: ComparisonResult) -> list[str]:
     """What a reader of the path table must know: paths scaled up, paths left out."""
     scaled = [
-        f"{timing.path}, pages {timing.pages}: too slow for a full epoch; timed on {timing.steps} step(s) of "
-        f"{timing.samples} of {timing.batch_size} samples and scaled up."
+        f"{timing.path}, pages {timing.pages}: too slow for a full epoch; timed on {timing.samples} of "
+        f"{timing.batch_size} samples, {timing.steps} times, and scaled up."
         for timing in result.paths
         if timing.scaled
     ]

@@ -74,6 +74,8 @@ class TrainingRun:
         network: "cnn" or "lstm".
         path: name of the `PathTiming` whose kernels ran.
         epochs: the epochs that ran, in order.
+        estimated_seconds_per_epoch: set when not one epoch fitted into the time budget: measured time of a step
+            times the number of steps.
         projected_epochs_to_target: set when this run was cut short by its time budget and the same mathematics,
             run to the end on another path, says in which epoch the target is reached.
         test_accuracy: of the weights with the best validation accuracy; None when the run was cut short.
@@ -87,13 +89,14 @@ class TrainingRun:
     epochs: list[Epoch]
     test_accuracy: float | None = None
     projected_epochs_to_target: int | None = None
+    estimated_seconds_per_epoch: float | None = None
     target: float = TARGET_ACCURACY
 
     @property
     def seconds_per_epoch(self) -> float | None:
         """Mean wall-clock of an epoch, validation included; without the first where there are others (warm-up)."""
         if not self.epochs:
-            return None
+            return self.estimated_seconds_per_epoch
         if len(self.epochs) == 1:
             return self.epochs[0].seconds
         return (self.epochs[-1].seconds - self.epochs[0].seconds) / (len(self.epochs) - 1)
@@ -254,6 +257,19 @@ class ComparisonResult:
     interrupted: bool = False
     seconds: float = 0.0
 
+    @property
+    def before(self) -> Pages:
+        """The allocator state that stands for torch as installed; on CUDA, whose allocator keeps memory, "kept"."""
+        return "kept" if self._pages() == {"kept"} else "returned"
+
+    @property
+    def after(self) -> Pages:
+        """The allocator state that stands for this package: "kept" wherever the machine can do that."""
+        return "kept" if "kept" in self._pages() else "returned"
+
+    def _pages(self) -> set[Pages]:
+        return {timing.pages for timing in self.paths}
+
     def network(self, name: str) -> NetworkFacts | None:
         """The network of that name, if it was described."""
         return next((network for network in self.networks if network.name == name), None)
@@ -281,9 +297,8 @@ class ComparisonResult:
         return min(candidates, key=lambda timing: timing.milliseconds, default=None)
 
     def shown_profiles(self) -> list[PathProfile]:
-        """The profiles that the plots set side by side: torch's and ours with pages kept, as far as there are."""
-        kept = [found for found in self.profiles if found.pages == "kept"]
-        return kept or self.profiles
+        """The profiles that the plots set side by side: torch's and ours in one allocator state."""
+        return [found for found in self.profiles if found.pages == self.after] or self.profiles
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, derived figures included, ready for JSON."""

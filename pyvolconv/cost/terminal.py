@@ -1,0 +1,122 @@
+"""The comparison on a terminal: the same numbers as the report, in short."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from . import wording
+from .answer import answer
+from .profiler import StepProfile
+from .report import path_notes, path_rows
+from .results import ComparisonResult, LayerRow, PathProfile
+
+PARTS = ("forward", "grad_input", "grad_weight", "other")
+
+
+def print_result(console: Console, result: ComparisonResult) -> None:
+    """Print machine, training runs, paths and the answer, as far as they were measured."""
+    if result.machine:
+        console.print(machine_line(result))
+    if result.training:
+        console.print(training_table(result))
+    for pages in path_rows(result):
+        console.print(path_table(result, pages))
+    for note in path_notes(result):
+        console.print(Text(note, style="dim"))
+    words = answer(result)
+    body = "\n\n".join([words.headline, *words.paragraphs])
+    console.print(Panel(Text(body), title="The answer", title_align="left", border_style="blue", padding=(1, 2)))
+
+
+def machine_line(result: ComparisonResult) -> Text:
+    """One line: processor, instruction set, threads, both ceilings."""
+    machine = result.machine
+    if machine is None:
+        return Text("machine not measured", style="dim")
+    return Text.assemble(
+        (machine.gpu if machine.device == "cuda" and machine.gpu else machine.cpu, "bold"),
+        f" · {machine.isa} · {machine.threads} threads"
+        f" · FMA peak {wording.significant(machine.peak_flops / 1e9)} GF/s"
+        f" · copy {wording.significant(machine.copy_bandwidth / 1e9)} GB/s",
+    )
+
+
+def training_table(result: ComparisonResult) -> Table:
+    """One row per training run."""
+    target = wording.percent(result.training[0].target)
+    table = _table("Training", "Run", ["Epochs", "Per epoch", f"Epochs to {target}", f"Time to {target}", "Test"])
+    for run in result.training:
+        mark = " (projected)" if run.projected else ""
+        table.add_row(
+            run.label,
+            str(len(run.epochs)),
+            wording.seconds(run.seconds_per_epoch),
+            f"{run.epochs_to_target}{mark}" if run.epochs_to_target else "not reached",
+            wording.seconds(run.seconds_to_target) + mark,
+            wording.percent(run.test_accuracy, 1),
+        )
+    return table
+
+
+def path_table(result: ComparisonResult, pages: str) -> Table:
+    """One row per path in one allocator state, milliseconds per training step."""
+    title = f"One training step, ms (pages {pages})"
+    columns = ["Layout", "forward", "grad_input", "grad_weight", "everything else", "Step", "vs torch", "vs LSTM"]
+    table = _table(title, "Path", columns)
+    for row in path_rows(result)[pages]:
+        timing = row.timing
+        table.add_row(
+            timing.path + (" *" if timing.scaled else ""),
+            timing.layout or wording.NOT_MEASURED,
+            *(wording.significant(getattr(timing, part)) for part in PARTS),
+            Text(wording.significant(timing.milliseconds), style="bold"),
+            wording.ratio(row.speed_up),
+            wording.ratio(row.to_lstm),
+            style="blue" if timing.ours else None,
+        )
+    return table
+
+
+def layer_table(profile: PathProfile) -> Table:
+    """One row per layer and pass of a profiled step, in the order of running."""
+    columns = ["Pass", "Time", "Share", "Work", "Bytes", "GF/s", "Of roofline", "Faults", "Runs in"]
+    table = _table(f"{profile.title}, batch {profile.batch_size}", "Layer", columns)
+    rows = profile.rows()
+    total = sum(row.milliseconds for row in rows)
+    for row in rows:
+        table.add_row(*_layer_cells(row, total))
+    table.add_section()
+    table.add_row("Sum", "", wording.milliseconds(total), *[""] * 7)
+    table.caption = _unprofiled(profile.profile)
+    return table
+
+
+def _layer_cells(row: LayerRow, total: float) -> list[str]:
+    return [
+        row.layer or "network",
+        row.pass_,
+        wording.milliseconds(row.milliseconds),
+        wording.percent(row.milliseconds / total, 1),
+        wording.scaled(row.flops or None, "FLOP"),
+        wording.scaled(row.bytes or None, "B"),
+        wording.significant(row.gflops_per_second),
+        wording.percent(row.roofline_share),
+        wording.count(row.page_faults),
+        row.backend,
+    ]
+
+
+def _unprofiled(profile: StepProfile) -> str:
+    return f"The same step without the profiler: {wording.milliseconds(profile.step.median * 1e3)}"
+
+
+def _table(title: str, first: str, columns: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, padding=(0, 1))
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        text = column in ("Layout", "Pass", "Runs in")
+        table.add_column(column, justify="left" if text else "right", no_wrap=not text)
+    return table
