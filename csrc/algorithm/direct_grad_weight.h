@@ -1,0 +1,215 @@
+// The weight gradient of one problem: packs windows of x, runs the tiles of algorithm/direct_grad_weight_plan.h over
+// them into one partial gradient per split, and adds the partials in order.
+#pragma once
+
+#include "../arena.h"
+#include "../microkernel/grad_weight_pack.h"
+#include "../parallel.h"
+#include "direct_grad_weight_plan.h"
+#include "direct_grad_weight_reduce.h"
+
+namespace pvc {
+namespace {
+
+template <typename T>
+struct GradWeightPass {
+    static constexpr int64_t lanes = Vector<T>::lanes;
+
+    const ConvProblem& problem;
+    const GradWeightPlan plan;
+    const T* grad_output;
+    const T* x;
+    const VolumeStrides output_strides, input_strides;
+    int64_t output_step[3], input_step[3];  // elements from one output voxel to the next, in what the kernels read
+    int64_t window_block;                   // elements of one packed block of input channels
+    int64_t* row_offsets;
+    int64_t* column_offsets;
+
+    GradWeightPass(const ConvProblem& problem, const T* grad_output, const T* x)
+        : problem(problem),
+          plan(plan_grad_weight<T>(problem)),
+          grad_output(grad_output),
+          x(x),
+          output_strides(volume_strides(problem.layout, problem.out_channels, problem.output_size)),
+          input_strides(volume_strides(problem.layout, problem.in_channels, problem.input_size)),
+          window_block(plan.window[0] * plan.window[1] * plan.window[2] * plan.packed_lanes),
+          row_offsets(scratch<int64_t>(Scratch::tables, plan.rows + plan.columns)),
+          column_offsets(row_offsets + plan.rows) {
+        const int64_t* window = plan.window;
+        const int64_t* slab = plan.slab;
+        const int64_t input_pitch[3] = {window[1] * window[2], window[2], 1};
+        const int64_t output_pitch[3] = {slab[1] * slab[2], slab[2], 1};
+        for (int a = 0; a < 3; ++a) {
+            input_step[a] = problem.stride[a] * input_pitch[a] * plan.packed_lanes;
+            output_step[a] = plan.pack_grad_output ? output_pitch[a] * lanes : output_strides.axis[a];
+        }
+        if (plan.lanes == Lanes::width) input_step[2] = output_step[2] = lanes;
+        for (int64_t r = 0; r < plan.rows; ++r) row_offsets[r] = row_offset(r);
+        for (int64_t c = 0; c < plan.columns; ++c) column_offsets[c] = column_offset(c);
+    }
+
+    int64_t input_offset(int64_t channel, int64_t tap) const {
+        const int64_t* kernel = problem.kernel_size;
+        const int64_t* dilation = problem.dilation;
+        const int64_t depth = tap / (kernel[1] * kernel[2]) * dilation[0];
+        const int64_t height = tap / kernel[2] % kernel[1] * dilation[1];
+        const int64_t width = tap % kernel[2] * dilation[2];
+        const int64_t voxel = (depth * plan.window[1] + height) * plan.window[2] + width;
+        return channel / plan.packed_lanes * window_block + voxel * plan.packed_lanes + channel % plan.packed_lanes;
+    }
+
+    int64_t row_offset(int64_t row) const {
+        if (plan.lanes == Lanes::out_channels) return input_offset(row / plan.taps, row % plan.taps);
+        return row * output_strides.channel;
+    }
+
+    int64_t column_offset(int64_t column) const {
+        if (plan.lanes == Lanes::in_channels) {
+            if (!plan.flat) return input_offset(column / plan.taps * lanes, column % plan.taps);
+            const int64_t kernel_rows = plan.taps / problem.kernel_size[2], vectors = plan.columns / kernel_rows;
+            return input_offset(0, column / vectors * problem.kernel_size[2]) + column % vectors * lanes;
+        }
+        if (plan.lanes == Lanes::out_channels) {
+            const int64_t voxels = plan.pack_grad_output ? plan.slab[0] * plan.slab[1] * plan.slab[2] : 1;
+            return column * lanes * voxels;
+        }
+        return input_offset(column / plan.taps, column % plan.taps);
+    }
+
+    // Packs what a unit needs of x. `window` has room for the largest unit and one vector more, which flat columns
+    // read.
+    void pack_input(const GradWeightUnit& unit, int64_t sample, const int64_t origin[3], const int64_t extent[3],
+                    T* window) const {
+        const bool depthwise = plan.lanes == Lanes::channels;
+        const int64_t count = depthwise ? unit.out_count : unit.in_count;
+        int64_t voxels[3], first[3];
+        for (int a = 0; a < 3; ++a) {
+            const int64_t reach = (problem.kernel_size[a] - 1) * problem.dilation[a];
+            voxels[a] = (extent[a] - 1) * problem.stride[a] + reach + 1;
+            first[a] = origin[a] * problem.stride[a] - problem.padding_begin[a];
+        }
+        const T* data = x + sample * input_strides.sample + unit.in_channel * input_strides.channel;
+        for (int64_t c = 0; c < count; c += plan.packed_lanes) {
+            ChannelBlock<T> block = {
+                data, input_strides, problem.input_size, plan.packed_lanes, smaller(plan.packed_lanes, count - c), 0,
+                1};
+            if (depthwise) {
+                block.first_lane = unit.out_channel % plan.out_channels;
+                block.repeat = plan.out_channels;
+            } else {
+                block.data += c * input_strides.channel;
+            }
+            pack_window(block, first, voxels, window + c / plan.packed_lanes * window_block,
+                        plan.window[1] * plan.window[2] * plan.packed_lanes, plan.window[2] * plan.packed_lanes);
+        }
+    }
+
+    // The unit's gradients at the slab's first voxel, packed or in place.
+    const T* slab_grad_output(const GradWeightUnit& unit, int64_t sample, const int64_t origin[3],
+                              const int64_t extent[3], T* packed) const {
+        const T* data = grad_output + sample * output_strides.sample + unit.out_channel * output_strides.channel;
+        if (!plan.pack_grad_output) {
+            for (int a = 0; a < 3; ++a) data += origin[a] * output_strides.axis[a];
+            return data;
+        }
+        const int64_t block_size = plan.slab[0] * plan.slab[1] * plan.slab[2] * lanes;
+        for (int64_t c = 0; c < unit.out_count; c += lanes) {
+            const ChannelBlock<T> block = {data + c * output_strides.channel,
+                                           output_strides,
+                                           problem.output_size,
+                                           lanes,
+                                           smaller(lanes, unit.out_count - c),
+                                           0,
+                                           1};
+            pack_window(block, origin, extent, packed + c / lanes * block_size, output_step[0], output_step[1]);
+        }
+        return packed;
+    }
+
+    void run_tiles(const GradWeightUnit& unit, const VoxelRun& run, const T* rows, const T* columns, T* sums) const {
+        const EvenCut column_cut(unit.columns, plan.column_tile);
+        for (int64_t j = 0; j < column_cut.parts; ++j) {
+            const int64_t c = column_cut.start(j), nr = column_cut.size(j);
+            const EvenCut row_cut(unit.rows, max_tile_rows(plan.kernel, static_cast<int>(nr)));
+            T* column_sums = sums + c * unit.rows * lanes;
+            for (int64_t i = 0; i < row_cut.parts; ++i) {
+                const int64_t r = row_cut.start(i);
+                const GradWeightTile<T> tile = grad_weight_tile<T>(plan.kernel, row_cut.size(i), nr);
+                tile(run, rows, row_offsets + r, columns, column_offsets + c, column_sums + r * nr * lanes);
+            }
+        }
+    }
+
+    // Adds the slab's share to the sums of a unit, run by run.
+    void run_slab(const GradWeightUnit& unit, const int64_t extent[3], const T* gradients, const T* window,
+                  T* sums) const {
+        const bool rows_are_input = plan.lanes == Lanes::out_channels;
+        VoxelRun run = {};
+        for (int a = 0; a < 3; ++a) {
+            run.row_step[a] = rows_are_input ? input_step[a] : output_step[a];
+            run.column_step[a] = rows_are_input ? output_step[a] : input_step[a];
+        }
+        const bool along_width = plan.lanes == Lanes::width;
+        run.extent[2] = along_width ? extent[2] / lanes : extent[2];
+        run.tail = along_width ? extent[2] % lanes : 0;
+        const EvenCut heights(extent[1], larger(plan.run_voxels / extent[2], 1));
+        const EvenCut depths(extent[0], larger(plan.run_voxels / (extent[1] * extent[2]), 1));
+        for (int64_t i = 0; i < depths.parts; ++i) {
+            for (int64_t j = 0; j < heights.parts; ++j) {
+                run.extent[0] = depths.size(i);
+                run.extent[1] = heights.size(j);
+                const T* output = gradients + depths.start(i) * output_step[0] + heights.start(j) * output_step[1];
+                const T* input = window + depths.start(i) * input_step[0] + heights.start(j) * input_step[1];
+                run_tiles(unit, run, rows_are_input ? input : output, rows_are_input ? output : input, sums);
+            }
+        }
+    }
+
+    // Sums the slabs [first, last) for the units [first_unit, last_unit) into `sums`, one unit after the other.
+    void run_task(int64_t first_unit, int64_t last_unit, int64_t first, int64_t last, T* sums) const {
+        const int64_t unit_size = plan.rows * plan.columns * lanes;
+        const int64_t blocks = plan.lanes == Lanes::channels ? 1 : ceil_divide(plan.in_chunk, plan.packed_lanes);
+        const int64_t window_size = blocks * window_block;
+        T* window = scratch<T>(Scratch::tile_input, window_size + lanes);
+        T* packed = nullptr;
+        if (plan.pack_grad_output) {
+            const int64_t vectors = plan.lanes == Lanes::channels ? 1 : plan.columns;
+            packed = scratch<T>(Scratch::tile_output, plan.slab[0] * plan.slab[1] * plan.slab[2] * vectors * lanes);
+        }
+        std::memset(window + window_size, 0, lanes * sizeof(T));
+        std::memset(sums, 0, static_cast<size_t>((last_unit - first_unit) * unit_size) * sizeof(T));
+        for (int64_t index = first; index < last; ++index) {
+            const int64_t w = index % plan.slabs[2], h = index / plan.slabs[2] % plan.slabs[1];
+            const int64_t d = index / (plan.slabs[2] * plan.slabs[1]) % plan.slabs[0];
+            const int64_t sample = index / (plan.slabs[2] * plan.slabs[1] * plan.slabs[0]);
+            const int64_t origin[3] = {d * plan.slab[0], h * plan.slab[1], w * plan.slab[2]};
+            int64_t extent[3];
+            for (int a = 0; a < 3; ++a) extent[a] = smaller(plan.slab[a], problem.output_size[a] - origin[a]);
+            for (int64_t u = first_unit; u < last_unit; ++u) {
+                const GradWeightUnit unit = grad_weight_unit<T>(problem, plan, u);
+                pack_input(unit, sample, origin, extent, window);
+                const T* gradients = slab_grad_output(unit, sample, origin, extent, packed);
+                run_slab(unit, extent, gradients, window, sums + (u - first_unit) * unit_size);
+            }
+        }
+    }
+};
+
+template <typename T>
+void direct_grad_weight(const ConvProblem& problem, const T* grad_output, const T* x, T* grad_weight) {
+    const GradWeightPass<T> pass(problem, grad_output, x);
+    const GradWeightPlan& plan = pass.plan;
+    const int64_t partial_size = plan.units * plan.rows * plan.columns * Vector<T>::lanes;
+    const int64_t slabs = plan.all_slabs(problem), groups = plan.task_groups();
+    T* partials = scratch<T>(Scratch::shared_partials, plan.splits * partial_size);
+    parallel_for(plan.splits * groups, [&](int64_t task) {
+        const int64_t split = task / groups, first_unit = task % groups * plan.units_per_task;
+        T* sums = partials + split * partial_size + first_unit * (partial_size / plan.units);
+        pass.run_task(first_unit, smaller(first_unit + plan.units_per_task, plan.units), split * slabs / plan.splits,
+                      (split + 1) * slabs / plan.splits, sums);
+    });
+    reduce_grad_weight(problem, plan, partials, partial_size, grad_weight);
+}
+
+}  // namespace
+}  // namespace pvc
