@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
-from functools import lru_cache
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -88,14 +88,14 @@ def _swap(model: Model) -> Model:
     for module in model.modules():
         for torch_class, our_class in _REPLACEMENTS:
             if isinstance(module, torch_class) and not isinstance(module, our_class):
-                module.__class__ = _derived(type(module), our_class)
+                module.__class__ = _derived(type(module), our_class)  # type: ignore[arg-type]
     return model
 
 
-@lru_cache(maxsize=None)
+@cache
 def _derived(original: type[nn.Module], ours: type[nn.Module]) -> type[nn.Module]:
     bases = (ours,) if original in ours.__bases__ else (original, ours)
-    members = {
+    members: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
@@ -118,7 +118,8 @@ def _reduce_as_original(self: Any, protocol: Any) -> Any:
 
 def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
     # The default goes through __reduce_ex__ and would return the original class.
-    result = type(self).__new__(type(self))
+    derived = type(self)
+    result = derived.__new__(derived)
     memo[id(self)] = result
     result.__setstate__(copy.deepcopy(self.__dict__, memo))
     return result

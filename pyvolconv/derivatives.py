@@ -15,7 +15,6 @@ the operator itself. Because the formulas call the operators, their derivatives 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 
-from .dispatch import forced_backend, use_backend
+from .dispatch import forced_backend, use_backend_of_forward
 from .ops import conv3d, conv3d_grad_input, conv3d_grad_weight, library
 
 
@@ -82,12 +81,12 @@ class _BilinearFunction(_SingleLevelFunction):
             return _below_autograd(rule.operator, keyset, args)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is None:
             return (None,) * 9
         first, second = ctx.saved_tensors
         _, _, needs_first, needs_second, needs_bias, *_ = ctx.needs_input_grad
-        with _forced(ctx.forced_backend):
+        with use_backend_of_forward(ctx.forced_backend):
             return (
                 None,
                 None,
@@ -113,10 +112,6 @@ class _BilinearFunction(_SingleLevelFunction):
         return sum(terms[1:], start=terms[0])
 
 
-def _forced(name: str | None) -> AbstractContextManager[None]:
-    return use_backend(name) if name and forced_backend() is None else nullcontext()
-
-
 def _below_autograd(operator: Any, keyset: Any, args: tuple[Any, ...]) -> Tensor:
     with torch._C._AutoDispatchBelowAutograd():
         result: Tensor = operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
@@ -130,8 +125,8 @@ def _autograd_kernel(rule: _Bilinear) -> Callable[..., Tensor]:
             return _below_autograd(rule.operator, keyset, args)
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
-                return _BilinearFunction.apply(rule, keyset, *args)  # type: ignore[no-any-return]
-        return _BilinearFunction.apply(rule, keyset, *args)  # type: ignore[no-any-return]
+                return _BilinearFunction.apply(rule, keyset, *args)  # type: ignore[attr-defined,no-any-return]
+        return _BilinearFunction.apply(rule, keyset, *args)  # type: ignore[attr-defined,no-any-return]
 
     return kernel
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 from .backends.base import Backend
@@ -67,6 +67,13 @@ def use_backend(name_or_family: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def use_backend_of_forward(name_or_family: str | None) -> AbstractContextManager[None]:
+    """Force what the forward call was forced to, unless a `use_backend` block says otherwise now."""
+    if name_or_family is None or _forced.get() is not None:
+        return nullcontext()
+    return use_backend(name_or_family)
 
 
 def choose(problem: ConvProblem, pass_: Pass) -> Backend:

@@ -49,7 +49,7 @@ def conv3d(
     args = _conv3d_arguments(input, weight, bias, stride, padding, dilation, groups)
     if args is None:
         # torch is the contract for arguments that make no convolution: it words the error.
-        return F.conv3d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+        return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
     batched = input if input.dim() == 5 else input.unsqueeze(0)
     y: Tensor = ops.conv3d(batched, weight, bias, *args)
     return y if input.dim() == 5 else y.squeeze(0)
@@ -98,11 +98,11 @@ def conv_transpose3d(
             input,
             weight,
             bias,
-            stride,  # type: ignore[arg-type]
-            padding,  # type: ignore[arg-type]
-            output_padding,  # type: ignore[arg-type]
+            stride,
+            padding,
+            output_padding,
             groups,
-            dilation,  # type: ignore[arg-type]
+            dilation,
         )
     result_size, args, missing = sizes
     batched = input if input.dim() == 5 else input.unsqueeze(0)
@@ -122,7 +122,7 @@ def _triple(value: Any) -> tuple[int, int, int] | None:
         if len(value) == 1:
             return (value[0],) * 3
         if len(value) == 3:
-            return tuple(value)  # type: ignore[return-value]
+            return tuple(value)
     return None
 
 
@@ -195,7 +195,9 @@ def _conv_transpose3d_sizes(
         return None
     if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0 or min(extra) < 0 or min(input.shape[-3:]) < 1:
         return None
-    size, pairs, missing = [], [], []
+    size: list[int] = []
+    pairs: list[int] = []
+    missing: list[int] = []
     for axis in range(3):
         s, p, d, e = stride[axis], padding[axis], dilation[axis], extra[axis]
         if e >= s and e >= d:

@@ -37,7 +37,7 @@ Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 
 
 def layout_of(*tensors: Tensor) -> Layout:
-    """"ndhwc" when one of the tensors suggests channels_last_3d, by the rule that torch.conv3d follows."""
+    """ "ndhwc" when one of the tensors suggests channels_last_3d, by the rule that torch.conv3d follows."""
     return "ndhwc" if any(_suggests_channels_last(tensor) for tensor in tensors) else "ncdhw"
 
 
@@ -119,7 +119,7 @@ def _grad_weight_shapes(grad_output: Tensor, x: Tensor, kernel_size: Sequence[in
 
 def _run_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     layout = layout_of(x, weight)
-    problem = conv3d_problem(x.shape, weight.shape, geometry, x, layout, bias is not None)  # type: ignore[arg-type]
+    problem = conv3d_problem(x.shape, weight.shape, geometry, x, layout, bias is not None)
     if x.numel() == 0 or weight.numel() == 0:
         y = empty(problem, "output", like=x).zero_()
         return y if bias is None else y.add_(bias.view(-1, 1, 1, 1))
@@ -135,7 +135,7 @@ def _run_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) 
 def _run_conv3d_grad_input(grad_output: Tensor, weight: Tensor, input_size: Sequence[int], *geometry: Any) -> Tensor:
     layout = layout_of(grad_output, weight)
     shape = _grad_input_shapes(grad_output, weight, input_size, geometry[3])
-    problem = conv3d_problem(shape, weight.shape, geometry, grad_output, layout)  # type: ignore[arg-type]
+    problem = conv3d_problem(shape, weight.shape, geometry, grad_output, layout)
     if grad_output.numel() == 0 or weight.numel() == 0:
         return empty(problem, "input", like=grad_output).zero_()
     memory_format = MEMORY_FORMAT[layout]
@@ -149,7 +149,7 @@ def _run_conv3d_grad_input(grad_output: Tensor, weight: Tensor, input_size: Sequ
 def _run_conv3d_grad_weight(grad_output: Tensor, x: Tensor, kernel_size: Sequence[int], *geometry: Any) -> Tensor:
     layout = layout_of(grad_output, x)
     shape = _grad_weight_shapes(grad_output, x, kernel_size, geometry[3])
-    problem = conv3d_problem(x.shape, shape, geometry, grad_output, layout)  # type: ignore[arg-type]
+    problem = conv3d_problem(x.shape, shape, geometry, grad_output, layout)
     if grad_output.numel() == 0 or x.numel() == 0:
         return empty(problem, "weight", like=grad_output).zero_()
     memory_format = MEMORY_FORMAT[layout]
@@ -163,7 +163,13 @@ def _run_conv3d_grad_weight(grad_output: Tensor, x: Tensor, kernel_size: Sequenc
 def _fake_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     stride, padding, dilation, _ = geometry
     size = [
-        (x.shape[2 + axis] + padding[2 * axis] + padding[2 * axis + 1] - dilation[axis] * (weight.shape[2 + axis] - 1) - 1)
+        (
+            x.shape[2 + axis]
+            + padding[2 * axis]
+            + padding[2 * axis + 1]
+            - dilation[axis] * (weight.shape[2 + axis] - 1)
+            - 1
+        )
         // stride[axis]
         + 1
         for axis in range(3)
@@ -179,7 +185,6 @@ def _fake_conv3d_grad_input(grad_output: Tensor, weight: Tensor, input_size: Seq
 def _fake_conv3d_grad_weight(grad_output: Tensor, x: Tensor, kernel_size: Sequence[int], *geometry: Any) -> Tensor:
     shape = _grad_weight_shapes(grad_output, x, kernel_size, geometry[3])
     return grad_output.new_empty(shape).to(memory_format=MEMORY_FORMAT[layout_of(grad_output, x)])
-
 
 
 for _operator, _kernel, _fake in (

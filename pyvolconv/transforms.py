@@ -22,17 +22,19 @@ def _into_batch(tensor: Tensor, axis: int) -> Tensor:
 
 
 def _from_batch(tensor: Tensor, size: int) -> Tensor:
-    return tensor.unflatten(0, (size, -1))
+    return torch.unflatten(tensor, 0, (size, -1))
 
 
 def _into_channels(tensor: Tensor, axis: int, channel: int, groups: int) -> Tensor:
     """Channels (g, c) and a mapped axis b become channels (g, b, c)."""
-    return tensor.movedim(axis, 0).unflatten(channel + 1, (groups, -1)).movedim(0, channel + 1).flatten(channel, channel + 2)
+    grouped = torch.unflatten(tensor.movedim(axis, 0), channel + 1, (groups, -1))
+    return grouped.movedim(0, channel + 1).flatten(channel, channel + 2)
 
 
 def _from_channels(tensor: Tensor, size: int, channel: int, groups: int) -> Tensor:
     """Channels (g, b, c) become channels (g, c) and a leading axis b."""
-    return tensor.unflatten(channel, (groups, size, -1)).movedim(channel + 1, 0).flatten(channel + 1, channel + 2)
+    grouped = torch.unflatten(tensor, channel, (groups, size, -1))
+    return grouped.movedim(channel + 1, 0).flatten(channel + 1, channel + 2)
 
 
 def _into_groups(tensor: Tensor, axis: int | None, channel: int, size: int) -> Tensor:
@@ -42,7 +44,7 @@ def _into_groups(tensor: Tensor, axis: int | None, channel: int, size: int) -> T
 
 
 def _from_groups(tensor: Tensor, size: int, channel: int) -> Tensor:
-    return tensor.unflatten(channel, (size, -1)).movedim(channel, 0)
+    return torch.unflatten(tensor, channel, (size, -1)).movedim(channel, 0)
 
 
 def _vmap_conv3d(
@@ -90,7 +92,7 @@ def _vmap_conv3d_grad_weight(
         return _from_channels(conv3d_grad_weight(folded, x, *sizes), size, 0, groups), 0
     if grad_axis is None:
         grad_weight = conv3d_grad_weight(grad_output, _into_channels(x, x_axis, 1, groups), *sizes)
-        return grad_weight.unflatten(1, (size, -1)).movedim(1, 0), 0
+        return _from_groups(grad_weight, size, 1), 0
     grad_output, x = _into_groups(grad_output, grad_axis, 1, size), _into_groups(x, x_axis, 1, size)
     return _from_groups(conv3d_grad_weight(grad_output, x, *sizes[:-1], groups * size), size, 0), 0
 
