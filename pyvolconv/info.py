@@ -1,0 +1,68 @@
+"""What this installation is and can do here, as `pyvolconv info` prints it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from dataclasses import dataclass
+
+import platformdirs
+import torch
+
+from .cost.machine import openmp_runtimes, processor, versions
+from .dispatch import backends
+from .problem import PASSES, ConvProblem
+
+ISA_VARIABLE = "PYVOLCONV_ISA"
+
+_ORDINARY = ConvProblem(2, 16, 16, (8, 8, 8), (3, 3, 3), padding=((1, 1),) * 3)
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """One backend; `reason` is empty when it can run an ordinary 3x3x3 convolution here."""
+
+    name: str
+    role: str
+    device: str
+    reason: str
+
+
+def installation() -> dict[str, str]:
+    """Versions, processor, instruction set, threads, OpenMP, GPU and cache location: label to value."""
+    return {
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "platform": platform.platform(),
+        "processor": processor(),
+        "instruction set": _isa(),
+        "threads": f"{torch.get_num_threads()} (torch.set_num_threads or OMP_NUM_THREADS changes it)",
+        "OpenMP": openmp_runtimes(),
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
+        "cache": platformdirs.user_cache_dir("pyvolconv", appauthor=False),
+    }
+
+
+def backend_infos() -> list[BackendInfo]:
+    """Every backend in the dispatcher's order, on the CPU and, where there is one, on the GPU."""
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    found = []
+    for backend in backends():
+        role = "torch itself, the peer" if not backend.ours else "automatic" if backend.automatic else "only when named"
+        for device in devices:
+            problem = _ORDINARY.with_(device=device)
+            reasons = dict.fromkeys(
+                " ".join(reason.split()) for pass_ in PASSES for reason in backend.unsupported_reasons(problem, pass_)
+            )
+            found.append(BackendInfo(backend.name, role, device, "; ".join(reasons)))
+    return found
+
+
+def _isa() -> str:
+    try:
+        compiled = importlib.import_module("pyvolconv._C")
+    except ImportError as error:
+        return f"compiled part not available: {error}"
+    cap = os.environ.get(ISA_VARIABLE)
+    words = f"{compiled.current_isa()} in use; this machine runs {', '.join(compiled.supported_isas())}"
+    return f"{words}; capped by {ISA_VARIABLE}={cap}" if cap else words
