@@ -1,7 +1,8 @@
 // The one source that is compiled once per instruction set (see setup.py).
 //
 // Everything it includes lives in unnamed namespaces and uses no inline function of the standard library: a weak symbol
-// from here, built with AVX-512 flags, could replace the same symbol elsewhere in the process. The table is all it exports.
+// from here, built with AVX-512 flags, could replace the same symbol elsewhere in the process. The table is all it
+// exports.
 #include "algorithm/direct_forward.h"
 #include "algorithm/direct_grad_input.h"
 #include "algorithm/direct_grad_weight.h"

@@ -43,13 +43,9 @@ struct Vector {
     using type = typename VectorType<T>::aligned;
     static constexpr int lanes = PVC_VECTOR_BYTES / static_cast<int>(sizeof(T));
 
-    static inline type load(const T* from) {
-        return *reinterpret_cast<const typename VectorType<T>::unaligned*>(from);
-    }
+    static inline type load(const T* from) { return *reinterpret_cast<const typename VectorType<T>::unaligned*>(from); }
 
-    static inline void store(T* to, type value) {
-        *reinterpret_cast<typename VectorType<T>::unaligned*>(to) = value;
-    }
+    static inline void store(T* to, type value) { *reinterpret_cast<typename VectorType<T>::unaligned*>(to) = value; }
 
     // The first `count` (0 to lanes) elements, the rest zero; reads nothing beyond them.
     static inline type load_partial(const T* from, int64_t count) {

@@ -1,0 +1,59 @@
+// The sums of one tile and one block of target channels, written to where they belong in the target tensor.
+#pragma once
+
+#include "../vector.h"
+#include "tiling.h"
+#include "transpose.h"
+
+namespace pvc {
+namespace {
+
+// A box of the target: voxels first .. first + count - 1 of the gather, `channels` channels from `channel`.
+struct TargetBlock {
+    int64_t sample, channel, channels, width;  // the sums of a voxel are `width` apart
+    int64_t first[3], count[3];
+};
+
+template <typename T>
+void store_voxels_ndhwc(const T* sums, const TargetBlock& block, int64_t voxels, int64_t stride, T* to) {
+    using V = Vector<T>;
+    const int64_t whole = block.channels / V::lanes * V::lanes;
+    for (int64_t v = 0; v < voxels; ++v, sums += block.width, to += stride) {
+        for (int64_t c = 0; c < whole; c += V::lanes) V::store(to + c, V::load(sums + c));
+        for (int64_t c = whole; c < block.channels; ++c) to[c] = sums[c];
+    }
+}
+
+// `sums` is [count 0][count 1][count 2][width].
+template <typename T>
+void store_target(const Gather& gather, const TargetBlock& block, const T* sums, T* target) {
+    const GatherAxis* axis = gather.axis;
+    const int64_t all_channels = gather.groups * gather.target_channels;
+    const int64_t voxels = axis[0].target_size * axis[1].target_size * axis[2].target_size;
+    const bool last = gather.layout == Layout::ndhwc;
+    T* first = target + block.sample * all_channels * voxels + block.channel * (last ? 1 : voxels);
+    // Rows that follow one another in memory are one run.
+    const bool joined = axis[2].target_step == 1 && block.count[2] == axis[2].target_size && axis[1].target_step == 1;
+    const int64_t runs = joined ? 1 : block.count[1], run = joined ? block.count[1] * block.count[2] : block.count[2];
+    for (int64_t d = 0; d < block.count[0]; ++d) {
+        const int64_t depth = axis[0].target_first + (block.first[0] + d) * axis[0].target_step;
+        for (int64_t h = 0; h < runs; ++h, sums += run * block.width) {
+            const int64_t height = axis[1].target_first + (block.first[1] + h) * axis[1].target_step;
+            const int64_t width = axis[2].target_first + block.first[2] * axis[2].target_step;
+            const int64_t voxel = (depth * axis[1].target_size + height) * axis[2].target_size + width;
+            if (last) {
+                store_voxels_ndhwc(sums, block, run, axis[2].target_step * all_channels, first + voxel * all_channels);
+            } else if (axis[2].target_step == 1) {
+                transpose(sums, block.width, first + voxel, voxels, run, block.channels);
+            } else {
+                for (int64_t c = 0; c < block.channels; ++c) {
+                    T* to = first + voxel + c * voxels;
+                    for (int64_t w = 0; w < run; ++w) to[w * axis[2].target_step] = sums[w * block.width + c];
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace pvc

@@ -1,0 +1,85 @@
+// The register tile for ordinary channel counts: MR voxels x NR vectors of target channels.
+//
+// One step of the reduction loads NR vectors of packed weights, broadcasts one source value per voxel and does MR * NR
+// FMAs: MR + NR loads for MR * NR FMAs. With MR * NR + NR + 1 vectors the tile stays inside the registers: 6 x 2 and
+// 4 x 3 of 16, 8 x 3 of 32 (more voxels would need more pointers than there are general registers). At least
+// 2 units * 4 cycles = 8 accumulators are needed to hide the latency of an FMA.
+#pragma once
+
+#include "../isa.h"
+#include "segment.h"
+
+namespace pvc {
+namespace {
+
+// Flat: every segment has length 1 (few source channels), so there is no inner loop to set up.
+template <typename T, int MR, int NR, bool Flat>
+void broadcast_tile(const T* source, const int32_t* voxels, const Segment* segments, int64_t segment_count,
+                    const T* weights, const T* initial, T* accumulators) {
+    using V = Vector<T>;
+    typename V::type sum[MR][NR];
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+        for (int n = 0; n < NR; ++n) {
+            sum[m][n] = V::load((initial != nullptr ? initial : accumulators + m * NR * V::lanes) + n * V::lanes);
+        }
+    }
+    for (int64_t s = 0; s < segment_count; ++s) {
+        const T* row[MR];
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; ++m) row[m] = source + voxels[m] + segments[s].offset;
+        const int64_t length = Flat ? 1 : segments[s].length;
+        for (int64_t i = 0; i < length; ++i) {
+            typename V::type weight[NR];
+#pragma GCC unroll 4
+            for (int n = 0; n < NR; ++n) weight[n] = V::load(weights + n * V::lanes);
+            weights += NR * V::lanes;
+#pragma GCC unroll 16
+            for (int m = 0; m < MR; ++m) {
+                const T value = row[m][i];
+#pragma GCC unroll 4
+                for (int n = 0; n < NR; ++n) sum[m][n] += value * weight[n];
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+        for (int n = 0; n < NR; ++n) V::store(accumulators + (m * NR + n) * V::lanes, sum[m][n]);
+    }
+}
+
+// Voxels of a full tile for a block of `vectors` (1 to kMaxBlockVectors) vectors of target channels.
+constexpr int kMaxBlockVectors = 3;
+
+constexpr int tile_voxels(int vectors) {
+    if (kVectorRegisters == 32 || vectors == 1) return 8;
+    return vectors == 2 ? 6 : 4;
+}
+
+template <typename T, int NR, bool Flat>
+Microkernel<T> broadcast_tile_of(int64_t voxels) {
+    switch (voxels) {
+        case 1:
+            return broadcast_tile<T, 1, NR, Flat>;
+        case 2:
+            return broadcast_tile<T, 2, NR, Flat>;
+        case 3:
+            return broadcast_tile<T, 3, NR, Flat>;
+        case 4:
+            return broadcast_tile<T, 4, NR, Flat>;
+    }
+    if constexpr (tile_voxels(NR) >= 6) {
+        if (voxels == 5) return broadcast_tile<T, 5, NR, Flat>;
+        if (voxels == 6) return broadcast_tile<T, 6, NR, Flat>;
+    }
+    if constexpr (tile_voxels(NR) >= 8) {
+        if (voxels == 7) return broadcast_tile<T, 7, NR, Flat>;
+        if (voxels == 8) return broadcast_tile<T, 8, NR, Flat>;
+    }
+    return nullptr;
+}
+
+}  // namespace
+}  // namespace pvc

@@ -1,0 +1,144 @@
+// The Python module pyvolconv._C: raw pointers in, results written in place, the interpreter lock released.
+//
+// Knows nothing of torch. The caller guarantees what backends/base.py promises: dense tensors of the problem's dtype,
+// layout and sizes, no size zero.
+#include <dlfcn.h>
+#include <omp.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <string>
+
+#include "bandwidth.h"
+#include "dispatch.h"
+#include "problem.h"
+
+namespace py = pybind11;
+
+namespace {
+
+#if defined(__clang__)
+constexpr const char* kCompiler = "clang " __clang_version__;
+#else
+constexpr const char* kCompiler = "g++ " __VERSION__;
+#endif
+
+using Size3 = std::array<int64_t, 3>;
+
+struct Plan {
+    pvc::ConvProblem problem;
+    bool double_precision;
+};
+
+template <typename T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Plan make_plan(int64_t batch, int64_t in_channels, int64_t out_channels, const Size3& input_size,
+               const Size3& output_size, const Size3& kernel_size, const Size3& stride, const Size3& padding_begin,
+               const Size3& padding_end, const Size3& dilation, int64_t groups, bool channels_last,
+               bool double_precision) {
+    Plan plan = {};
+    plan.double_precision = double_precision;
+    pvc::ConvProblem& problem = plan.problem;
+    problem.batch = batch;
+    problem.in_channels = in_channels;
+    problem.out_channels = out_channels;
+    problem.groups = groups;
+    problem.layout = channels_last ? pvc::Layout::ndhwc : pvc::Layout::ncdhw;
+    for (int axis = 0; axis < 3; ++axis) {
+        problem.input_size[axis] = input_size[axis];
+        problem.output_size[axis] = output_size[axis];
+        problem.kernel_size[axis] = kernel_size[axis];
+        problem.stride[axis] = stride[axis];
+        problem.padding_begin[axis] = padding_begin[axis];
+        problem.padding_end[axis] = padding_end[axis];
+        problem.dilation[axis] = dilation[axis];
+    }
+    return plan;
+}
+
+template <typename T>
+void forward_as(const pvc::PassTable<T>& passes, const Plan& plan, uintptr_t x, uintptr_t weight, uintptr_t bias,
+                uintptr_t y) {
+    passes.forward(plan.problem, pointer<T>(x), pointer<T>(weight), pointer<T>(bias), pointer<T>(y));
+}
+
+void forward(const Plan& plan, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t y) {
+    const pvc::KernelTable& kernels = pvc::current_kernels();
+    const py::gil_scoped_release release;
+    if (plan.double_precision) {
+        forward_as(kernels.float64, plan, x, weight, bias, y);
+    } else {
+        forward_as(kernels.float32, plan, x, weight, bias, y);
+    }
+}
+
+void grad_input(const Plan& plan, uintptr_t grad_output, uintptr_t weight, uintptr_t result) {
+    const pvc::KernelTable& kernels = pvc::current_kernels();
+    const py::gil_scoped_release release;
+    if (plan.double_precision) {
+        kernels.float64.grad_input(plan.problem, pointer<double>(grad_output), pointer<double>(weight),
+                                   pointer<double>(result));
+    } else {
+        kernels.float32.grad_input(plan.problem, pointer<float>(grad_output), pointer<float>(weight),
+                                   pointer<float>(result));
+    }
+}
+
+void grad_weight(const Plan& plan, uintptr_t grad_output, uintptr_t x, uintptr_t result) {
+    const pvc::KernelTable& kernels = pvc::current_kernels();
+    const py::gil_scoped_release release;
+    if (plan.double_precision) {
+        kernels.float64.grad_weight(plan.problem, pointer<double>(grad_output), pointer<double>(x),
+                                    pointer<double>(result));
+    } else {
+        kernels.float32.grad_weight(plan.problem, pointer<float>(grad_output), pointer<float>(x),
+                                    pointer<float>(result));
+    }
+}
+
+double fma_peak(double seconds) {
+    const pvc::KernelTable& kernels = pvc::current_kernels();
+    const py::gil_scoped_release release;
+    return kernels.fma_peak(seconds);
+}
+
+std::string openmp_runtime() {
+    Dl_info info = {};
+    if (dladdr(reinterpret_cast<void*>(&omp_get_max_threads), &info) == 0 || info.dli_fname == nullptr) return "";
+    return info.dli_fname;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "Compiled kernels of pyvolconv; import torch first (it brings the OpenMP runtime).";
+
+    py::class_<Plan>(module, "Plan")
+        .def(py::init(&make_plan), py::kw_only(), py::arg("batch"), py::arg("in_channels"), py::arg("out_channels"),
+             py::arg("input_size"), py::arg("output_size"), py::arg("kernel_size"), py::arg("stride"),
+             py::arg("padding_begin"), py::arg("padding_end"), py::arg("dilation"), py::arg("groups"),
+             py::arg("channels_last"), py::arg("double_precision"));
+
+    module.def("forward", &forward, py::arg("plan"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"));
+    module.def("grad_input", &grad_input, py::arg("plan"), py::arg("grad_output"), py::arg("weight"),
+               py::arg("grad_input"));
+    module.def("grad_weight", &grad_weight, py::arg("plan"), py::arg("grad_output"), py::arg("x"),
+               py::arg("grad_weight"));
+
+    module.def("compiled_isas", &pvc::compiled_isas);
+    module.def("supported_isas", &pvc::supported_isas);
+    module.def("current_isa", &pvc::current_isa);
+    module.def("use_isa", &pvc::use_isa, py::arg("isa"));
+
+    module.def("measure_fma_peak", &fma_peak, py::arg("seconds") = 0.1);
+    module.def("measure_copy_bandwidth", &pvc::measure_copy_bandwidth, py::arg("seconds") = 0.2,
+               py::call_guard<py::gil_scoped_release>());
+    module.def("compiler", [] { return std::string(kCompiler); });
+    module.def("openmp_runtime", &openmp_runtime);
+    module.def("openmp_threads", [] { return omp_get_max_threads(); });
+}

@@ -1,0 +1,124 @@
+"""`cpp.direct`: register-tiled direct convolution in C++ and OpenMP, from csrc/.
+
+The compiled module is loaded at the first question about it. A pass is one call into it: pointers in, the interpreter
+lock released, work shared over `torch.get_num_threads()` threads of the OpenMP pool that torch uses. The instruction set
+is the fastest that the machine supports, capped by the environment variable PYVOLCONV_ISA (avx512, avx2 or baseline).
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..problem import ConvProblem, Pass
+from .base import Accuracy, Backend, empty
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from .. import _C
+
+DTYPES = ("float32", "float64")
+
+
+@cache
+def load_extension() -> tuple[ModuleType | None, str]:
+    """The compiled module and "", or None and one line that says why there is none.
+
+    Example:
+        >>> module, reason = load_extension()
+        >>> (module is None) == bool(reason)
+        True
+    """
+    try:
+        from .. import _C
+    except ImportError as error:
+        return None, (
+            f"the compiled module pyvolconv._C cannot be imported ({error}); install g++ and then pyvolconv again, "
+            "without PYVOLCONV_NO_EXTENSION"
+        )
+    try:
+        _C.current_isa()
+    except ValueError as error:
+        return None, str(error)
+    return _C, ""
+
+
+@lru_cache(maxsize=1024)
+def _plan(problem: ConvProblem) -> _C.Plan:
+    from .. import _C
+
+    begin, end = zip(*problem.padding, strict=True)
+    return _C.Plan(
+        batch=problem.batch,
+        in_channels=problem.in_channels,
+        out_channels=problem.out_channels,
+        input_size=problem.input_size,
+        output_size=problem.output_size,
+        kernel_size=problem.kernel_size,
+        stride=problem.stride,
+        padding_begin=begin,
+        padding_end=end,
+        dilation=problem.dilation,
+        groups=problem.groups,
+        channels_last=problem.layout == "ndhwc",
+        double_precision=problem.dtype == "float64",
+    )
+
+
+class CppDirect(Backend):
+    """Direct convolution: every problem, both layouts, no reordering of whole tensors."""
+
+    name = "cpp.direct"
+    family = "cpp"
+
+    def unsupported_reasons(self, problem: ConvProblem, pass_: Pass) -> list[str]:
+        reasons = []
+        if problem.device != "cpu":
+            reasons.append(f"device is {problem.device}; it runs on cpu")
+        if problem.dtype not in DTYPES:
+            reasons.append(f"dtype is {problem.dtype}; it computes {' and '.join(DTYPES)}")
+        _, missing = load_extension()
+        if missing:
+            reasons.append(missing)
+        return reasons
+
+    def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        from .. import _C
+
+        y = empty(problem, "output", x)
+        _follow_torch_threads()
+        _C.forward(
+            _plan(problem), x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
+        )
+        return y
+
+    def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
+        from .. import _C
+
+        result = empty(problem, "input", grad_output)
+        _follow_torch_threads()
+        _C.grad_input(_plan(problem), grad_output.data_ptr(), weight.data_ptr(), result.data_ptr())
+        return result
+
+    def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
+        from .. import _C
+
+        result = empty(problem, "weight", x)
+        _follow_torch_threads()
+        _C.grad_weight(_plan(problem), grad_output.data_ptr(), x.data_ptr(), result.data_ptr())
+        return result
+
+    def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
+        return Accuracy(constant=1.0, accumulate_dtype=problem.dtype, bitwise_reproducible=True)
+
+    def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
+        return 0.6
+
+
+def _follow_torch_threads() -> None:
+    """Torch gives the calling Python thread its thread count (omp_set_num_threads) when first asked for it."""
+    torch.get_num_threads()
