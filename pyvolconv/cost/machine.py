@@ -6,10 +6,26 @@ B bytes takes at least max(F / peak, B / bandwidth).
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import os
+import platform
+import re
+import sys
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
+from typing import Literal
 
 import torch
+
+from .timing import alternate
+
+_PACKAGES = ("pyvolconv", "torch", "numpy", "numba", "triton")
+_CPU = Path("/sys/devices/system/cpu")
+_MATMUL_SIZE = 1024
+_SMALLEST_COPY = 64 * 2**20
+_LARGEST_COPY = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -19,20 +35,21 @@ class Machine:
     Attributes:
         cpu: model name of the processor.
         architecture: e.g. "x86_64".
-        isa: widest vector instruction set that the processor and the system offer, e.g. "AVX2+FMA".
+        isa: vector instruction sets that processor and system offer, widest first, e.g. "AVX2+FMA".
         cores: physical cores this process may use.
-        threads: `torch.get_num_threads()` at the time of measuring; both ceilings are for this number.
-        caches: bytes of each cache of one core (the last level is shared), keys like "L1d", "L2", "L3".
-        memory_bytes: main memory.
-        peak_flops: float32 FLOP/s measured with `threads` threads, an FMA counted as two.
+        threads: `torch.get_num_threads()` at the time of measuring; the ceilings are for this number.
+        caches: bytes of each cache that one core sees (the last level is shared), keys like "L1d", "L2", "L3".
+        memory_bytes: main memory, 0 if unknown.
+        device: "cpu" or "cuda": whose ceilings these are.
+        peak_flops: float32 FLOP/s, an FMA counted as two.
         peak_source: how `peak_flops` was measured, in words.
-        copy_bandwidth: bytes/s of a large copy, read and written bytes both counted.
-        openmp: the OpenMP runtime that is loaded.
+        copy_bandwidth: bytes/s of a copy that no cache holds, bytes read and bytes written both counted.
+        openmp: the OpenMP runtimes that are loaded.
         gpu: name of the CUDA device, None without one.
         versions: package name to version.
 
     Example:
-        >>> machine = Machine("x", "x86_64", "AVX2", 1, 1, {}, 2**30, 1e11, "given", 1e10, "none", None, {})
+        >>> machine = Machine("x", "x86_64", "AVX2", 1, 1, {}, 2**30, "cpu", 1e11, "given", 1e10, "none", None, {})
         >>> machine.attainable_flops(flops=100, min_bytes=100)
         10000000000.0
     """
@@ -44,6 +61,7 @@ class Machine:
     threads: int
     caches: dict[str, int]
     memory_bytes: int
+    device: str
     peak_flops: float
     peak_source: str
     copy_bandwidth: float
@@ -56,19 +74,152 @@ class Machine:
         return max(flops / self.peak_flops, min_bytes / self.copy_bandwidth)
 
     def attainable_flops(self, flops: float, min_bytes: float) -> float:
-        """The roofline's upper bound on FLOP/s of such work."""
-        return flops / self.least_seconds(flops, min_bytes)
+        """The roofline's upper bound on FLOP/s of such work; `peak_flops` where no byte need move."""
+        least = self.least_seconds(flops, min_bytes)
+        return flops / least if least > 0 else self.peak_flops
 
     def to_dict(self) -> dict[str, object]:
         """All attributes as plain values for JSON."""
         return asdict(self)
 
 
-@lru_cache(maxsize=8)
-def _measured(threads: int) -> Machine:
-    raise NotImplementedError
+def measure_machine(device: Literal["cpu", "cuda"] = "cpu") -> Machine:
+    """The machine, with both ceilings measured now: under two seconds, then remembered per thread count.
+
+    Example:
+        >>> measure_machine().peak_flops > 0
+        True
+    """
+    return _measure(device, torch.get_num_threads())
 
 
-def measure_machine() -> Machine:
-    """The machine, with both ceilings measured now; under two seconds, once per process and thread count."""
-    return _measured(torch.get_num_threads())
+@lru_cache(maxsize=16)
+def _measure(device: str, threads: int) -> Machine:
+    caches = _caches()
+    peak, source = _peak(device, threads)
+    return Machine(
+        cpu=processor(),
+        architecture=platform.machine(),
+        isa=_isa(),
+        cores=_cores(),
+        threads=threads,
+        caches=caches,
+        memory_bytes=_memory_bytes(),
+        device=device,
+        peak_flops=peak,
+        peak_source=source,
+        copy_bandwidth=_copy_bandwidth(device, max(caches.values(), default=0)),
+        openmp=openmp_runtimes(),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        versions=versions(),
+    )
+
+
+def openmp_runtimes() -> str:
+    """File names of the OpenMP runtimes in this process, each marked where it is the one that torch ships."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return "unknown (no /proc)"
+    torch_folder = str(Path(torch.__file__).parent)
+    names = {
+        Path(path).name + (" (torch's)" if path.startswith(torch_folder) else "")
+        for path in re.findall(r"\s(/\S*/lib(?:gomp|iomp5|omp)[-.]\S*)", maps)
+    }
+    return ", ".join(sorted(names)) or "none"
+
+
+def _peak(device: str, threads: int) -> tuple[float, str]:
+    if device == "cpu":
+        try:
+            compiled = importlib.import_module("pyvolconv._C")
+        except ImportError:
+            return _matmul_rate(device), "torch.mm float32 (pyvolconv is not compiled here: a lower bound of FMA peak)"
+        gflops = compiled.measure_fma_peak(threads)
+        return gflops * 1e9, f"independent float32 FMAs in registers, {threads} threads"
+    return _matmul_rate(device), "torch.mm float32 as torch is set (a lower bound of the device's peak)"
+
+
+def _matmul_rate(device: str) -> float:
+    size = _MATMUL_SIZE if device == "cpu" else 8 * _MATMUL_SIZE
+    a, b, out = (torch.ones(size, size, device=device) for _ in range(3))
+    seconds = alternate({"mm": lambda: torch.mm(a, b, out=out)}, rounds=8, warmup=2)["mm"].min
+    return 2 * size**3 / seconds
+
+
+def _copy_bandwidth(device: str, largest_cache: int) -> float:
+    # Source and target together four times the last level: what the previous copy left in cache is a small part.
+    size = min(max(_SMALLEST_COPY, 2 * largest_cache), _LARGEST_COPY)
+    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
+    seconds = alternate({"copy": lambda: target.copy_(source)}, rounds=8, warmup=1)["copy"].min
+    return 2 * size / seconds
+
+
+def versions() -> dict[str, str]:
+    """Python and packages: name to version."""
+    return {"python": platform.python_version(), **{package: _version(package) for package in _PACKAGES}}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpuinfo(field: str) -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+    match = re.search(rf"^{field}\s*:\s*(.*)$", text, re.MULTILINE)
+    return match[1].strip() if match else ""
+
+
+def processor() -> str:
+    """Model name of the processor."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine() or "unknown"
+
+
+def _isa() -> str:
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return "SVE+NEON" if "sve" in _cpuinfo("Features").split() else "NEON"
+    flags = set(_cpuinfo("flags").split())
+    names = [
+        name
+        for flag, name in (("amx_tile", "AMX"), ("avx512_bf16", "AVX512-BF16"), ("avx512f", "AVX512"))
+        if flag in flags
+    ]
+    if "avx2" in flags:
+        names.append("AVX2+FMA" if "fma" in flags else "AVX2")
+    return ", ".join(names) or f"torch: {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _cores() -> int:
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = set()
+    for cpu in allowed:
+        topology = _CPU / f"cpu{cpu}" / "topology"
+        try:
+            cores.add(tuple((topology / name).read_text().strip() for name in ("physical_package_id", "core_id")))
+        except OSError:
+            cores.add((str(cpu),))
+    return len(cores)
+
+
+def _caches() -> dict[str, int]:
+    caches = {}
+    for index in sorted((_CPU / "cpu0" / "cache").glob("index*")):
+        try:
+            level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+        except OSError:
+            continue
+        suffix = {"Data": "d", "Instruction": "i"}.get(kind, "")
+        caches[f"L{level}{suffix}"] = int(size.removesuffix("K")) * 1024
+    return caches
+
+
+def _memory_bytes() -> int:
+    if sys.platform == "win32":
+        return 0
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
