@@ -119,7 +119,7 @@ def _reduce_as_original(self: Any, protocol: Any) -> Any:
 def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
     # The default goes through __reduce_ex__ and would return the original class.
     derived = type(self)
-    result = derived.__new__(derived)
+    result = derived.__new__(derived)  # type: ignore[call-overload]
     memo[id(self)] = result
     result.__setstate__(copy.deepcopy(self.__dict__, memo))
     return result
