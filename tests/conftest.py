@@ -1,0 +1,268 @@
+"""What every test shares: seeds, the problem set, operands, the float64 reference and the error bound.
+
+Inputs are fresh in each session and repeatable: the header prints the session's seed, and
+PYVOLCONV_SEED=<that number> gives every test the same inputs again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import zlib
+from collections.abc import Callable, Iterator
+
+# Before torch loads OpenMP: idle threads sleep instead of spinning, or a busy machine makes each tiny parallel
+# region wait for a time slice (thirty times the time of this suite).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    # Triton reads this when it is imported: its kernels then run on the CPU, slowly and exactly as written.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from pyvolconv.backends.base import MEMORY_FORMAT, Accuracy, Backend
+from pyvolconv.backends.registry import REGISTRY
+from pyvolconv.dispatch import forget_choices
+from pyvolconv.problem import LAYOUTS, PASSES, ConvProblem, Pass
+
+SESSION_SEED = int(os.environ.get("PYVOLCONV_SEED") or random.SystemRandom().randrange(2**31))
+
+PROBLEMS = (
+    # The three layers of the mission's network: few input channels, then channel counts that fill vectors.
+    "n2ic1oc16-i9x10x11-k3-p1",
+    "n2ic16oc24-i5x6x7-k3-p1-bias",
+    "n1ic24oc32-i4x5x6-k3-p1",
+    "n2ic3oc8-i7x9x10-k5-s2-p2-bias",  # a stem: RGB, strided
+    "n1ic64oc48-i3x4x5-k3-p1",  # a reduction of 1,728 products
+    "n3ic5oc7-i5x4x9-k3-bias",  # channel counts that fill no vector
+    "n1ic17oc33-i4x3x6-k3-p1",  # one more than full vectors
+    "n1ic2oc3-i4x5x37-k3-p1",  # long rows
+    "n2ic8oc8-i3x3x35-k1x1x5-p0x0x2",
+    "n1ic16oc16-i1x1x1-k3-p1",  # all border
+    "n3ic4oc6-i3x4x5-k3x4x5-bias",  # the kernel covers the input: one output voxel
+    "n2ic4oc1-i4x5x6-k3-p1",
+    # Kernels with axes of one tap.
+    "n2ic12oc20-i3x5x7-k1-bias",
+    "n2ic8oc16-i4x6x5-k1x3x3-p0x1x1",
+    "n2ic8oc16-i6x3x5-k3x1x1-p1x0x0",
+    "n2ic3oc5-i5x6x8-k1-s2",  # most voxels meet no tap
+    # Strides, also larger than the kernel, and sizes that a stride does not divide.
+    "n2ic4oc8-i8x9x10-k2-s2-bias",
+    "n1ic3oc16-i7x8x9-k2x4x4-s2x4x4",
+    "n2ic6oc10-i8x9x11-k3-s2-p1",
+    "n1ic4oc6-i9x8x10-k3x2x3-s3x2x1-p1x0x2-bias",
+    "n1ic3oc4-i11x7x9-k2x1x2-s4x3x5",
+    # Dilation alone, and with strides that do and do not divide it.
+    "n2ic4oc8-i7x8x9-k3-p2-d2",
+    "n1ic8oc16-i9x7x12-k3x2x3-p2x1x3-d2x1x3-bias",
+    "n1ic4oc6-i10x11x12-k3-s2x3x4-p2-d3x3x2",
+    "n1ic3oc5-i9x9x13-k2x3x3-s4x2x3-p1x2x3-d2x4x3",
+    # Padding on one side only (causal, even "same"), and wider than the kernel.
+    "n2ic4oc8-i5x6x7-k4x2x2-p1+2x0+1x0+1-bias",
+    "n2ic8oc16-i4x5x6-k3-p2+0x1x1",
+    "n1ic3oc4-i4x3x5-k2-s2x1x3-p3+0x0+4x2+3",
+    "n1ic2oc3-i2x3x4-k3-p4",
+    # Groups: several channels each, channel multipliers, depthwise.
+    "n2g2ic8oc12-i5x4x6-k3-p1-bias",
+    "n1g3ic9oc6-i4x6x5-k2x3x3-s2x1x1-p0x1x1",
+    "n1g2ic32oc32-i3x4x5-k3-p1",
+    "n2g8ic8oc8-i5x6x7-k3-p1-bias",
+    "n1g5ic5oc10-i6x5x7-k3-s2-p1-d1x2x1",
+    "n1g16ic16oc16-i5x6x9-k5x3x5-p2x1x2",
+    "n1g4ic4oc4-i8x8x8-k7-p3",
+)
+
+
+def problems(dtypes: tuple[str, ...] = ("float32", "float64"), texts: tuple[str, ...] = PROBLEMS) -> list[ConvProblem]:
+    """The problem set in every layout and the given dtypes."""
+    return [
+        ConvProblem.parse(f"cpu-{dtype}-{layout}-{text}")
+        for text, layout, dtype in itertools.product(texts, LAYOUTS, dtypes)
+    ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.register_profile(
+        "ci", derandomize=True, max_examples=200, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+    settings.register_profile("fresh", parent=settings.get_profile("ci"), derandomize=False, print_blob=True)
+    settings.load_profile("ci" if os.environ.get("CI") else "fresh")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"PYVOLCONV_SEED={SESSION_SEED}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test that names `backend`, `problem` or `pass_` runs for each of them."""
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", REGISTRY, ids=lambda backend: backend.name)
+    if "problem" in metafunc.fixturenames:
+        metafunc.parametrize("problem", problems(), ids=str)
+    if "pass_" in metafunc.fixturenames:
+        metafunc.parametrize("pass_", PASSES)
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()) ^ SESSION_SEED)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_choices() -> Iterator[None]:
+    forget_choices()
+    yield
+    forget_choices()
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Every tensor that torch allocates without a value for it is filled with NaN."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[assignment]
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """`torch.set_num_threads`, undone at the end."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def require() -> Callable[[Backend, ConvProblem, Pass], None]:
+    """Skip where a backend says that it cannot run; test_backends checks that able ones do not say so."""
+
+    def check(backend: Backend, problem: ConvProblem, pass_: Pass) -> None:
+        reasons = backend.unsupported_reasons(problem, pass_)
+        if reasons:
+            pytest.skip(f"{backend.name}: {'; '.join(reasons)}")
+
+    return check
+
+
+def operand_shapes(problem: ConvProblem, pass_: Pass) -> list[tuple[int, ...]]:
+    """Shapes of a pass's operands in the order of the backend's arguments, the bias last."""
+    x, weight, grad_output = problem.input_shape, problem.weight_shape, problem.output_shape
+    if pass_ == "forward":
+        return [x, weight, (problem.out_channels,)] if problem.bias else [x, weight]
+    return [grad_output, weight] if pass_ == "grad_input" else [grad_output, x]
+
+
+@pytest.fixture
+def operands() -> Callable[..., list[Tensor]]:
+    """operands(problem, pass_, integers=False): random, dense in the problem's layout, between guards.
+
+    Each lies inside a larger buffer of NaN, at an odd address, so that a read outside of it shows and
+    nobody can rely on an alignment. Integers are between -3 and 3: their sums are exact.
+    """
+
+    def make(problem: ConvProblem, pass_: Pass, integers: bool = False) -> list[Tensor]:
+        made = []
+        for shape in operand_shapes(problem, pass_):
+            values = torch.randint(-3, 4, shape) if integers else torch.randn(shape, dtype=torch.float64)
+            dense = values.to(getattr(torch, problem.dtype))
+            if len(shape) == 5:
+                dense = dense.contiguous(memory_format=MEMORY_FORMAT[problem.layout])
+            made.append(between_guards(dense))
+        return made
+
+    return make
+
+
+def between_guards(dense: Tensor, guard: int = 67) -> Tensor:
+    """The same values and strides inside a buffer that holds NaN before and after them."""
+    buffer = torch.full((dense.numel() + 2 * guard,), float("nan"), dtype=dense.dtype)
+    inside = buffer.as_strided(dense.shape, dense.stride(), guard)
+    return inside.copy_(dense)
+
+
+@pytest.fixture
+def run_pass() -> Callable[[Backend, ConvProblem, Pass, list[Tensor]], Tensor]:
+    """run_pass(backend, problem, pass_, operands), called as `pyvolconv.ops` calls a backend."""
+    return _run_pass
+
+
+def _run_pass(backend: Backend, problem: ConvProblem, pass_: Pass, args: list[Tensor]) -> Tensor:
+    if pass_ == "forward":
+        x, weight, *bias = args
+        return backend.forward(problem, x, weight, bias[0] if bias else None)
+    return getattr(backend, pass_)(problem, *args)
+
+
+@pytest.fixture
+def reference() -> Callable[[ConvProblem, Pass, list[Tensor]], Tensor]:
+    """reference(problem, pass_, operands): ATen in float64; test_reference checks it against the definition."""
+    return _reference
+
+
+def _reference(problem: ConvProblem, pass_: Pass, args: list[Tensor]) -> Tensor:
+    aten = REGISTRY[-1]
+    exact = problem.with_(dtype="float64", layout="ncdhw", device="cpu")
+    return _run_pass(aten, exact, pass_, [arg.detach().cpu().double().contiguous() for arg in args])
+
+
+@pytest.fixture
+def error_in_bounds() -> Callable[[Tensor, ConvProblem, Pass, list[Tensor], Accuracy], float]:
+    """error_in_bounds(got, ...): the largest error as a multiple of the bound that `Accuracy` states."""
+    return _error_in_bounds
+
+
+def _error_in_bounds(got: Tensor, problem: ConvProblem, pass_: Pass, args: list[Tensor], accuracy: Accuracy) -> float:
+    exact = _reference(problem, pass_, args)
+    magnitude = _reference(problem, pass_, [arg.abs() for arg in args])
+    unit = torch.finfo(getattr(torch, accuracy.accumulate_dtype)).eps
+    bound = accuracy.constant * unit * problem.reduction_length(pass_) * magnitude
+    bound += torch.finfo(got.dtype).eps * exact.abs()
+    error = (got.detach().cpu().double() - exact).abs()
+    # Where nothing is summed the bound is zero and so must the error be; NaN is never within a bound.
+    ratio = torch.where(bound > 0, error / bound, torch.where(error == 0, 0.0, torch.inf))
+    return float(ratio.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
+
+
+@pytest.fixture
+def assert_within_bound() -> Callable[[Tensor, ConvProblem, Pass, list[Tensor], Accuracy], None]:
+    """assert_within_bound(got, problem, pass_, operands, accuracy)."""
+
+    def check(got: Tensor, problem: ConvProblem, pass_: Pass, args: list[Tensor], accuracy: Accuracy) -> None:
+        ratio = _error_in_bounds(got, problem, pass_, args, accuracy)
+        assert ratio <= 1, f"{pass_} of {problem}: the error is {ratio:.3g} times the bound of {accuracy}"
+
+    return check
+
+
+Product = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+@pytest.fixture
+def products() -> Callable[[ConvProblem], Iterator[Product]]:
+    """products(problem): (index into x, into w, into y) of every product of the defining sum, padding left out."""
+    return _products
+
+
+def _products(problem: ConvProblem) -> Iterator[Product]:
+    in_group = problem.in_channels // problem.groups
+    out_group = problem.out_channels // problem.groups
+    taps = list(itertools.product(*map(range, problem.kernel_size)))
+    for voxel in itertools.product(*map(range, problem.output_size)):
+        for tap in taps:
+            source = tuple(
+                i * stride - begin + k * dilation
+                for i, k, stride, (begin, _), dilation in zip(
+                    voxel, tap, problem.stride, problem.padding, problem.dilation, strict=True
+                )
+            )
+            if any(not 0 <= s < size for s, size in zip(source, problem.input_size, strict=True)):
+                continue
+            for n, o, c in itertools.product(range(problem.batch), range(problem.out_channels), range(in_group)):
+                yield (n, o // out_group * in_group + c, *source), (o, c, *tap), (n, o, *voxel)
