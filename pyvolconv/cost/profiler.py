@@ -7,13 +7,17 @@ operators + framework (autograd, Python, freeing memory between operators) + the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from torch import nn
 
-from .machine import Machine
-from .timing import Timing
+from .machine import Machine, measure_machine
+from .timing import Timing, now
+from .trace import Call, Spent, StepTrace, trace_step
+
+_SPLIT_RUNS = 2
 
 
 @dataclass(frozen=True)
@@ -120,20 +124,41 @@ class StepProfile:
     machine: Machine
 
     def split(self) -> StepSplit:
-        """The step as it runs without the profiler; convolutions' passes as profiled, the rest is `other`."""
-        raise NotImplementedError
+        """The step as it runs without the profiler: convolutions' passes as profiled, the rest of it `other`."""
+        return self._split_of(self.step.median)
 
     def profiled_split(self) -> StepSplit:
         """The step as it ran under the profiler, whose own time counts in `other`."""
-        raise NotImplementedError
+        return self._split_of(self.profiled_seconds)
 
     def by_layer(self) -> dict[tuple[str, str], float]:
-        """Seconds per (layer, pass)."""
-        raise NotImplementedError
+        """Seconds per (layer, pass), in the order of first running."""
+        seconds: dict[tuple[str, str], float] = {}
+        for entry in self.entries:
+            key = entry.layer, entry.pass_
+            seconds[key] = seconds.get(key, 0.0) + entry.seconds
+        return seconds
 
     def to_dict(self) -> dict[str, object]:
-        """Everything as plain values for JSON."""
-        raise NotImplementedError
+        """Everything as plain values for JSON; seconds, and milliseconds in both splits."""
+        return {
+            "entries": [entry.to_dict() for entry in self.entries],
+            "framework_seconds": self.framework_seconds,
+            "framework_faults": self.framework_faults,
+            "instrument_seconds": self.instrument_seconds,
+            "profiled_seconds": self.profiled_seconds,
+            "step": self.step.to_dict(),
+            "split_ms": self.split().to_dict(),
+            "profiled_split_ms": self.profiled_split().to_dict(),
+            "machine": self.machine.to_dict(),
+        }
+
+    def _split_of(self, total: float) -> StepSplit:
+        passes = dict.fromkeys(("forward", "grad_input", "grad_weight"), 0.0)
+        for entry in self.entries:
+            if entry.kind == "conv" and entry.pass_ in passes:
+                passes[entry.pass_] += 1e3 * entry.seconds
+        return StepSplit(**passes, other=1e3 * total - sum(passes.values()))
 
 
 def profile_step(
@@ -148,11 +173,100 @@ def profile_step(
 
     Args:
         step: runs one training step (zero_grad, forward, loss, backward, optimizer); called
-            `warmup + 2 * repeats + 2` times, so its weights move on by as many steps.
+            `warmup + 2 * repeats + 2` times, so weights move on by as many steps.
         model: the module whose layers are to be named.
         repeats: profiled runs, and as many unprofiled ones between them. Entries are the mean over the middle half of
             the profiled runs by wall time (interquartile mean), so that they still sum to the step's time.
         warmup: runs before the first timed one.
-        machine: ceilings for the roofline; measured when not given.
+        machine: ceilings for the roofline; measured when not given, on the device of the model's parameters.
+
+    Raises:
+        ValueError: `repeats` is not positive.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.Linear(4, 2)
+        >>> profile = profile_step(lambda: layer(torch.ones(3, 4)).sum().backward(), layer, repeats=1)
+        >>> sorted({entry.pass_ for entry in profile.entries if entry.kind == "linear"})
+        ['forward', 'grad_weight']
     """
-    raise NotImplementedError
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: at least one profiled run is needed")
+    if machine is None:
+        device: Literal["cpu", "cuda"] = "cuda" if any(weight.is_cuda for weight in model.parameters()) else "cpu"
+        machine = measure_machine(device)
+    for _ in range(warmup):
+        step()
+    splits = [trace_step(step, model, split=True) for _ in range(_SPLIT_RUNS)]
+    traces, plain = [], []
+    for _ in range(repeats):
+        start = now()
+        step()
+        plain.append(now() - start)
+        traces.append(trace_step(step, model))
+    traces.sort(key=lambda trace: trace.seconds)
+    middle = traces[repeats // 4 : repeats - repeats // 4]
+    return _summarise(middle, splits, Timing(tuple(plain)), machine)
+
+
+def _summarise(traces: Sequence[StepTrace], splits: Sequence[StepTrace], step: Timing, machine: Machine) -> StepProfile:
+    count = len(traces)
+    phases = {phase: None for trace in traces for phase in trace.between}
+    calls = {call: None for trace in traces for call in trace.calls}
+    entries: list[StepEntry] = []
+    for call in calls:
+        spent = [trace.calls[call] for trace in traces if call in trace.calls]
+        entries += _entries(call, spent, count, _shares(call, splits), machine)
+    between = {phase: [trace.between[phase] for trace in traces if phase in trace.between] for phase in phases}
+    return StepProfile(
+        entries=tuple(entries),
+        framework_seconds={phase: sum(run.seconds for run in runs) / count for phase, runs in between.items()},
+        framework_faults={phase: sum(run.page_faults for run in runs) / count for phase, runs in between.items()},
+        instrument_seconds=sum(trace.tracing for trace in traces) / count,
+        profiled_seconds=sum(trace.seconds for trace in traces) / count,
+        step=step,
+        machine=machine,
+    )
+
+
+def _shares(call: Call, splits: Sequence[StepTrace]) -> list[tuple[float, float]]:
+    """Share of each pass in time and in page faults of a call that does several; empty if it was never split."""
+    parts = [trace.parts[call] for trace in splits if call in trace.parts]
+    seconds = [sum(part.seconds for part in pass_) for pass_ in zip(*parts, strict=True)]
+    faults = [sum(part.page_faults for part in pass_) for pass_ in zip(*parts, strict=True)]
+    return [
+        (own / sum(seconds), own_faults / max(sum(faults), 1)) for own, own_faults in zip(seconds, faults, strict=True)
+    ]
+
+
+def _entries(
+    call: Call, spent: Sequence[Spent], count: int, shares: list[tuple[float, float]], machine: Machine
+) -> list[StepEntry]:
+    """One entry per pass where the passes of the operator could be told apart, else one entry."""
+
+    def entry(pass_: str, flops: float, min_bytes: float, share: tuple[float, float], estimated: bool) -> StepEntry:
+        return StepEntry(
+            layer=call.layer,
+            kind=call.kind,
+            pass_=pass_,
+            op=call.operator,
+            seconds=share[0] * sum(run.seconds for run in spent) / count,
+            calls=sum(run.calls for run in spent) / count,
+            flops=flops / count,
+            min_bytes=min_bytes / count,
+            page_faults=share[1] * sum(run.page_faults for run in spent) / count,
+            least_seconds=machine.least_seconds(flops / count, min_bytes / count),
+            backend=call.backend,
+            problem=call.problem,
+            split_estimated=estimated,
+        )
+
+    flops = [sum(run.flops[index] for run in spent) for index in range(len(call.passes))]
+    min_bytes = [sum(run.min_bytes[index] for run in spent) for index in range(len(call.passes))]
+    if len(call.passes) == 1:
+        return [entry(call.passes[0], flops[0], min_bytes[0], (1.0, 1.0), False)]
+    if not shares:
+        return [entry(call.phase, sum(flops), sum(min_bytes), (1.0, 1.0), False)]
+    return [
+        entry(pass_, flops[index], min_bytes[index], shares[index], True) for index, pass_ in enumerate(call.passes)
+    ]
