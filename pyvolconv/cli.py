@@ -53,7 +53,7 @@ def compare(
     data: Annotated[Path | None, typer.Option(help="Your own volumes: an .npz of x (N, D, H, W) and y (N).")] = None,
     seed: Seed = 0,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Train every network for exactly this many epochs, without a time limit.")
+        int | None, typer.Option(min=1, help="Train for at most this many epochs, but without a time limit.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Samples per step; 32, or 8 with --quick.")] = None,
     bidirectional: Annotated[bool, typer.Option("--bidirectional", help="Take the bidirectional LSTM.")] = False,
@@ -148,7 +148,8 @@ def profile(
         found = profile_built_in(network.value, backend, layout.value, batch_size, keep_pages, device.value, seed)
     except (ValueError, UnsupportedProblemError) as error:
         _fail(str(error))
-    Console().print(layer_table(found))
+    console = Console()
+    console.print(layer_table(found, console.width))
 
 
 def _prepare(threads: int | None, device: Device) -> None:

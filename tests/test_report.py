@@ -80,8 +80,8 @@ def profile(path, scale, *, ours, pages="kept"):
             backend = path if ours else "aten"
             took = seconds * share * scale
             entries.append(entry(layer, "conv", pass_, took, flops, traffic, backend=backend, split_estimated=not ours))
-        for kind in ("relu", "pool"):
-            name = layer.replace("conv", kind)
+        for kind in ("activation", "pool"):
+            name = f"{kind} of {layer}"
             entries.append(entry(name, kind, "forward", seconds / 4, traffic / 8, 2 * traffic))
             entries.append(
                 entry(name, "activation", "backward", seconds / 3, traffic / 8, 2 * traffic, page_faults=9000.0)

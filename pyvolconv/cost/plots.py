@@ -100,17 +100,17 @@ def paths(result: ComparisonResult, theme: Theme) -> Figure | None:
 
 def layers(result: ComparisonResult, theme: Theme) -> Figure | None:
     """Where the CNN's step goes: one row per layer, stacked by pass, one panel per path, all on one scale."""
-    shown = {f"{found.path}\npages {found.pages}": found.rows() for found in result.shown_profiles()}
+    shown = {f"{found.path}\npages {found.pages}": found.main_rows() for found in result.shown_profiles()}
     if not shown:
         return None
-    names = list(dict.fromkeys(row.layer for rows in shown.values() for row in rows))
+    names = list(dict.fromkeys(row.label for rows in shown.values() for row in rows))
     figure = Figure(figsize=(WIDTH, 1.6 + 0.28 * len(names)), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
     longest = 0.0
     for axes, (title, rows) in zip(panels, shown.items(), strict=True):
         for position, name in enumerate(names):
             left = 0.0
-            for row in (row for row in rows if row.layer == name):
+            for row in (row for row in rows if row.label == name):
                 axes.barh(position, row.milliseconds, left=left, height=0.66, color=pass_colour(row.pass_))
                 left += row.milliseconds
             axes.text(left, position, f" {wording.significant(left)}", va="center", fontsize=8, color=theme["muted"])
@@ -119,7 +119,7 @@ def layers(result: ComparisonResult, theme: Theme) -> Figure | None:
         axes.set_title(f"{title}: {wording.milliseconds(total)}", fontsize=10, linespacing=1.4)
         _horizontal(axes)
         axes.set_xlabel("ms per training step")
-    panels[0].set_yticks(range(len(names)), [name or "network" for name in names])
+    panels[0].set_yticks(range(len(names)), names)
     panels[0].set_xlim(0, longest * 1.16)
     panels[0].invert_yaxis()
     _legend(figure, PASS_COLOURS)
@@ -252,10 +252,10 @@ def _draw_roof(axes: Axes, machine: Machine, rows: list[LayerRow], theme: Theme)
 
 def _label_layers(axes: Axes, rows: list[LayerRow], theme: Theme) -> None:
     """Name each layer once, above its highest point: its three passes have nearly the same intensity."""
-    for layer in dict.fromkeys(row.layer for row in rows):
-        highest = max((row for row in rows if row.layer == layer), key=lambda row: row.gflops_per_second or 0.0)
+    for label in dict.fromkeys(row.label for row in rows):
+        highest = max((row for row in rows if row.label == label), key=lambda row: row.gflops_per_second or 0.0)
         axes.annotate(
-            layer,
+            label,
             (highest.flops / highest.bytes, highest.gflops_per_second or 0.0),
             textcoords="offset points",
             xytext=(0, 8),

@@ -52,7 +52,7 @@ class ProfileTable:
     @classmethod
     def of(cls, profile: PathProfile) -> ProfileTable:
         """The table of a profile."""
-        return cls(profile.title, profile.batch_size, profile.rows())
+        return cls(profile.title, profile.batch_size, profile.main_rows())
 
     @property
     def total(self) -> float:

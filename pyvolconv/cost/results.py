@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +26,7 @@ Pages = Literal["returned", "kept"]
 
 PAGES: tuple[Pages, ...] = ("returned", "kept")
 TARGET_ACCURACY = 0.99
+SMALL_SHARE = 0.002
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,12 @@ class TrainingRun:
         network: "cnn" or "lstm".
         path: name of the `PathTiming` whose kernels ran.
         epochs: the epochs that ran, in order.
-        estimated_seconds_per_epoch: set when not one epoch fitted into the time budget: measured time of a step
-            times the number of steps.
+        estimated_seconds_per_epoch: set when not one epoch fitted into the time budget: the training steps that
+            were measured, scaled to a whole epoch, without validation.
         projected_epochs_to_target: set when this run was cut short by its time budget and the same mathematics,
             run to the end on another path, says in which epoch the target is reached.
-        test_accuracy: of the weights with the best validation accuracy; None when the run was cut short.
+        test_accuracy: of the last weights; None when the run was cut short.
+        stopped: why it ended: "target", "max_epochs", "time_budget", "interrupted" or "diverged".
     """
 
     label: str
@@ -90,6 +94,7 @@ class TrainingRun:
     test_accuracy: float | None = None
     projected_epochs_to_target: int | None = None
     estimated_seconds_per_epoch: float | None = None
+    stopped: str = "target"
     target: float = TARGET_ACCURACY
 
     @property
@@ -138,7 +143,8 @@ class PathTiming:
 
     `milliseconds` is the median step; the four parts add up to it. A part is None where the network has no
     convolution. `samples` is how many samples the timed step really had: fewer than the batch for a path so slow
-    that its time was scaled up from a smaller batch.
+    that its time was scaled up from a smaller batch. `gradient_difference` is |g - g_torch| / |g_torch| over all
+    parameter gradients of one step.
     """
 
     path: str
@@ -156,6 +162,7 @@ class PathTiming:
     samples: int
     batch_size: int
     page_faults: float | None = None
+    gradient_difference: float | None = None
 
     @property
     def scaled(self) -> bool:
@@ -179,15 +186,41 @@ class PathProfile:
         return f"{self.path}, pages {self.pages}"
 
     def rows(self) -> list[LayerRow]:
-        """One row per layer and pass in the order of running, then the framework's own time by phase."""
-        grouped: dict[tuple[str, str, str], list[StepEntry]] = {}
+        """One row per layer and pass, layers in the order of running, then the framework's own time by phase."""
+        grouped: dict[tuple[str, str], list[StepEntry]] = {}
         for entry in self.profile.entries:
-            grouped.setdefault((entry.layer, entry.kind, entry.pass_), []).append(entry)
-        rows = [LayerRow.of(key, entries) for key, entries in grouped.items()]
+            grouped.setdefault((entry.layer, entry.pass_), []).append(entry)
+        labels = _labels(self.profile.entries)
+        rows = [
+            LayerRow.of(labels[layer], layer, pass_, entries)
+            for layer in labels
+            for (owner, pass_), entries in grouped.items()
+            if owner == layer
+        ]
         for phase, spent in self.profile.framework_seconds.items():
             faults = self.profile.framework_faults.get(phase, 0.0)
-            rows.append(LayerRow("between operators", "framework", phase, spent * 1e3, 0.0, 0.0, faults, None, ""))
+            label = "between operators"
+            rows.append(LayerRow(label, "", "framework", phase, spent * 1e3, 0.0, 0.0, faults, None, ""))
         return rows
+
+    def main_rows(self) -> list[LayerRow]:
+        """`rows()` for people: those below `SMALL_SHARE` of the step are summed up in one last row."""
+        rows = self.rows()
+        limit = SMALL_SHARE * sum(row.milliseconds for row in rows)
+        small = [row for row in rows if row.milliseconds < limit]
+        rest = LayerRow(
+            label=f"{len(small)} smaller items",
+            layer="",
+            kind="other",
+            pass_="",
+            milliseconds=sum(row.milliseconds for row in small),
+            flops=sum(row.flops for row in small),
+            bytes=sum(row.bytes for row in small),
+            page_faults=sum(row.page_faults for row in small),
+            roofline_share=None,
+            backend="",
+        )
+        return [row for row in rows if row.milliseconds >= limit] + ([rest] if small else [])
 
     def to_dict(self) -> dict[str, Any]:
         """The rows of the table and the whole profile, as plain values."""
@@ -204,8 +237,10 @@ class LayerRow:
 
     `flops` and `bytes` are counted, not measured; `roofline_share` is the least time that the roofline allows over the
     time taken, None where nothing was counted. `share_estimated` marks a pass that shares one operator with another.
+    `label` is for people ("conv 2"), `layer` the qualified name in the network.
     """
 
+    label: str
     layer: str
     kind: str
     pass_: str
@@ -218,12 +253,15 @@ class LayerRow:
     share_estimated: bool = False
 
     @classmethod
-    def of(cls, key: tuple[str, str, str], entries: list[StepEntry]) -> LayerRow:
-        """The sum of some operators; `key` is (layer, kind, pass)."""
+    def of(cls, label: str, layer: str, pass_: str, entries: list[StepEntry]) -> LayerRow:
+        """The sum of the operators of one pass of one layer."""
         took = sum(entry.seconds for entry in entries)
         least = sum(entry.least_seconds for entry in entries)
         return cls(
-            *key,
+            label,
+            layer,
+            _main_kind(entries),
+            pass_,
             milliseconds=took * 1e3,
             flops=sum(entry.flops for entry in entries),
             bytes=sum(entry.min_bytes for entry in entries),
@@ -315,6 +353,25 @@ class ComparisonResult:
         """Write everything, and `more`, as JSON. Values that are not finite become null: JSON has no word for them."""
         plain = _finite({**self.to_dict(), **more})
         path.write_text(json.dumps(plain, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _main_kind(entries: Sequence[StepEntry]) -> str:
+    """What a layer is: the kind of its first operator that is more than a copy, a zero-fill or a change of shape."""
+    return next((entry.kind for entry in entries if entry.kind not in ("memory", "view")), entries[0].kind)
+
+
+def _labels(entries: Sequence[StepEntry]) -> dict[str, str]:
+    """Layer to a name that reads well: its kind, numbered in the order of running where a kind occurs again."""
+    kinds = {
+        layer: _main_kind([entry for entry in entries if entry.layer == layer])
+        for layer in dict.fromkeys(entry.layer for entry in entries)
+    }
+    labels, seen = {}, Counter[str]()
+    for layer, kind in kinds.items():
+        seen[kind] += 1
+        repeated = sum(other == kind for other in kinds.values()) > 1
+        labels[layer] = f"{kind} {seen[kind]}" if repeated else kind
+    return labels
 
 
 def _finite(value: Any) -> Any:

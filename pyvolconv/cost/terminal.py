@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -13,6 +15,8 @@ from .profiler import StepProfile
 from .report import path_notes, path_rows
 from .results import ComparisonResult, LayerRow, PathProfile
 
+WIDE = 108
+"""Columns of a terminal from which on the layer table is shown whole."""
 PARTS = ("forward", "grad_input", "grad_weight", "other")
 
 
@@ -80,33 +84,33 @@ def path_table(result: ComparisonResult, pages: str) -> Table:
     return table
 
 
-def layer_table(profile: PathProfile) -> Table:
-    """One row per layer and pass of a profiled step, in the order of running."""
-    columns = ["Pass", "Time", "Share", "Work", "Bytes", "GF/s", "Of roofline", "Faults", "Runs in"]
-    table = _table(f"{profile.title}, batch {profile.batch_size}", "Layer", columns)
-    rows = profile.rows()
+def layer_table(profile: PathProfile, width: int = 120) -> Table:
+    """One row per layer and pass of a profiled step, in the order of running; fewer columns where `width` is small."""
+    left_out = () if width >= WIDE else ("Bytes", "Runs in")
+    names = [name for name in LAYER_COLUMNS if name not in left_out]
+    table = _table(f"{profile.title}, batch {profile.batch_size}", "Layer", names)
+    rows = profile.main_rows()
     total = sum(row.milliseconds for row in rows)
     for row in rows:
-        table.add_row(*_layer_cells(row, total))
+        table.add_row(row.label, *(LAYER_COLUMNS[name](row, total) for name in names))
     table.add_section()
-    table.add_row("Sum", "", wording.milliseconds(total), *[""] * 7)
+    table.add_row("Sum", "", wording.milliseconds(total))
     table.caption = _unprofiled(profile.profile)
+    table.caption_justify = "left"
     return table
 
 
-def _layer_cells(row: LayerRow, total: float) -> list[str]:
-    return [
-        row.layer or "network",
-        row.pass_,
-        wording.milliseconds(row.milliseconds),
-        wording.percent(row.milliseconds / total, 1),
-        wording.scaled(row.flops or None, "FLOP"),
-        wording.scaled(row.bytes or None, "B"),
-        wording.significant(row.gflops_per_second),
-        wording.percent(row.roofline_share),
-        wording.count(row.page_faults),
-        row.backend,
-    ]
+LAYER_COLUMNS: dict[str, Callable[[LayerRow, float], str]] = {
+    "Pass": lambda row, _: row.pass_,
+    "Time": lambda row, _: wording.milliseconds(row.milliseconds),
+    "Share": lambda row, total: wording.percent(row.milliseconds / total, 1),
+    "Work": lambda row, _: wording.scaled(row.flops or None, "FLOP"),
+    "Bytes": lambda row, _: wording.scaled(row.bytes or None, "B"),
+    "GF/s": lambda row, _: wording.significant(row.gflops_per_second),
+    "Roofline": lambda row, _: wording.percent(row.roofline_share),
+    "Faults": lambda row, _: wording.count(row.page_faults),
+    "Runs in": lambda row, _: row.backend,
+}
 
 
 def _unprofiled(profile: StepProfile) -> str:

@@ -18,6 +18,8 @@ def significant(value: float | None, digits: int = 3) -> str:
         return NOT_MEASURED
     if value == 0:
         return "0"
+    if abs(value) < 0.001:
+        return "< 0.001"
     magnitude = math.floor(math.log10(abs(value)))
     rounded = round(value, digits - 1 - magnitude)
     magnitude = math.floor(math.log10(abs(rounded)))

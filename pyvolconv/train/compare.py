@@ -1,0 +1,304 @@
+"""`pyvolconv compare`: the 3-D CNN and the LSTM on the same volumes, every path timed, all inside a time budget.
+
+The order of the sections is a contract. "Pages returned" is measured in the process as it started, before anything
+touches the C allocator; then `keep_pages()` is switched on and everything after it, training included, runs with pages
+kept. A Ctrl-C anywhere leaves a result that holds what was measured until then.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from ..cost.counting import count_model
+from ..cost.machine import Machine, measure_machine, versions
+from ..cost.pages import keep_pages, pages_kept
+from ..cost.results import ComparisonResult, DataFacts, NetworkFacts, Pages, PathTiming, TrainingRun
+from ..problem import PASSES, ConvProblem, Layout, Pass
+from .data import Splits, batches
+from .digits import moving_digits
+from .loop import TrainConfig
+from .models import NetworkName, build, parameter_count
+from .npz import load_npz
+from .paths import our_paths
+from .runs import Trainer, frame_average_accuracy, projected
+from .steps import LSTM_PATH, TORCH_PATHS, Candidate, PathSpec, candidate, fitted, gradient_difference, time_paths
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for; see `pyvolconv compare --help`."""
+
+    quick: bool = False
+    out: Path = Path("pyvolconv-report")
+    data: Path | None = None
+    seed: int = 0
+    epochs: int | None = None
+    batch_size: int = 32
+    bidirectional: bool = False
+    device: str = "cpu"
+    resume: bool = False
+    backends: tuple[str, ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the report; the folder is left out, because a report may be moved."""
+        return {
+            "quick": self.quick,
+            "data": self.data.name if self.data else None,
+            "seed": self.seed,
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "bidirectional": self.bidirectional,
+            "device": self.device,
+            "backends": ",".join(self.backends) if self.backends else None,
+        }
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How the time is spent, in seconds.
+
+    Attributes:
+        total: of the whole run, report included.
+        longest_step: a path whose step takes longer gets fewer samples.
+        rounds: timed turns of every path.
+        repeats: profiled runs of every path.
+    """
+
+    total: float
+    longest_step: float
+    rounds: int
+    repeats: int
+
+
+QUICK = Budget(total=52.0, longest_step=0.4, rounds=3, repeats=1)
+FULL = Budget(total=270.0, longest_step=1.5, rounds=5, repeats=2)
+LSTM_SHARE, OURS_SHARE = 0.3, 0.65
+"""Shares of the time left: of all of it for the LSTM, of what it leaves for our CNN; torch's CNN takes the rest."""
+
+CNN_WORDS = (
+    "Conv3d 1-16-24-32 (3×3×3, stride 1, padding 1), each with ReLU and 2×2×2 max-pool; dense 16, dense {classes}"
+)
+LSTM_WORDS = "{frames} frames of {values} values: LSTM {values}-16-16{directions}, dense {classes}"
+DIGITS_WORDS = (
+    "Scanned handwritten digits that move round a field, clockwise or counter-clockwise, in noise. How hard that is "
+    "was set on purpose, so that both networks come near 100 %, the CNN in about 10 epochs and the LSTM in 50 to 70; no "
+    "digit of a test video was seen in training."
+)
+
+
+def compare(settings: Settings, console: Console) -> ComparisonResult:
+    """Measure everything, or as much as there is time for before Ctrl-C.
+
+    Args:
+        settings: what was asked for.
+        console: where progress is drawn.
+
+    Raises:
+        DataError: the user's volumes cannot be used.
+        CheckpointError: a checkpoint cannot be written or continued.
+        ValueError: a path was asked for that does not exist.
+    """
+    comparison = _Comparison(settings, console)
+    try:
+        comparison.run()
+    except KeyboardInterrupt:
+        comparison.update(interrupted=True)
+    return comparison.finished()
+
+
+class _Comparison:
+    """The result as it grows, and what the sections hand to each other."""
+
+    def __init__(self, settings: Settings, console: Console) -> None:
+        self.settings = settings
+        self.console = console
+        self.began = time.perf_counter()
+        self.budget = QUICK if settings.quick else FULL
+        self.result = ComparisonResult(
+            date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            versions=versions(),
+            settings=settings.to_dict(),
+        )
+        self.differences: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Every section in order."""
+        data = self._load_data()
+        machine = self._measure_machine()
+        needs = self._describe_networks(data)
+        chosen, refused = our_paths(self.settings.backends, needs)
+        self.update(unavailable=refused)
+        steps = self._time_steps(data, machine, chosen)
+        self._train(data, steps)
+
+    def update(self, **changes: Any) -> None:
+        """Add to the result."""
+        self.result = replace(self.result, **changes)
+
+    def finished(self) -> ComparisonResult:
+        """The result with the time that it took."""
+        return replace(self.result, seconds=time.perf_counter() - self.began)
+
+    def _load_data(self) -> Splits:
+        settings = self.settings
+        with self._saying("Reading the volumes" if settings.data else "Drawing the moving digits"):
+            data = load_npz(settings.data, settings.seed) if settings.data else moving_digits(seed=settings.seed)
+            linear = None if settings.data else frame_average_accuracy(data)
+        self.update(
+            data=DataFacts(
+                source=data.name,
+                description=f"Volumes of {data.name}." if settings.data else DIGITS_WORDS,
+                shape=data.input_size,
+                classes=data.classes,
+                train=len(data.train),
+                validation=len(data.validation),
+                test=len(data.test),
+                frame_average_accuracy=linear,
+            )
+        )
+        return data
+
+    def _measure_machine(self) -> Machine:
+        with self._saying("Measuring FMA peak and copy bandwidth"):
+            machine = measure_machine("cuda" if self.settings.device == "cuda" else "cpu")
+        self.update(machine=machine)
+        return machine
+
+    def _describe_networks(self, data: Splits) -> list[tuple[ConvProblem, Pass]]:
+        """Record both networks' work; the convolution passes that the CNN runs."""
+        batch = self.settings.batch_size
+        x, y = self._batch(data)
+        facts, needs = [], []
+        for name in ("cnn", self._lstm):
+            model = build(name, data.input_size, data.classes, self.settings.seed).to(x.device)
+            costs = count_model(model, x, lambda logits: torch.nn.functional.cross_entropy(logits, y))
+            weights = sum(cost.weights for cost in costs)
+            facts.append(
+                NetworkFacts(
+                    name="cnn" if name == "cnn" else "lstm",
+                    description=self._words(name, data),
+                    parameters=parameter_count(model),
+                    flops=sum(cost.flops for cost in costs) / len(x),
+                    weight_uses=sum(cost.weights * cost.weight_uses for cost in costs) / weights,
+                )
+            )
+            for cost in costs:
+                if cost.problem is not None:
+                    problem = ConvProblem.parse(cost.problem).with_(batch=batch)
+                    needs += [(problem, pass_) for pass_ in PASSES if pass_ in cost.passes]
+        self.update(networks=facts)
+        return needs
+
+    def _time_steps(self, data: Splits, machine: Machine, chosen: dict[str, list[Layout]]) -> dict[str, PathSpec]:
+        """Time every path in both allocator states; the paths by name. Pages stay kept from here on."""
+        x, y = self._batch(data)
+        candidates = self._candidates(data, x, y, chosen)
+        states: list[Pages] = ["kept"] if self.settings.device == "cuda" or pages_kept() else ["returned"]
+        self._time_in_state(candidates, states[0], machine)
+        if states == ["returned"]:
+            kept = keep_pages()
+            if kept.active:
+                self._time_in_state(candidates, "kept", machine)
+            else:
+                self._note(f"Pages could not be kept here: {kept.reason}.")
+        return {one.spec.path: one.spec for one in candidates}
+
+    def _candidates(self, data: Splits, x: Tensor, y: Tensor, chosen: dict[str, list[Layout]]) -> list[Candidate]:
+        """One candidate per path, ours in the better layout; their gradients are compared with torch's on the way."""
+        longest = self.budget.longest_step
+        seed, size, classes = self.settings.seed, data.input_size, data.classes
+        specs = [[PathSpec(path, "cnn", None, layout)] for path, layout in TORCH_PATHS.items()]
+        specs += [[PathSpec(name, "cnn", name, layout) for layout in layouts] for name, layouts in chosen.items()]
+        found = []
+        with self._saying("Trying paths and layouts") as say:
+            for several in specs:
+                say(f"Trying {several[0].path}")
+                one = fitted(several, lambda: build("cnn", size, classes, seed), x, y, longest)
+                found.append(one)
+                if one.spec.ours:
+                    difference = gradient_difference(one, lambda: build("cnn", size, classes, seed), x, y)
+                    self.differences[one.spec.path] = difference
+            say(f"Trying {LSTM_PATH}")
+            spec = PathSpec(LSTM_PATH, "lstm", None, None)
+            found.append(candidate(spec, lambda: build(self._lstm, size, classes, seed), x, y, len(x)))
+        return found
+
+    def _time_in_state(self, candidates: list[Candidate], pages: Pages, machine: Machine) -> None:
+        with self._saying(f"Timing every path, pages {pages}") as say:
+            timings, profiles = time_paths(
+                candidates, pages, machine, rounds=self.budget.rounds, repeats=self.budget.repeats, say=say
+            )
+        timings = [replace(timing, gradient_difference=self.differences.get(timing.path)) for timing in timings]
+        self.update(paths=[*self.result.paths, *timings])
+        shown = {best.path for ours in (False, True) if (best := self.result.best(pages, ours=ours))}
+        if pages == self.result.before:
+            shown.add("torch contiguous")
+        self.update(profiles=[*self.result.profiles, *(found for found in profiles if found.path in shown)])
+
+    def _train(self, data: Splits, steps: dict[str, PathSpec]) -> None:
+        settings, pages = self.settings, self.result.after
+        unlimited = settings.epochs is not None
+        config = TrainConfig(batch_size=settings.batch_size, seed=settings.seed)
+        trainer = Trainer(
+            data=data,
+            config=replace(config, max_epochs=settings.epochs) if settings.epochs is not None else config,
+            device=settings.device,
+            pages=pages,
+            folder=settings.out / "checkpoints",
+            resume=settings.resume,
+            console=self.console,
+        )
+        plan: list[tuple[NetworkName, str, PathTiming | None, float]] = [
+            (self._lstm, "LSTM", self.result.lstm_step(pages), LSTM_SHARE),
+            ("cnn", "CNN, ours", self.result.best(pages, ours=True), OURS_SHARE),
+            ("cnn", "CNN, torch", self.result.best(pages, ours=False), 1.0),
+        ]
+        complete: TrainingRun | None = None
+        for name, label, timing, share in plan:
+            if timing is None:
+                continue
+            label = label if timing.network == "lstm" else f"{label} ({timing.path})"
+            seconds = None if unlimited else max(1.0, share * (self.budget.total - (time.perf_counter() - self.began)))
+            run, stopped = trainer.run(name, steps[timing.path], label, seconds)
+            if timing.network == "cnn":
+                run = projected(run, complete)
+                complete = complete or run
+            self.update(training=[*self.result.training, run])
+            if stopped:
+                raise KeyboardInterrupt
+
+    @property
+    def _lstm(self) -> NetworkName:
+        return "bilstm" if self.settings.bidirectional else "lstm"
+
+    def _batch(self, data: Splits) -> tuple[Tensor, Tensor]:
+        x, y = next(iter(batches(data.train, self.settings.batch_size)))
+        return x.to(self.settings.device), y.to(self.settings.device)
+
+    def _words(self, name: NetworkName, data: Splits) -> str:
+        frames, height, width = data.input_size
+        return (CNN_WORDS if name == "cnn" else LSTM_WORDS).format(
+            classes=data.classes,
+            frames=frames,
+            values=height * width,
+            directions=" in both directions" if name == "bilstm" else "",
+        )
+
+    def _note(self, text: str) -> None:
+        self.update(notes=[*self.result.notes, text])
+
+    @contextmanager
+    def _saying(self, text: str) -> Iterator[Callable[[str], None]]:
+        """Show what is going on; the value changes the words."""
+        with self.console.status(text) as status:
+            yield status.update

@@ -1,0 +1,225 @@
+"""One training step of one network on one path: made, timed next to others, taken apart.
+
+A path is a network whose convolutions are all forced to one backend, or torch's own, in one memory layout. All paths of
+one measurement take turns in one process with the C allocator in one state, so that they meet the same machine. A path
+so slow that its turns would use up the time is given fewer samples, and its time is scaled up and marked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..accelerate import accelerate
+from ..cost.machine import Machine, measure_machine
+from ..cost.pages import keep_pages, page_faults, pages_kept
+from ..cost.profiler import profile_step
+from ..cost.results import Pages, PathProfile, PathTiming
+from ..cost.timing import alternate
+from ..dispatch import use_backend
+from ..problem import Layout
+from .loop import make_optimizer, training_step
+from .models import MISSION_SIZE, NetworkName, build
+
+MEMORY_FORMAT = {"ncdhw": torch.contiguous_format, "ndhwc": torch.channels_last_3d}
+LSTM_PATH = "LSTM"
+PROBE_SAMPLES = 4
+TORCH_PATHS: dict[str, Layout] = {"torch contiguous": "ncdhw", "torch channels_last_3d": "ndhwc"}
+
+
+@dataclass(frozen=True)
+class PathSpec:
+    """Which network runs how. `backend` None is torch itself; `layout` None is a network without volumes."""
+
+    path: str
+    network: str
+    backend: str | None
+    layout: Layout | None
+
+    @property
+    def ours(self) -> bool:
+        """Whether hand-written kernels of this package run."""
+        return self.backend is not None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A path ready to be timed on a batch; `samples` of its `batch_size` samples are in the step."""
+
+    spec: PathSpec
+    model: nn.Module
+    step: Callable[[], None]
+    samples: int
+    batch_size: int
+
+
+def prepare(spec: PathSpec, model: nn.Module) -> nn.Module:
+    """Put a fresh model into the path's layout and, for a path of ours, swap its convolutions; in place."""
+    if spec.layout is not None:
+        model.to(memory_format=MEMORY_FORMAT[spec.layout])  # type: ignore[call-overload]
+    return accelerate(model) if spec.ours else model
+
+
+@contextlib.contextmanager
+def on_path(spec: PathSpec) -> Iterator[None]:
+    """Force the path's backend inside the block; torch's own paths need no forcing."""
+    if spec.backend is None:
+        yield
+        return
+    with use_backend(spec.backend):
+        yield
+
+
+def candidate(spec: PathSpec, make_model: Callable[[], nn.Module], x: Tensor, y: Tensor, samples: int) -> Candidate:
+    """The path's training step on the first `samples` samples of a batch: zero_grad, forward, loss, backward, Adam."""
+    model = prepare(spec, make_model().to(x.device)).train()
+    if spec.layout is not None:
+        part = x[:samples].contiguous(memory_format=MEMORY_FORMAT[spec.layout])
+    else:
+        part = x[:samples].contiguous()
+    labels = y[:samples]
+    optimizer = make_optimizer(model)
+
+    def step() -> None:
+        with on_path(spec):
+            training_step(model, optimizer, part, labels)
+
+    return Candidate(spec, model, step, samples, x.shape[0])
+
+
+def fitted(
+    specs: Sequence[PathSpec], make_model: Callable[[], nn.Module], x: Tensor, y: Tensor, longest_step: float
+) -> Candidate:
+    """The best of some layouts of one path, on as many samples as are expected to take at most `longest_step` seconds.
+
+    Each is tried on a few samples after a warm-up, in which kernels may be compiled.
+    """
+    tried = {}
+    for spec in specs:
+        probe = candidate(spec, make_model, x, y, 1)
+        probe.step()
+        if _seconds(probe.step) * PROBE_SAMPLES < longest_step:
+            probe = candidate(spec, make_model, x, y, min(PROBE_SAMPLES, x.shape[0]))
+            probe.step()
+        tried[spec] = min(_seconds(probe.step) for _ in range(2)) / probe.samples
+    best = min(specs, key=lambda spec: tried[spec])
+    samples = x.shape[0] if tried[best] * x.shape[0] <= longest_step else max(1, int(longest_step / tried[best]))
+    return candidate(best, make_model, x, y, min(samples, x.shape[0]))
+
+
+def gradient_difference(one: Candidate, make_model: Callable[[], nn.Module], x: Tensor, y: Tensor) -> float:
+    """How far the path's parameter gradients are from torch's: |g - g_torch| / |g_torch|, Euclidean, first batch."""
+    gradients = []
+    for spec in (one.spec, replace(one.spec, backend=None)):
+        fresh = candidate(spec, make_model, x, y, one.samples)
+        fresh.step()
+        gradients.append(torch.cat([p.grad.flatten() for p in fresh.model.parameters() if p.grad is not None]).double())
+    ours, theirs = gradients
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def time_paths(
+    candidates: Sequence[Candidate],
+    pages: Pages,
+    machine: Machine,
+    *,
+    rounds: int,
+    repeats: int,
+    say: Callable[[str], None],
+) -> tuple[list[PathTiming], list[PathProfile]]:
+    """Time every candidate in turn, then take each apart.
+
+    Args:
+        candidates: the paths, at most one per name.
+        pages: the state that the C allocator is in.
+        machine: ceilings for the profiles' roofline.
+        rounds: timed turns of each candidate.
+        repeats: profiled runs of each candidate.
+        say: told what is going on, for a person who waits.
+
+    Returns:
+        Times and profiles in the order of `candidates`, milliseconds scaled to whole batches.
+    """
+    faults: dict[str, list[int]] = {one.spec.path: [] for one in candidates}
+    timings = alternate({one.spec.path: _counted(one, faults[one.spec.path]) for one in candidates}, rounds=rounds)
+    times, profiles = [], []
+    for one in candidates:
+        say(f"Taking {one.spec.path} apart, pages {pages}")
+        scale = one.batch_size / one.samples
+        total = timings[one.spec.path].median * 1e3 * scale
+        profile = profile_step(one.step, one.model, repeats=repeats, warmup=0, machine=machine)
+        split = profile.split()
+        share = total / split.total
+        conv = one.spec.network == "cnn"
+        times.append(
+            PathTiming(
+                path=one.spec.path,
+                network=one.spec.network,
+                backend=one.spec.backend or "torch",
+                layout=one.spec.layout,
+                ours=one.spec.ours,
+                pages=pages,
+                milliseconds=total,
+                forward=split.forward * share if conv else None,
+                grad_input=split.grad_input * share if conv else None,
+                grad_weight=split.grad_weight * share if conv else None,
+                other=split.other * share if conv else None,
+                steps=rounds,
+                samples=one.samples,
+                batch_size=one.batch_size,
+                page_faults=sum(faults[one.spec.path][-rounds:]) / rounds * scale,
+            )
+        )
+        profiles.append(PathProfile(one.spec.path, one.spec.ours, pages, one.samples, profile))
+    return times, profiles
+
+
+def profile_built_in(
+    network: str, backend: str | None, layout: Layout, batch_size: int, keep: bool, device: str, seed: int
+) -> PathProfile:
+    """One training step of a built-in network on noise, taken apart.
+
+    Args:
+        network: "cnn" or "lstm".
+        backend: family or name to force; None for torch itself.
+        layout: memory order of the CNN's activations and weights.
+        batch_size: samples in the step.
+        keep: whether the C allocator keeps freed pages.
+        device: "cpu" or "cuda".
+        seed: of weights and noise.
+
+    Raises:
+        ValueError: the backend does not exist, or is given for the LSTM, which has no convolution.
+        UnsupportedProblemError: the backend cannot run the CNN's convolutions.
+    """
+    if network == "lstm" and backend is not None:
+        raise ValueError(f"--backend {backend}: the LSTM has no convolution; leave --backend out")
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch_size, 1, *MISSION_SIZE, generator=generator).to(device)
+    y = (torch.arange(batch_size) % 2).to(device)
+    name: NetworkName = "cnn" if network == "cnn" else "lstm"
+    spec = PathSpec(backend or "torch", network, backend, layout if network == "cnn" else None)
+    one = candidate(spec, lambda: build(name, seed=seed), x, y, batch_size)
+    with keep_pages() if keep else contextlib.nullcontext():
+        profile = profile_step(one.step, one.model, machine=measure_machine("cuda" if device == "cuda" else "cpu"))
+        return PathProfile(spec.path, spec.ours, "kept" if pages_kept() else "returned", batch_size, profile)
+
+
+def _counted(one: Candidate, faults: list[int]) -> Callable[[], None]:
+    def step() -> None:
+        before = page_faults()
+        one.step()
+        faults.append(page_faults() - before)
+
+    return step
+
+
+def _seconds(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start

@@ -1,0 +1,116 @@
+"""The command line: what it says, how it fails, how it ends."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import pyvolconv
+from pyvolconv.cli import app
+
+
+@pytest.fixture
+def run():
+    runner = CliRunner()
+    return lambda *arguments: runner.invoke(app, [str(argument) for argument in arguments], terminal_width=200)
+
+
+def test_help_names_every_command(run):
+    result = run("--help")
+    assert result.exit_code == 0
+    for command in ("compare", "info", "profile"):
+        assert command in result.output
+
+
+@pytest.mark.parametrize("command", ["compare", "info", "profile"])
+def test_every_command_has_help(run, command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert command in result.output
+
+
+def test_module_runs_like_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "pyvolconv", "--help"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0
+    assert "compare" in done.stdout
+
+
+def test_info_names_every_backend_and_why_it_cannot_run(run):
+    result = run("info")
+    assert result.exit_code == 0
+    words = " ".join(result.output.split())
+    problem = pyvolconv.ConvProblem(2, 16, 16, (8, 8, 8), (3, 3, 3), padding=((1, 1),) * 3)
+    for backend in pyvolconv.backends():
+        assert backend.name in words
+        if backend.unsupported_reasons(problem, "forward"):
+            assert "no: " in words
+    for label in ("versions", "instruction set", "threads", "OpenMP", "GPU", "cache"):
+        assert label in words
+
+
+def volumes(path: Path, **changes) -> Path:
+    arrays = {
+        "x": np.random.default_rng(0).random((12, 8, 8, 8), dtype=np.float32),
+        "y": np.arange(12) % 2,
+        **changes,
+    }
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return path
+
+
+def with_nan() -> np.ndarray:
+    x = np.zeros((12, 8, 8, 8), np.float32)
+    x[3, 1, 2, 3] = np.nan
+    return x
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"x": None}, "x"),
+        ({"y": None}, "y"),
+        ({"x": np.zeros((12, 8, 8), np.float32)}, "(12, 8, 8)"),
+        ({"y": np.zeros(11, np.int64)}, "11"),
+        ({"x": with_nan()}, "NaN"),
+        ({"y": np.full(12, -1)}, "-1"),
+    ],
+    ids=["no x", "no y", "x not 4-D", "y too short", "NaN", "label out of range"],
+)
+def test_bad_data_is_one_line_and_status_2(run, tmp_path, changes, said):
+    path = volumes(tmp_path / "volumes.npz", **changes)
+    assert_one_line(run("compare", "--quick", "--data", path, "--out", tmp_path / "out"), said)
+
+
+def test_missing_data_file_is_one_line_and_status_2(run, tmp_path):
+    path = tmp_path / "nothing.npz"
+    assert_one_line(run("compare", "--data", path, "--out", tmp_path / "out"), "nothing.npz")
+
+
+def test_unwritable_folder_is_one_line_and_status_2(run, tmp_path):
+    blocker = tmp_path / "file"
+    blocker.touch()
+    assert_one_line(run("compare", "--out", blocker / "report"), "--out")
+
+
+def test_unknown_backend_is_one_line_and_status_2(run, tmp_path):
+    assert_one_line(run("compare", "--backends", "cpp,nonsense", "--out", tmp_path), "nonsense")
+    assert_one_line(run("profile", "cnn", "--backend", "nonsense", "--batch-size", "1"), "nonsense")
+
+
+def test_missing_gpu_is_one_line_and_status_2(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert_one_line(run("compare", "--device", "cuda", "--out", tmp_path), "no CUDA device")
+
+
+def assert_one_line(result, said):
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("pyvolconv: ")
+    assert said in lines[0]
+    assert "Traceback" not in result.output
