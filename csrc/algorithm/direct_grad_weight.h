@@ -126,17 +126,16 @@ struct GradWeightPass {
         return packed;
     }
 
+    // The operand that takes more bytes of L1 per tile stays there in the inner loop.
     void run_tiles(const GradWeightUnit& unit, const VoxelRun& run, const T* rows, const T* columns, T* sums) const {
-        const EvenCut column_cut(unit.columns, plan.column_tile);
-        for (int64_t j = 0; j < column_cut.parts; ++j) {
-            const int64_t c = column_cut.start(j), nr = column_cut.size(j);
-            const EvenCut row_cut(unit.rows, max_tile_rows(plan.kernel, static_cast<int>(nr)));
-            T* column_sums = sums + c * unit.rows * lanes;
-            for (int64_t i = 0; i < row_cut.parts; ++i) {
-                const int64_t r = row_cut.start(i);
-                const GradWeightTile<T> tile = grad_weight_tile<T>(plan.kernel, row_cut.size(i), nr);
-                tile(run, rows, row_offsets + r, columns, column_offsets + c, column_sums + r * nr * lanes);
-            }
+        const EvenCut column_cut(unit.columns, plan.column_tile), row_cut(unit.rows, plan.row_tile);
+        const bool rows_stay = plan.lanes == Lanes::width;
+        const int64_t inner = rows_stay ? column_cut.parts : row_cut.parts;
+        for (int64_t index = 0; index < row_cut.parts * column_cut.parts; ++index) {
+            const int64_t i = rows_stay ? index / inner : index % inner, j = rows_stay ? index % inner : index / inner;
+            const int64_t r = row_cut.start(i), mr = row_cut.size(i), c = column_cut.start(j), nr = column_cut.size(j);
+            grad_weight_tile<T>(plan.kernel, mr, nr)(run, rows, row_offsets + r, columns, column_offsets + c,
+                                                     sums + (c * unit.rows + r * nr) * lanes);
         }
     }
 

@@ -33,7 +33,7 @@ enum class Lanes { in_channels, out_channels, width, channels };
 struct GradWeightPlan {
     Lanes lanes;
     GradWeightKernel kernel;
-    int64_t column_tile;                      // NR; MR follows from it
+    int64_t row_tile, column_tile;            // MR, NR
     int64_t out_channels, in_channels, taps;  // channels of a group
     int64_t out_chunk, in_chunk, out_chunks, in_chunks;
     int64_t units, units_per_task;
@@ -56,7 +56,7 @@ struct GradWeightUnit {
     int64_t rows, columns;
 };
 
-constexpr int64_t kRunVoxels = 256;
+constexpr int64_t kRunVoxels = 128;
 constexpr int64_t kWidthRunVoxels = 1024;  // lanes along the width: a vector holds as many voxels as lanes
 constexpr int64_t kWindowBytes = kL2Bytes * 3 / 8;
 constexpr int64_t kChunkChannels = 64;
@@ -71,27 +71,29 @@ struct EvenCut {
     EvenCut(int64_t total, int64_t most)
         : parts(ceil_divide(total, most)), low(total / parts), narrow(parts - total % parts) {}
     int64_t start(int64_t part) const { return part * low + larger(part - narrow, 0); }
+    int64_t count(int64_t wide) const { return wide ? parts - narrow : narrow; }
     int64_t size(int64_t part) const { return low + (part >= narrow); }
 };
 
-// Cycles per voxel of a rows x columns product, cut evenly into tiles of at most `column_tile` columns.
-inline int64_t product_cycles(GradWeightKernel kernel, int64_t rows, int64_t columns, int64_t column_tile) {
-    int64_t cycles = 0;
+// Sixteenths of a cycle per voxel for a rows x columns product, cut evenly into tiles of at most `column_tile` columns.
+inline int64_t product_cost(GradWeightKernel kernel, int64_t rows, int64_t columns, int64_t column_tile) {
     const EvenCut column_cut(columns, column_tile);
-    for (int64_t j = 0; j < column_cut.parts; ++j) {
-        const int64_t nr = column_cut.size(j);
-        const EvenCut row_cut(rows, max_tile_rows(kernel, static_cast<int>(nr)));
-        cycles += row_cut.narrow * tile_cycles(row_cut.low, nr);
-        cycles += (row_cut.parts - row_cut.narrow) * tile_cycles(row_cut.low + 1, nr);
+    const EvenCut row_cut(rows, max_tile_rows(kernel, static_cast<int>(column_tile)));
+    int64_t cost = 0;
+    for (int64_t wide_column = 0; wide_column < 2; ++wide_column) {
+        for (int64_t wide_row = 0; wide_row < 2; ++wide_row) {
+            cost += row_cut.count(wide_row) * column_cut.count(wide_column) *
+                    tile_cost(row_cut.low + wide_row, column_cut.low + wide_column);
+        }
     }
-    return cycles;
+    return cost;
 }
 
 inline int64_t best_column_tile(GradWeightKernel kernel, int64_t rows, int64_t columns) {
     int64_t best = 1;
     for (int64_t nr = 2; nr <= smaller(kMaxTileColumns, columns); ++nr) {
         if (max_tile_rows(kernel, static_cast<int>(nr)) == 0) break;
-        if (product_cycles(kernel, rows, columns, nr) <= product_cycles(kernel, rows, columns, best)) best = nr;
+        if (product_cost(kernel, rows, columns, nr) <= product_cost(kernel, rows, columns, best)) best = nr;
     }
     return best;
 }
@@ -136,9 +138,10 @@ void shape_unit(const ConvProblem& problem, int64_t out_count, int64_t in_count,
             break;
     }
     plan->column_tile = best_column_tile(plan->kernel, plan->rows, plan->columns);
+    plan->row_tile = max_tile_rows(plan->kernel, static_cast<int>(plan->column_tile));
 }
 
-// Estimated cycles per output voxel of all units, in hundredths. Constants are measured: turning a value of
+// Estimated cost per output voxel of all units, in sixteenths of a cycle. Constants are measured: turning a value of
 // grad_output channels-last costs about half a cycle, unaligned vectors along the width about 15%.
 template <typename T>
 int64_t plan_cost(const ConvProblem& problem, GradWeightPlan* plan) {
@@ -146,13 +149,13 @@ int64_t plan_cost(const ConvProblem& problem, GradWeightPlan* plan) {
     const bool depthwise = plan->lanes == Lanes::channels;
     shape_unit<T>(problem, plan->out_channels, plan->in_channels, plan);
     const int64_t units = depthwise ? ceil_divide(problem.out_channels, lanes) : problem.groups;
-    int64_t cost = 100 * units * product_cycles(plan->kernel, plan->rows, plan->columns, plan->column_tile);
+    int64_t cost = units * product_cost(plan->kernel, plan->rows, plan->columns, plan->column_tile);
     if (plan->lanes == Lanes::width) {
         const int64_t width = problem.output_size[2];
         cost = cost * 115 / 100 * ceil_divide(width, lanes) / width;
     }
-    if (plan->pack_grad_output) cost += 60 * problem.out_channels;
-    if (problem.layout == Layout::ncdhw && plan->packed_lanes > 1) cost += 120 * problem.in_channels;
+    if (plan->pack_grad_output) cost += 14 * problem.out_channels;
+    if (problem.layout == Layout::ncdhw && plan->packed_lanes > 1) cost += 12 * problem.in_channels;
     return cost;
 }
 

@@ -9,7 +9,8 @@
 // over a whole run of voxels and is added to memory once at its end.
 //
 // A voxel costs MR * NR FMAs and MR + NR loads. With two of each per cycle and an FMA latency of 4 cycles, a tile of
-// at least 8 vectors and two rows or columns runs at the FMA peak; `tile_cycles` is that model.
+// at least 8 vectors and two rows or columns runs at the FMA peak. Loads that are not free cost a little besides (they
+// miss the cache or cross its lines); `tile_cost` is that model.
 #pragma once
 
 #include "../isa.h"
@@ -44,9 +45,10 @@ constexpr int max_tile_rows(GradWeightKernel kernel, int columns) {
     return columns > 4 || rows < 3 ? 0 : rows > kMaxTileRows ? kMaxTileRows : rows;
 }
 
-constexpr int64_t tile_cycles(int64_t rows, int64_t columns) {
-    const int64_t operations = rows * columns > rows + columns ? rows * columns : rows + columns;
-    return (operations > 8 ? operations : 8) / 2;
+// Sixteenths of a cycle per voxel.
+constexpr int64_t tile_cost(int64_t rows, int64_t columns) {
+    const int64_t loads = rows + columns, operations = rows * columns > loads ? rows * columns : loads;
+    return (operations > 8 ? operations : 8) * 8 + loads;
 }
 
 template <typename T, int MR, int NR>
@@ -125,6 +127,34 @@ inline typename Vector<T>::type keep_last(typename Vector<T>::type value, int64_
     return (typename Vector<T>::type)((BitVector)value & mask);
 }
 
+// One vector of voxels; `keep` is applied to the rows. The side with fewer vectors stays in registers.
+template <typename T, int MR, int NR, typename Keep>
+inline void add_lanes(const T* row, const int64_t (&row_offset)[MR], const T* column,
+                      const int64_t (&column_offset)[NR], const Keep& keep, typename Vector<T>::type (&sum)[MR][NR]) {
+    using V = Vector<T>;
+    if constexpr (MR < NR) {
+        typename V::type value[MR];
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; ++m) value[m] = keep(V::load(row + row_offset[m]));
+#pragma GCC unroll 16
+        for (int n = 0; n < NR; ++n) {
+            const typename V::type vector = V::load(column + column_offset[n]);
+#pragma GCC unroll 16
+            for (int m = 0; m < MR; ++m) sum[m][n] += value[m] * vector;
+        }
+    } else {
+        typename V::type vector[NR];
+#pragma GCC unroll 16
+        for (int n = 0; n < NR; ++n) vector[n] = V::load(column + column_offset[n]);
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; ++m) {
+            const typename V::type value = keep(V::load(row + row_offset[m]));
+#pragma GCC unroll 16
+            for (int n = 0; n < NR; ++n) sum[m][n] += value * vector[n];
+        }
+    }
+}
+
 template <typename T, int MR, int NR>
 void lanes_tile(const VoxelRun& run, const T* rows, const int64_t* row_offsets, const T* columns,
                 const int64_t* column_offsets, T* tile) {
@@ -135,6 +165,7 @@ void lanes_tile(const VoxelRun& run, const T* rows, const int64_t* row_offsets, 
     for (int m = 0; m < MR; ++m) row_offset[m] = row_offsets[m];
 #pragma GCC unroll 16
     for (int n = 0; n < NR; ++n) column_offset[n] = column_offsets[n];
+    const int64_t tail = run.tail;
 
     for (int64_t d = 0; d < run.extent[0]; ++d) {
         for (int64_t h = 0; h < run.extent[1]; ++h) {
@@ -142,29 +173,15 @@ void lanes_tile(const VoxelRun& run, const T* rows, const int64_t* row_offsets, 
             const T* column = columns + d * run.column_step[0] + h * run.column_step[1];
             const int64_t row_step = run.row_step[2], column_step = run.column_step[2];
             for (int64_t w = run.extent[2]; w > 0; --w) {
-                typename V::type value[MR];
-#pragma GCC unroll 16
-                for (int m = 0; m < MR; ++m) value[m] = V::load(row + row_offset[m]);
-#pragma GCC unroll 16
-                for (int n = 0; n < NR; ++n) {
-                    const typename V::type vector = V::load(column + column_offset[n]);
-#pragma GCC unroll 16
-                    for (int m = 0; m < MR; ++m) sum[m][n] += value[m] * vector;
-                }
+                const auto keep_all = [](typename V::type value) { return value; };
+                add_lanes<T, MR, NR>(row, row_offset, column, column_offset, keep_all, sum);
                 row += row_step;
                 column += column_step;
             }
-            if (run.tail) {  // the last vector of the row again, without the voxels that are already summed
-                const int64_t back = run.tail - V::lanes;
-                typename V::type value[MR];
-#pragma GCC unroll 16
-                for (int m = 0; m < MR; ++m) value[m] = keep_last<T>(V::load(row + back + row_offset[m]), run.tail);
-#pragma GCC unroll 16
-                for (int n = 0; n < NR; ++n) {
-                    const typename V::type vector = V::load(column + back + column_offset[n]);
-#pragma GCC unroll 16
-                    for (int m = 0; m < MR; ++m) sum[m][n] += value[m] * vector;
-                }
+            if (tail) {  // the last vector of the row again, without the voxels that are already summed
+                const auto keep_tail = [tail](typename V::type value) { return keep_last<T>(value, tail); };
+                const int64_t back = tail - V::lanes;
+                add_lanes<T, MR, NR>(row + back, row_offset, column + back, column_offset, keep_tail, sum);
             }
         }
     }
