@@ -3,7 +3,7 @@
 Example:
     >>> import torch
     >>> [cost.op for cost in count_model(torch.nn.Conv3d(1, 4, 3), torch.zeros(2, 1, 8, 8, 8))]
-    ['aten.convolution']
+    ['aten.convolution, aten.convolution_backward']
 """
 
 from .counting import LayerCost, PassCost, count_model, count_optimizer
