@@ -69,8 +69,8 @@ def compare(
 
     from .cost.report import write_report
     from .cost.terminal import print_result
-    from .train.compare import Settings
     from .train.compare import compare as run
+    from .train.plan import Settings
 
     console = Console()
     _writable(out)

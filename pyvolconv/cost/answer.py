@@ -167,14 +167,15 @@ def _identity(item: Factors) -> str:
 
 def _removal(item: Removal) -> str:
     verb = "takes away" if item.milliseconds >= 0 else "adds"
-    largest = max(item.parts, key=lambda part: abs(item.parts[part]), default=None)
+    sign = 1 if item.milliseconds >= 0 else -1
+    largest = max(item.parts, key=lambda part: sign * item.parts[part], default=None)
     text = (
         f"{item.change} {verb} {wording.milliseconds(abs(item.milliseconds))} of "
         f"{wording.milliseconds(item.before.milliseconds)}"
     )
     if largest is None:
         return text + "."
-    return f"{text}; most of the change is in {PARTS[largest]} ({wording.milliseconds(item.parts[largest])})."
+    return f"{text}; most of it in {PARTS[largest]} ({wording.milliseconds(abs(item.parts[largest]))})."
 
 
 def _removals(result: ComparisonResult) -> list[Removal]:

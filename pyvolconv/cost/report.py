@@ -174,14 +174,17 @@ def _context(result: ComparisonResult, words: Answer) -> dict[str, Any]:
 
 
 def path_notes(result: ComparisonResult) -> list[str]:
-    """What a reader of the path table must know: paths scaled up, paths left out."""
-    scaled = [
-        f"{timing.path}, pages {timing.pages}: too slow for a full epoch; timed on {timing.samples} of "
-        f"{timing.batch_size} samples, {timing.steps} times, and scaled up."
-        for timing in result.paths
-        if timing.scaled
-    ]
-    return scaled + [f"{path} was left out: {reason}" for path, reason in result.unavailable.items()]
+    """What a reader of the path table must know: paths scaled up, how near the gradients are, paths left out."""
+    notes = []
+    scaled = {timing.path: timing for timing in result.paths if timing.scaled}
+    if scaled:
+        names = ", ".join(f"{timing.path} ({timing.samples} of {timing.batch_size})" for timing in scaled.values())
+        notes.append(f"Too slow here for whole batches, so timed on a few samples and scaled up: {names}.")
+    differences = {t.path: t.gradient_difference for t in result.paths if t.gradient_difference is not None}
+    if differences:
+        words = ", ".join(f"{path} {difference:.1e}" for path, difference in differences.items())
+        notes.append(f"Relative difference of all parameter gradients to torch's in the same layout: {words}.")
+    return notes + [f"{path} was left out: {reason}" for path, reason in result.unavailable.items()]
 
 
 def _data_uri(path: Path) -> str:

@@ -10,14 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from . import wording
-from .answer import answer
+from .answer import PARTS, answer
 from .profiler import StepProfile
 from .report import path_notes, path_rows
 from .results import ComparisonResult, LayerRow, PathProfile
 
 WIDE = 108
-"""Columns of a terminal from which on the layer table is shown whole."""
-PARTS = ("forward", "grad_input", "grad_weight", "other")
+"""Columns of a terminal from which on tables are shown whole."""
 
 
 def print_result(console: Console, result: ComparisonResult) -> None:
@@ -27,7 +26,7 @@ def print_result(console: Console, result: ComparisonResult) -> None:
     if result.training:
         console.print(training_table(result))
     for pages in path_rows(result):
-        console.print(path_table(result, pages))
+        console.print(path_table(result, pages, console.width))
     for note in path_notes(result):
         console.print(Text(note, style="dim"))
     words = answer(result)
@@ -65,17 +64,18 @@ def training_table(result: ComparisonResult) -> Table:
     return table
 
 
-def path_table(result: ComparisonResult, pages: str) -> Table:
-    """One row per path in one allocator state, milliseconds per training step."""
-    title = f"One training step, ms (pages {pages})"
-    columns = ["Layout", "forward", "grad_input", "grad_weight", "everything else", "Step", "vs torch", "vs LSTM"]
-    table = _table(title, "Path", columns)
+def path_table(result: ComparisonResult, pages: str, width: int = 120) -> Table:
+    """One row per path in one allocator state, ms per training step; without the split where `width` is small."""
+    parts = PARTS if width >= WIDE else {}
+    table = _table(
+        f"One training step, ms (pages {pages})", "Path", ["Layout", *parts.values(), "Step", "vs torch", "vs LSTM"]
+    )
     for row in path_rows(result)[pages]:
         timing = row.timing
         table.add_row(
             timing.path + (" *" if timing.scaled else ""),
             timing.layout or wording.NOT_MEASURED,
-            *(wording.significant(getattr(timing, part)) for part in PARTS),
+            *(wording.significant(getattr(timing, part)) for part in parts),
             Text(wording.significant(timing.milliseconds), style="bold"),
             wording.ratio(row.speed_up),
             wording.ratio(row.to_lstm),

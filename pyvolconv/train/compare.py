@@ -11,8 +11,7 @@ import datetime
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,60 +29,9 @@ from .loop import TrainConfig
 from .models import NetworkName, build, parameter_count
 from .npz import load_npz
 from .paths import our_paths
+from .plan import FULL, LSTM_SHARE, OURS_SHARE, QUICK, Settings
 from .runs import Trainer, frame_average_accuracy, projected
-from .steps import LSTM_PATH, TORCH_PATHS, Candidate, PathSpec, candidate, fitted, gradient_difference, time_paths
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user asked for; see `pyvolconv compare --help`."""
-
-    quick: bool = False
-    out: Path = Path("pyvolconv-report")
-    data: Path | None = None
-    seed: int = 0
-    epochs: int | None = None
-    batch_size: int = 32
-    bidirectional: bool = False
-    device: str = "cpu"
-    resume: bool = False
-    backends: tuple[str, ...] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for the report; the folder is left out, because a report may be moved."""
-        return {
-            "quick": self.quick,
-            "data": self.data.name if self.data else None,
-            "seed": self.seed,
-            "epochs": self.epochs,
-            "batch_size": self.batch_size,
-            "bidirectional": self.bidirectional,
-            "device": self.device,
-            "backends": ",".join(self.backends) if self.backends else None,
-        }
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How the time is spent, in seconds.
-
-    Attributes:
-        total: of the whole run, report included.
-        longest_step: a path whose step takes longer gets fewer samples.
-        rounds: timed turns of every path.
-        repeats: profiled runs of every path.
-    """
-
-    total: float
-    longest_step: float
-    rounds: int
-    repeats: int
-
-
-QUICK = Budget(total=52.0, longest_step=0.4, rounds=3, repeats=1)
-FULL = Budget(total=270.0, longest_step=1.5, rounds=5, repeats=2)
-LSTM_SHARE, OURS_SHARE = 0.3, 0.65
-"""Shares of the time left: of all of it for the LSTM, of what it leaves for our CNN; torch's CNN takes the rest."""
+from .steps import LSTM_PATH, TORCH_PATHS, Candidate, PathSpec, fitted, gradient_difference, time_paths
 
 CNN_WORDS = (
     "Conv3d 1-16-24-32 (3×3×3, stride 1, padding 1), each with ReLU and 2×2×2 max-pool; dense 16, dense {classes}"
@@ -91,7 +39,7 @@ CNN_WORDS = (
 LSTM_WORDS = "{frames} frames of {values} values: LSTM {values}-16-16{directions}, dense {classes}"
 DIGITS_WORDS = (
     "Scanned handwritten digits that move round a field, clockwise or counter-clockwise, in noise. How hard that is "
-    "was set on purpose, so that both networks come near 100 %, the CNN in about 10 epochs and the LSTM in 50 to 70; no "
+    "was set on purpose, so that both networks come near 100 %, the CNN in about 10 epochs, the LSTM in 50 to 70. No "
     "digit of a test video was seen in training."
 )
 
@@ -203,19 +151,20 @@ class _Comparison:
         """Time every path in both allocator states; the paths by name. Pages stay kept from here on."""
         x, y = self._batch(data)
         candidates = self._candidates(data, x, y, chosen)
+        rounds = self.budget.affordable_rounds(sum(one.expected_seconds for one in candidates))
         states: list[Pages] = ["kept"] if self.settings.device == "cuda" or pages_kept() else ["returned"]
-        self._time_in_state(candidates, states[0], machine)
+        self._time_in_state(candidates, states[0], machine, rounds)
         if states == ["returned"]:
             kept = keep_pages()
             if kept.active:
-                self._time_in_state(candidates, "kept", machine)
+                self._time_in_state(candidates, "kept", machine, rounds)
             else:
                 self._note(f"Pages could not be kept here: {kept.reason}.")
         return {one.spec.path: one.spec for one in candidates}
 
     def _candidates(self, data: Splits, x: Tensor, y: Tensor, chosen: dict[str, list[Layout]]) -> list[Candidate]:
         """One candidate per path, ours in the better layout; their gradients are compared with torch's on the way."""
-        longest = self.budget.longest_step
+        longest = self.budget.longest_step(len(TORCH_PATHS) + len(chosen))
         seed, size, classes = self.settings.seed, data.input_size, data.classes
         specs = [[PathSpec(path, "cnn", None, layout)] for path, layout in TORCH_PATHS.items()]
         specs += [[PathSpec(name, "cnn", name, layout) for layout in layouts] for name, layouts in chosen.items()]
@@ -230,13 +179,13 @@ class _Comparison:
                     self.differences[one.spec.path] = difference
             say(f"Trying {LSTM_PATH}")
             spec = PathSpec(LSTM_PATH, "lstm", None, None)
-            found.append(candidate(spec, lambda: build(self._lstm, size, classes, seed), x, y, len(x)))
+            found.append(fitted([spec], lambda: build(self._lstm, size, classes, seed), x, y, longest))
         return found
 
-    def _time_in_state(self, candidates: list[Candidate], pages: Pages, machine: Machine) -> None:
+    def _time_in_state(self, candidates: list[Candidate], pages: Pages, machine: Machine, rounds: int) -> None:
         with self._saying(f"Timing every path, pages {pages}") as say:
             timings, profiles = time_paths(
-                candidates, pages, machine, rounds=self.budget.rounds, repeats=self.budget.repeats, say=say
+                candidates, pages, machine, rounds=rounds, repeats=self.budget.repeats, say=say
             )
         timings = [replace(timing, gradient_difference=self.differences.get(timing.path)) for timing in timings]
         self.update(paths=[*self.result.paths, *timings])

@@ -49,13 +49,17 @@ class PathSpec:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A path ready to be timed on a batch; `samples` of its `batch_size` samples are in the step."""
+    """A path ready to be timed on a batch.
+
+    `samples` of the batch's `batch_size` samples are in the step; `expected_seconds` is what a trial says about it.
+    """
 
     spec: PathSpec
     model: nn.Module
     step: Callable[[], None]
     samples: int
     batch_size: int
+    expected_seconds: float = 0.0
 
 
 def prepare(spec: PathSpec, model: nn.Module) -> nn.Module:
@@ -108,8 +112,8 @@ def fitted(
             probe.step()
         tried[spec] = min(_seconds(probe.step) for _ in range(2)) / probe.samples
     best = min(specs, key=lambda spec: tried[spec])
-    samples = x.shape[0] if tried[best] * x.shape[0] <= longest_step else max(1, int(longest_step / tried[best]))
-    return candidate(best, make_model, x, y, min(samples, x.shape[0]))
+    samples = min(x.shape[0], max(1, int(longest_step / tried[best])))
+    return replace(candidate(best, make_model, x, y, samples), expected_seconds=tried[best] * samples)
 
 
 def gradient_difference(one: Candidate, make_model: Callable[[], nn.Module], x: Tensor, y: Tensor) -> float:

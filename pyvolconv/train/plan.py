@@ -1,0 +1,75 @@
+"""What a comparison was asked for, and how it divides its time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for; see `pyvolconv compare --help`."""
+
+    quick: bool = False
+    out: Path = Path("pyvolconv-report")
+    data: Path | None = None
+    seed: int = 0
+    epochs: int | None = None
+    batch_size: int = 32
+    bidirectional: bool = False
+    device: str = "cpu"
+    resume: bool = False
+    backends: tuple[str, ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the report; the folder is left out, because a report may be moved."""
+        return {
+            "quick": self.quick,
+            "data": self.data.name if self.data else None,
+            "seed": self.seed,
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "bidirectional": self.bidirectional,
+            "device": self.device,
+            "backends": ",".join(self.backends) if self.backends else None,
+        }
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How the time is spent.
+
+    Attributes:
+        total: seconds of the whole run, report included.
+        steps: seconds of timing single steps, all paths and both allocator states together.
+        rounds: timed turns of every path, where there is time for so many.
+        repeats: profiled runs of every path.
+    """
+
+    total: float
+    steps: float
+    rounds: int
+    repeats: int
+
+    @property
+    def fixed_turns(self) -> int:
+        """Steps of a path beside its timed turns: one to warm up, and what `profile_step` needs."""
+        return 1 + 2 * self.repeats + 2
+
+    def longest_step(self, paths: int) -> float:
+        """Seconds that a step of one of so many paths may take; a slower one gets fewer samples."""
+        return self.steps / (STATES * paths * (self.fixed_turns + MIN_ROUNDS))
+
+    def affordable_rounds(self, seconds_per_round: float) -> int:
+        """Timed turns for which there is time when one turn of all paths takes this long."""
+        turns = int(self.steps / (STATES * seconds_per_round)) - self.fixed_turns
+        return max(MIN_ROUNDS, min(self.rounds, turns))
+
+
+STATES = 2
+MIN_ROUNDS = 3
+QUICK = Budget(total=50.0, steps=20.0, rounds=7, repeats=1)
+FULL = Budget(total=270.0, steps=110.0, rounds=9, repeats=2)
+LSTM_SHARE, OURS_SHARE = 0.3, 0.65
+"""Shares of the time left: of all of it for the LSTM, of what it leaves for our CNN; torch's CNN takes the rest."""
