@@ -18,6 +18,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 FORMAT = 1
+EXPECTED = {
+    "format": int,
+    "model": dict,
+    "optimizer": dict,
+    "random": dict,
+    "shuffle": Tensor,
+    "settings": dict,
+    "history": list,
+}
+"""What a checkpoint holds, by name and kind."""
 
 
 class CheckpointError(ValueError):
@@ -113,20 +123,22 @@ def _read(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: there is no checkpoint to resume from; start without resuming") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint: {_one_line(error)}; start afresh") from error
-    expected = {"format", "model", "optimizer", "random", "shuffle", "settings", "history"}
-    if not isinstance(state, dict) or not expected <= state.keys() or state["format"] != FORMAT:
+    if not isinstance(state, dict) or not EXPECTED.keys() <= state.keys() or state["format"] != FORMAT:
         raise CheckpointError(f"{path}: not a training checkpoint of this version (format {FORMAT}); start afresh")
+    for name, kind in EXPECTED.items():
+        if not isinstance(state[name], kind):
+            raise CheckpointError(f"{path}: the checkpoint is damaged: {name} is a {type(state[name]).__name__}")
     return state
 
 
 def _check_model(path: Path, state: Mapping[str, Tensor], model: nn.Module) -> None:
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    stored = {name: tuple(value.shape) for name, value in state.items()}
+    stored = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
     if stored != shapes:
         name = next(name for name in {**shapes, **stored} if stored.get(name) != shapes.get(name))
         raise CheckpointError(
-            f"{path}: this checkpoint belongs to another model: {name} has shape {stored.get(name, 'missing')}, "
-            f"expected {shapes.get(name, 'missing')}; use the same model or start afresh without resuming"
+            f"{path}: this checkpoint belongs to another model: its {name} is {stored.get(name, 'missing')}, "
+            f"expected {shapes.get(name, 'none')}; use the same model or start afresh without resuming"
         )
 
 

@@ -17,6 +17,9 @@ from ..problem import Size3
 class DataError(ValueError):
     """Data that cannot be trained on; the message is one line: what was found, what was expected, what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
+
 
 class VolumeDataset(Dataset[tuple[Tensor, Tensor]]):
     """Some of the volumes of an array, which may be a memory map, normalised when they are asked for.

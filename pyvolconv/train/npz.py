@@ -10,12 +10,14 @@ Local header: PKWARE .ZIP File Format Specification 4.3.7. Array header: `numpy.
 
 from __future__ import annotations
 
+import math
 import shutil
 import struct
 import tempfile
 import zipfile
 import zlib
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO
 
 import numpy as np
@@ -50,7 +52,7 @@ def load_npz(path: str | Path, seed: int = 0) -> Splits:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             x = _map_member(path, file, archive, "x")
             y = np.array(_map_member(path, file, archive, "y"))
-    except (zipfile.BadZipFile, zlib.error, EOFError, struct.error) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, struct.error, NotImplementedError) as error:
         raise DataError(
             f"{path}: not a readable .npz archive ({error}); write it with numpy.savez(path, x=..., y=...)"
         ) from error
@@ -102,15 +104,13 @@ def _map_array(path: Path, name: str, file: IO[bytes], start: int, length: int) 
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, fortran_order, dtype = read_header(file)
-    except (ValueError, KeyError) as error:
-        raise DataError(
-            f"{path}: {name} is not a numpy array ({str(error).splitlines()[0]}); write it with numpy.savez"
-        ) from error
+    except (ValueError, KeyError, SyntaxError, TokenError) as error:
+        raise DataError(f"{path}: {name} is not a numpy array ({error}); write it with numpy.savez") from error
     if dtype.kind not in "buif":
         raise DataError(f"{path}: {name} has dtype {dtype}; expected real numbers, for example float32 or uint8")
-    values = int(np.prod(shape, dtype=object))
-    if values == 0:
+    if min(shape, default=1) < 1:
         raise DataError(f"{path}: {name} is empty (shape {shape}); expected at least one sample and one voxel")
+    values = math.prod(shape)
     if start + length < file.tell() + values * dtype.itemsize:
         raise DataError(f"{path}: {name} is cut off: shape {shape} of {dtype} does not fit into it; write it again")
     return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran_order else "C")
@@ -167,7 +167,7 @@ def _check_voxels(path: Path, x: NDArray[np.generic], in_training: NDArray[np.bo
     for index in range(len(x)):
         for first in range(0, x.shape[1], frames):
             slab = np.asarray(x[index, first : first + frames])
-            if slab.dtype.kind == "f" and not np.abs(slab).max() <= largest:
+            if slab.dtype.kind == "f" and not float(np.abs(slab).max()) <= largest:
                 raise DataError(
                     f"{path}: x[{index}] holds NaN, infinity or a number too large for float32; expected finite "
                     "values: numpy.isfinite finds them"
