@@ -314,7 +314,7 @@ def test_a_failed_write_keeps_the_old_checkpoint(checkpoint, data, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(CheckpointError, match="cannot be written.*No space left"):
+    with pytest.raises(CheckpointError, match=r"cannot be written.*No space left"):
         train(fresh("cnn"), data, CONFIG, checkpoint_path=checkpoint)
     assert checkpoint.read_bytes() == old
     assert [file.name for file in checkpoint.parent.iterdir()] == ["run.pt"]
