@@ -78,12 +78,35 @@ PROBLEMS = (
 )
 
 
-def problems(dtypes: tuple[str, ...] = ("float32", "float64"), texts: tuple[str, ...] = PROBLEMS) -> list[ConvProblem]:
-    """The problem set in every layout and the given dtypes."""
-    return [
-        ConvProblem.parse(f"cpu-{dtype}-{layout}-{text}")
-        for text, layout, dtype in itertools.product(texts, LAYOUTS, dtypes)
-    ]
+# Few voxels and short loops, for backends that run in an interpreter here and for narrow dtypes.
+SMALL_PROBLEMS = (
+    "n1ic16oc16-i1x1x1-k3-p1",
+    "n3ic4oc6-i3x4x5-k3x4x5-bias",
+    "n1ic3oc4-i11x7x9-k2x1x2-s4x3x5",
+    "n1ic2oc3-i2x3x4-k3-p4",
+    "n1g3ic9oc6-i4x6x5-k2x3x3-s2x1x1-p0x1x1",
+    "n2ic8oc16-i4x5x6-k3-p2+0x1x1",
+)
+
+DTYPES = {
+    "problem": {"float32": PROBLEMS, "float64": PROBLEMS, "bfloat16": SMALL_PROBLEMS, "float16": SMALL_PROBLEMS},
+    "float32_problem": {"float32": PROBLEMS},
+}
+
+
+def _problems(fixture: str) -> Iterator[ConvProblem]:
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    for dtype, texts in DTYPES[fixture].items():
+        for text, layout, device in itertools.product(texts, LAYOUTS, devices):
+            yield ConvProblem.parse(f"{device}-{dtype}-{layout}-{text}")
+
+
+def _marks(backend: Backend, problem: ConvProblem) -> list[pytest.MarkDecorator]:
+    if problem.device == "cuda":
+        return [pytest.mark.gpu]
+    interpreted = backend.name == "triton"
+    small = any(str(problem).endswith(f"-{text}") for text in SMALL_PROBLEMS)
+    return [pytest.mark.slow] if interpreted and not small else []
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -99,13 +122,25 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every test that names `backend`, `problem` or `pass_` runs for each of them."""
-    if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", REGISTRY, ids=lambda backend: backend.name)
-    if "problem" in metafunc.fixturenames:
-        metafunc.parametrize("problem", problems(), ids=str)
+    """A test that names `pass_`, `backend`, `problem` or `float32_problem` runs for each of them.
+
+    `problem` is the set in every dtype and layout, `float32_problem` that part of it.
+    """
     if "pass_" in metafunc.fixturenames:
         metafunc.parametrize("pass_", PASSES)
+    fixture = next((name for name in DTYPES if name in metafunc.fixturenames), None)
+    if "backend" not in metafunc.fixturenames:
+        if fixture:
+            metafunc.parametrize(fixture, list(_problems(fixture)), ids=str)
+    elif fixture:
+        cells = [
+            pytest.param(backend, problem, marks=_marks(backend, problem), id=f"{backend.name}-{problem}")
+            for backend in REGISTRY
+            for problem in _problems(fixture)
+        ]
+        metafunc.parametrize(("backend", fixture), cells)
+    else:
+        metafunc.parametrize("backend", REGISTRY, ids=lambda backend: backend.name)
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +209,7 @@ def operands() -> Callable[..., list[Tensor]]:
             dense = values.to(getattr(torch, problem.dtype))
             if len(shape) == 5:
                 dense = dense.contiguous(memory_format=MEMORY_FORMAT[problem.layout])
-            made.append(between_guards(dense))
+            made.append(between_guards(dense.to(problem.device)))
         return made
 
     return make
@@ -182,7 +217,7 @@ def operands() -> Callable[..., list[Tensor]]:
 
 def between_guards(dense: Tensor, guard: int = 67) -> Tensor:
     """The same values and strides inside a buffer that holds NaN before and after them."""
-    buffer = torch.full((dense.numel() + 2 * guard,), float("nan"), dtype=dense.dtype)
+    buffer = torch.full((dense.numel() + 2 * guard,), float("nan"), dtype=dense.dtype, device=dense.device)
     inside = buffer.as_strided(dense.shape, dense.stride(), guard)
     return inside.copy_(dense)
 
