@@ -2,17 +2,24 @@
 // voxels.
 //
 // A unit is a set of channels that are packed and computed together: one group, or (depthwise) a run of channels.
-// Packed weights of a unit: [block][chunk][reduction element][block width], a block being at most kMaxBlockVectors
-// vectors wide. The reduction of one chunk is cut into parts whose weights stay in L1 while all voxels of a tile pass.
+// Packed weights of a unit: [block][chunk][reduction element][block width]. The reduction of one chunk is cut into
+// parts whose weights stay in L1 while all voxels of a tile pass.
+//
+// Three kernels share this. Lanes are target channels in two of them and voxels along the width in the third; which one
+// runs is decided by the share of lanes that would do useful work, with some allowance for transposing tiles when the
+// kernel's order is not that of the layout.
 #pragma once
 
 #include "../arena.h"
 #include "../microkernel/broadcast.h"
 #include "../microkernel/depthwise.h"
+#include "../microkernel/planar.h"
 #include "tiling.h"
 
 namespace pvc {
 namespace {
+
+enum class Kernel { broadcast, depthwise, planar };
 
 struct Part {
     int64_t segment, segments;
@@ -23,9 +30,11 @@ template <typename T>
 struct Blocking {
     static constexpr int64_t lanes = Vector<T>::lanes;
 
-    bool depthwise, flat;
+    Kernel kernel;
+    bool flat;                                  // every segment has length 1
     int64_t units, unit_sources, unit_targets;  // channels of a whole unit
-    int64_t vectors, blocks;                    // of target channels in a unit
+    int64_t grain;                              // target channels per accumulator: lanes, or 1 for planar
+    int64_t grains, blocks;                     // of target channels in a unit
     int64_t chunk, chunks;                      // of source channels in a unit
     int64_t elements;                           // reduction elements of one chunk
     Tiling tiling;
@@ -33,32 +42,60 @@ struct Blocking {
     Part* parts;
     int64_t part_count;
 
-    int64_t block_first(int64_t block) const { return block * vectors / blocks; }
-    int64_t block_vectors(int64_t block) const { return block_first(block + 1) - block_first(block); }
-    int64_t unit_weights() const { return chunks * elements * vectors * lanes; }
-    int64_t block_weights(int64_t block) const { return chunks * elements * block_first(block) * lanes; }
+    int64_t block_first(int64_t block) const { return block * grains / blocks; }
+    int64_t block_grains(int64_t block) const { return block_first(block + 1) - block_first(block); }
+    int64_t unit_width() const { return grains * grain; }
+    int64_t unit_weights() const { return chunks * elements * unit_width(); }
+    int64_t block_weights(int64_t block) const { return chunks * elements * block_first(block) * grain; }
 
-    int64_t source_channel(int64_t unit) const { return unit * unit_sources; }
-    int64_t target_channel(int64_t unit) const { return unit * unit_targets; }
+    // Scratch memory holds the source as [voxel][channel], or for planar as [channel][voxel].
+    int64_t voxel_stride() const { return kernel == Kernel::planar ? 1 : chunk; }
+    int64_t axis_stride(int axis) const {
+        int64_t stride = voxel_stride();
+        for (int inner = axis + 1; inner < 3; ++inner) stride *= tiling.axis[inner].rows;
+        return stride;
+    }
+    int64_t item_voxels() const { return kernel == Kernel::planar ? lanes : 1; }
+    int64_t items(const int64_t count[3]) const { return count[0] * count[1] * ceil_divide(count[2], item_voxels()); }
+    int64_t full_tile(int64_t block_grains) const {
+        if (kernel == Kernel::planar) return planar_vectors(block_grains);
+        return kernel == Kernel::depthwise ? kDepthwiseVoxels : broadcast_voxels(block_grains);
+    }
 };
+
+template <typename T>
+Kernel choose_kernel(const Gather& gather) {
+    const auto used = [](int64_t count) {
+        return static_cast<double>(count) /
+               static_cast<double>(ceil_divide(count, Vector<T>::lanes) * Vector<T>::lanes);
+    };
+    const bool depthwise = gather.groups > 1 && gather.source_channels == 1 && gather.target_channels == 1;
+    const double width = used(gather.axis[2].count);
+    const double channels = used(depthwise ? gather.groups : gather.target_channels);
+    const bool planar = gather.layout == Layout::ncdhw ? width > 0.8 * channels : 0.6 * width > channels;
+    return planar ? Kernel::planar : depthwise ? Kernel::depthwise : Kernel::broadcast;
+}
 
 // Writes the segments of one chunk, runs cut to at most `longest` elements; returns how many.
 template <typename T>
-int64_t list_segments(const Gather& gather, const Blocking<T>& blocking, int64_t longest, Segment* segments) {
-    const PackedAxis* packed = blocking.tiling.axis;
-    const int64_t step_h = packed[1].tap_step * packed[2].rows * blocking.chunk;
-    const int64_t step_d = packed[0].tap_step * packed[1].rows * packed[2].rows * blocking.chunk;
-    const int64_t step_w = packed[2].tap_step * blocking.chunk;
-    const bool joined = packed[2].tap_step == 1 && !blocking.depthwise;  // taps along the width are one run
-    const int64_t runs = joined ? 1 : gather.axis[2].taps;
-    const int64_t run = blocking.depthwise ? 1 : joined ? gather.axis[2].taps * blocking.chunk : blocking.chunk;
+int64_t list_segments(const Gather& gather, const Blocking<T>& b, int64_t longest, Segment* segments) {
+    int64_t step[3];
+    for (int axis = 0; axis < 3; ++axis) step[axis] = b.tiling.axis[axis].tap_step * b.axis_stride(axis);
+    const bool planar = b.kernel == Kernel::planar;
+    const bool joined =
+        b.kernel == Kernel::broadcast && b.tiling.axis[2].tap_step == 1;  // taps along the width: one run
+    const int64_t planes = planar ? b.chunk : 1, runs = joined ? 1 : gather.axis[2].taps;
+    const int64_t run = b.kernel != Kernel::broadcast ? 1 : joined ? gather.axis[2].taps * b.chunk : b.chunk;
     int64_t count = 0;
-    for (int64_t d = 0; d < gather.axis[0].taps; ++d) {
-        for (int64_t h = 0; h < gather.axis[1].taps; ++h) {
-            for (int64_t w = 0; w < runs; ++w) {
-                for (int64_t i = 0; i < run; i += longest, ++count) {
-                    const int64_t offset = d * step_d + h * step_h + w * step_w + i;
-                    segments[count] = {static_cast<int32_t>(offset), static_cast<int32_t>(smaller(longest, run - i))};
+    for (int64_t plane = 0; plane < planes; ++plane) {
+        for (int64_t d = 0; d < gather.axis[0].taps; ++d) {
+            for (int64_t h = 0; h < gather.axis[1].taps; ++h) {
+                for (int64_t w = 0; w < runs; ++w) {
+                    const int64_t tap = plane * b.tiling.packed_voxels() + d * step[0] + h * step[1] + w * step[2];
+                    for (int64_t i = 0; i < run; i += longest, ++count) {
+                        segments[count] = {static_cast<int32_t>(tap + i),
+                                           static_cast<int32_t>(smaller(longest, run - i))};
+                    }
                 }
             }
         }
@@ -66,46 +103,9 @@ int64_t list_segments(const Gather& gather, const Blocking<T>& blocking, int64_t
     return count;
 }
 
+// Groups segments into parts of at most `part_elements` elements.
 template <typename T>
-Blocking<T> choose_blocking(const Gather& gather) {
-    constexpr int64_t lanes = Vector<T>::lanes;
-    constexpr int64_t kPackedValues = kL2Bytes / 2 / sizeof(T), kSumValues = kL2Bytes / 8 / sizeof(T);
-    constexpr int64_t kPartValues = kL1Bytes * 5 / 8 / sizeof(T), kMaxChunk = 256, kShortRun = 16;
-    const int64_t taps = gather.axis[0].taps * gather.axis[1].taps * gather.axis[2].taps;
-
-    Blocking<T> b = {};
-    b.depthwise = gather.groups > 1 && gather.source_channels == 1 && gather.target_channels == 1;
-    if (b.depthwise) {
-        b.units = ceil_divide(gather.groups, 8 * lanes);
-        b.unit_sources = b.unit_targets = ceil_divide(ceil_divide(gather.groups, b.units), lanes) * lanes;
-        b.units = ceil_divide(gather.groups, b.unit_sources);
-        b.chunks = 1;
-        b.chunk = b.unit_sources;
-        b.elements = taps;
-    } else {
-        b.units = gather.groups;
-        b.unit_sources = gather.source_channels;
-        b.unit_targets = gather.target_channels;
-        const int64_t limit = smaller(kMaxChunk, larger(kPackedValues / (2 * larger(taps, 1)), 16));
-        b.chunks = ceil_divide(b.unit_sources, limit);
-        b.chunk = ceil_divide(b.unit_sources, b.chunks);
-        b.elements = taps * b.chunk;
-    }
-    b.vectors = ceil_divide(b.unit_targets, lanes);
-    b.blocks = ceil_divide(b.vectors, kMaxBlockVectors);
-
-    const int64_t block_width = ceil_divide(b.vectors, b.blocks) * lanes;
-    const int64_t sums = b.chunks == 1 ? block_width : b.vectors * lanes;
-    b.tiling = choose_tiling(gather, kPackedValues / b.chunk, larger(kSumValues / sums, 16), gather.batch * b.units);
-
-    const int64_t part_elements = larger(kPartValues / block_width, 1);
-    b.flat = !b.depthwise && (b.tiling.axis[2].tap_step == 1 ? gather.axis[2].taps : 1) * b.chunk < kShortRun;
-    const int64_t longest = b.flat ? 1 : part_elements;
-    const int64_t most = larger(b.elements, 1);  // a segment has at least one element, a part one segment
-    b.segments = static_cast<Segment*>(
-        scratch_bytes(Scratch::tables, static_cast<size_t>(most) * (sizeof(Segment) + sizeof(Part))));
-    b.parts = reinterpret_cast<Part*>(b.segments + most);
-    const int64_t segments = list_segments(gather, b, longest, b.segments);
+void list_parts(Blocking<T>& b, int64_t segments, int64_t part_elements) {
     b.parts[0] = {0, 0, 0};
     b.part_count = 1;
     int64_t element = 0;
@@ -118,6 +118,55 @@ Blocking<T> choose_blocking(const Gather& gather) {
         ++part->segments;
         element += b.segments[s].length;
     }
+}
+
+template <typename T>
+Blocking<T> choose_blocking(const Gather& gather) {
+    constexpr int64_t lanes = Vector<T>::lanes;
+    constexpr int64_t kTileValues = kL2Bytes / 2 / sizeof(T);  // of the packed source, and of the sums
+    constexpr int64_t kPartBytes = kL1Bytes * 5 / 8, kMaxChunk = 256, kShortRun = 16, kDepthwiseUnit = 8 * lanes;
+    const int64_t taps = gather.axis[0].taps * gather.axis[1].taps * gather.axis[2].taps;
+
+    Blocking<T> b = {};
+    b.kernel = choose_kernel<T>(gather);
+    int64_t most_grains = kBroadcastVectors;
+    if (b.kernel == Kernel::depthwise) {
+        most_grains = kDepthwiseVectors;
+        const int64_t even = ceil_divide(gather.groups, ceil_divide(gather.groups, kDepthwiseUnit));
+        b.unit_sources = b.unit_targets = ceil_divide(even, lanes) * lanes;
+        b.units = ceil_divide(gather.groups, b.unit_sources);
+        b.chunks = 1;
+        b.chunk = b.unit_sources;
+        b.elements = taps;
+    } else {
+        if (b.kernel == Kernel::planar) most_grains = kPlanarChannels;
+        b.units = gather.groups;
+        b.unit_sources = gather.source_channels;
+        b.unit_targets = gather.target_channels;
+        const int64_t limit = smaller(kMaxChunk, larger(kTileValues / (2 * larger(taps, 1)), 16));
+        b.chunks = ceil_divide(b.unit_sources, limit);
+        b.chunk = ceil_divide(b.unit_sources, b.chunks);
+        b.elements = taps * b.chunk;
+    }
+    b.grain = b.kernel == Kernel::planar ? 1 : lanes;
+    b.grains = ceil_divide(b.unit_targets, b.grain);
+    b.blocks = ceil_divide(b.grains, most_grains);
+
+    const int64_t block_width = ceil_divide(b.grains, b.blocks) * b.grain;
+    const int64_t waiting = b.chunks == 1 ? block_width : b.unit_width();  // sums kept per voxel
+    b.tiling = choose_tiling(
+        gather, {kTileValues / b.chunk, larger(kTileValues / waiting, 16), gather.batch * b.units, b.item_voxels()});
+
+    const int64_t run = (b.tiling.axis[2].tap_step == 1 ? gather.axis[2].taps : 1) * b.chunk;
+    b.flat = b.kernel != Kernel::broadcast || run < kShortRun;
+    const int64_t element_bytes =
+        block_width * static_cast<int64_t>(sizeof(T) + (b.flat ? sizeof(Segment) / b.grain : 0));
+    const int64_t part_elements = larger(kPartBytes / element_bytes, 1);
+    const int64_t most = larger(b.elements, 1);  // a segment has at least one element, a part one segment
+    b.segments = static_cast<Segment*>(
+        scratch_bytes(Scratch::tables, static_cast<size_t>(most) * (sizeof(Segment) + sizeof(Part))));
+    b.parts = reinterpret_cast<Part*>(b.segments + most);
+    list_parts(b, list_segments(gather, b, b.flat ? 1 : part_elements, b.segments), part_elements);
     return b;
 }
 

@@ -1,10 +1,8 @@
-// The source of one tile, copied into scratch memory: channels last, zeros where the tensor ends.
+// The source of one tile, copied into scratch memory in the order of the kernel, zeros where the tensor ends.
 //
 // What follows then sees no padding, stride, dilation or layout. The copy touches each value a few times (the overlap
 // of tiles), a small part of the taps * target channels multiplications that each value takes part in.
 #pragma once
-
-#include <cstring>
 
 #include "tiling.h"
 #include "transpose.h"
@@ -12,85 +10,136 @@
 namespace pvc {
 namespace {
 
-// A box of the source: `channels` channels from `channel`, packed `width` (>= channels) apart.
+// A box of the source: `channels` channels from `channel`, packed as if there were `width` (>= channels) of them.
 struct SourceBlock {
     int64_t sample, channel, channels, width;
     int64_t origin[3];  // source position of the tile's first voxel and tap; may be outside the tensor
 };
 
-// One packed row of `rows` voxels whose depth and height are inside the tensor.
+// Strides between voxels of a row and between channels, in elements.
+struct RowStrides {
+    int64_t voxel, channel;
+};
+
+// Inline, because rows are short: a call of memcpy costs as much as copying a row of 64 values.
 template <typename T>
-void pack_row_ndhwc(const T* row, const GatherAxis& axis, const PackedAxis& packed, int64_t channel_stride,
-                    const SourceBlock& block, T* to) {
-    const int64_t size = axis.source_size, origin = block.origin[2];
-    if (packed.dense && block.channels == block.width && block.channels == channel_stride) {
-        const int64_t before = smaller(larger(-origin, 0), packed.rows);
-        const int64_t end = larger(smaller(size - origin, packed.rows), before);
-        std::memset(to, 0, static_cast<size_t>(before * block.width) * sizeof(T));
-        if (end > before) {
-            std::memcpy(to + before * block.width, row + (origin + before) * channel_stride,
-                        static_cast<size_t>((end - before) * block.width) * sizeof(T));
-        }
-        std::memset(to + end * block.width, 0, static_cast<size_t>((packed.rows - end) * block.width) * sizeof(T));
-        return;
-    }
-    for (int64_t w = 0; w < packed.rows; ++w, to += block.width) {
-        const int64_t position = origin + source_position(axis, packed, w);
-        const bool inside = position >= 0 && position < size;
-        const int64_t count = inside ? block.channels : 0;
-        if (inside) std::memcpy(to, row + position * channel_stride, static_cast<size_t>(count) * sizeof(T));
-        for (int64_t c = count; c < block.width; ++c) to[c] = 0;
-    }
+inline void fill_zero(T* to, int64_t count) {
+    using V = Vector<T>;
+    int64_t i = 0;
+    for (; i + V::lanes <= count; i += V::lanes) V::store(to + i, typename V::type{});
+    for (; i < count; ++i) to[i] = 0;
 }
 
 template <typename T>
-void pack_row_ncdhw(const T* row, const GatherAxis& axis, const PackedAxis& packed, int64_t channel_stride,
-                    const SourceBlock& block, T* to) {
-    const int64_t size = axis.source_size, origin = block.origin[2];
+inline void copy_values(const T* from, T* to, int64_t count) {
+    using V = Vector<T>;
+    if (count < V::lanes) {
+        for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+        return;
+    }
+    for (int64_t i = 0; i + V::lanes < count; i += V::lanes) V::store(to + i, V::load(from + i));
+    V::store(to + count - V::lanes, V::load(from + count - V::lanes));
+}
+
+// rows x columns values; one of the two is contiguous in `from`, one in `to`.
+template <typename T>
+void copy_matrix(const T* from, RowStrides from_strides, T* to, RowStrides to_strides, int64_t voxels,
+                 int64_t channels) {
+    if (from_strides.voxel == to_strides.voxel && from_strides.voxel == 1) {
+        for (int64_t c = 0; c < channels; ++c) {
+            copy_values(from + c * from_strides.channel, to + c * to_strides.channel, voxels);
+        }
+    } else if (from_strides.channel == to_strides.channel) {
+        if (from_strides.voxel == channels && to_strides.voxel == channels) {
+            copy_values(from, to, voxels * channels);
+            return;
+        }
+        for (int64_t v = 0; v < voxels; ++v) {
+            copy_values(from + v * from_strides.voxel, to + v * to_strides.voxel, channels);
+        }
+    } else if (from_strides.voxel == 1) {
+        transpose(from, from_strides.channel, to, to_strides.voxel, channels, voxels);
+    } else {
+        transpose(from, from_strides.voxel, to, to_strides.channel, voxels, channels);
+    }
+}
+
+// One packed row whose depth and height are inside the tensor; `row` is its first voxel in the tensor.
+template <typename T>
+void pack_row(const GatherAxis& axis, const PackedAxis& packed, const SourceBlock& block, const T* row, RowStrides from,
+              T* to, RowStrides packed_strides) {
     if (packed.dense) {
-        const int64_t before = smaller(larger(-origin, 0), packed.rows);
-        const int64_t end = larger(smaller(size - origin, packed.rows), before);
-        std::memset(to, 0, static_cast<size_t>(before * block.width) * sizeof(T));
-        if (block.width > block.channels) {
-            std::memset(to + before * block.width, 0, static_cast<size_t>((end - before) * block.width) * sizeof(T));
+        const int64_t begin = smaller(larger(-block.origin[2], 0), packed.rows);
+        const int64_t end = larger(smaller(axis.source_size - block.origin[2], packed.rows), begin);
+        if (packed_strides.voxel == 1) {
+            for (int64_t c = 0; c < block.channels; ++c) {
+                fill_zero(to + c * packed_strides.channel, begin);
+                fill_zero(to + c * packed_strides.channel + end, packed.rows - end);
+            }
+        } else {
+            fill_zero(to, begin * block.width);
+            fill_zero(to + end * block.width, (packed.rows - end) * block.width);
         }
-        transpose(row + origin + before, channel_stride, to + before * block.width, block.width, block.channels,
-                  end - before);
-        std::memset(to + end * block.width, 0, static_cast<size_t>((packed.rows - end) * block.width) * sizeof(T));
+        copy_matrix(row + (block.origin[2] + begin) * from.voxel, from, to + begin * packed_strides.voxel,
+                    packed_strides, end - begin, block.channels);
         return;
     }
-    for (int64_t w = 0; w < packed.rows; ++w, to += block.width) {
-        const int64_t position = origin + source_position(axis, packed, w);
-        const int64_t count = position >= 0 && position < size ? block.channels : 0;
-        for (int64_t c = 0; c < count; ++c) to[c] = row[position + c * channel_stride];
-        for (int64_t c = count; c < block.width; ++c) to[c] = 0;
+    for (int64_t w = 0; w < packed.rows; ++w) {
+        const int64_t position = block.origin[2] + source_position(axis, packed, w);
+        const bool inside = position >= 0 && position < axis.source_size;
+        for (int64_t c = 0; c < block.channels; ++c) {
+            to[w * packed_strides.voxel + c * packed_strides.channel] =
+                inside ? row[position * from.voxel + c * from.channel] : 0;
+        }
     }
 }
 
-// `to` is [axis 0 rows][axis 1 rows][axis 2 rows][width].
+// The voxels of a block, row by row; `source` is the first channel of the sample, `to` the first packed value.
 template <typename T>
-void pack_source(const Gather& gather, const PackedAxis packed[3], const SourceBlock& block, const T* source, T* to) {
+void pack_rows(const Gather& gather, const PackedAxis packed[3], const SourceBlock& block, const T* source,
+               RowStrides from, T* to, RowStrides packed_strides) {
     const GatherAxis* axis = gather.axis;
-    const int64_t all_channels = gather.groups * gather.source_channels;
-    const int64_t voxels = axis[0].source_size * axis[1].source_size * axis[2].source_size;
-    const bool last = gather.layout == Layout::ndhwc;
-    const T* first = source + block.sample * all_channels * voxels + block.channel * (last ? 1 : voxels);
-    const int64_t row_size = packed[2].rows * block.width;
+    const bool planar = packed_strides.voxel == 1;
     for (int64_t d = 0; d < packed[0].rows; ++d) {
         const int64_t depth = block.origin[0] + source_position(axis[0], packed[0], d);
-        for (int64_t h = 0; h < packed[1].rows; ++h, to += row_size) {
+        for (int64_t h = 0; h < packed[1].rows; ++h, to += packed[2].rows * packed_strides.voxel) {
             const int64_t height = block.origin[1] + source_position(axis[1], packed[1], h);
             if (depth < 0 || depth >= axis[0].source_size || height < 0 || height >= axis[1].source_size) {
-                std::memset(to, 0, static_cast<size_t>(row_size) * sizeof(T));
+                const int64_t runs = planar ? block.channels : 1, run = packed[2].rows * packed_strides.voxel;
+                for (int64_t c = 0; c < runs; ++c) fill_zero(to + c * packed_strides.channel, run);
                 continue;
             }
             const int64_t row = (depth * axis[1].source_size + height) * axis[2].source_size;
-            if (last) {
-                pack_row_ndhwc(first + row * all_channels, axis[2], packed[2], all_channels, block, to);
-            } else {
-                pack_row_ncdhw(first + row, axis[2], packed[2], voxels, block, to);
-            }
+            pack_row(axis[2], packed[2], block, source + row * from.voxel, from, to, packed_strides);
         }
+    }
+}
+
+// `to` is [axis 0 rows][axis 1 rows][axis 2 rows][width], or when planar [width][axis 0 rows][axis 1 rows][axis 2
+// rows].
+template <typename T>
+void pack_source(const Gather& gather, const PackedAxis packed[3], bool planar, const SourceBlock& block,
+                 const T* source, T* to) {
+    const GatherAxis* axis = gather.axis;
+    const int64_t all_channels = gather.groups * gather.source_channels;
+    const int64_t voxels = axis[0].source_size * axis[1].source_size * axis[2].source_size;
+    const int64_t packed_voxels = packed[0].rows * packed[1].rows * packed[2].rows;
+    const bool last = gather.layout == Layout::ndhwc;
+    const RowStrides from = last ? RowStrides{all_channels, 1} : RowStrides{1, voxels};
+    const RowStrides strides = planar ? RowStrides{1, packed_voxels} : RowStrides{block.width, 1};
+    const T* first = source + block.sample * all_channels * voxels + block.channel * from.channel;
+    if (block.width > block.channels) {
+        const int64_t kept = planar ? block.channels * packed_voxels : 0;
+        fill_zero(to + kept, block.width * packed_voxels - kept);
+    }
+    if (planar && !last) {  // one plane after another: the order of memory on both sides
+        SourceBlock plane = block;
+        plane.channels = plane.width = 1;
+        for (int64_t c = 0; c < block.channels; ++c) {
+            pack_rows(gather, packed, plane, first + c * from.channel, from, to + c * strides.channel, strides);
+        }
+    } else {
+        pack_rows(gather, packed, block, first, from, to, strides);
     }
 }
 

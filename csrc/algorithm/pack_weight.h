@@ -1,35 +1,60 @@
-// Weights in the order in which a microkernel reads them: for every element of the reduction (tap by tap, source
-// channels innermost) one row of `width` target channels, zero beyond the last one.
+// Weights in the order in which a microkernel reads them: for every element of the reduction one row of `width` target
+// channels, zero beyond the last one. Elements go tap by tap with source channels innermost, or for the planar kernel
+// channel by channel with taps innermost.
 #pragma once
 
-#include <cstring>
-
-#include "gather.h"
+#include "blocking.h"
 
 namespace pvc {
 namespace {
 
-// Rows for taps x `rows_per_tap` source channels, of which the first `source_count` exist. `weight` points at the first
-// source and target channel wanted; strides are in elements.
+// The rows of all taps for `sources` source channels, of which the first `existing` exist.
 template <typename T>
-void pack_weight_block(const Gather& gather, const T* weight, int64_t source_count, int64_t rows_per_tap,
-                       int64_t target_count, int64_t width, T* packed) {
+T* pack_taps(const Gather& gather, const T* weight, int64_t existing, int64_t sources, int64_t targets, int64_t width,
+             T* packed) {
     const GatherAxis* axis = gather.axis;
-    for (int64_t d = 0; d < axis[0].taps; ++d) {
-        for (int64_t h = 0; h < axis[1].taps; ++h) {
-            for (int64_t w = 0; w < axis[2].taps; ++w) {
-                const T* tap = weight + (axis[0].weight_first + d * axis[0].weight_step) * gather.weight_tap_stride[0] +
-                               (axis[1].weight_first + h * axis[1].weight_step) * gather.weight_tap_stride[1] +
-                               (axis[2].weight_first + w * axis[2].weight_step) * gather.weight_tap_stride[2];
-                for (int64_t c = 0; c < rows_per_tap; ++c, packed += width) {
-                    const int64_t count = c < source_count ? target_count : 0;
+    int64_t tap[3], index[3];
+    for (tap[0] = 0; tap[0] < axis[0].taps; ++tap[0]) {
+        for (tap[1] = 0; tap[1] < axis[1].taps; ++tap[1]) {
+            for (tap[2] = 0; tap[2] < axis[2].taps; ++tap[2]) {
+                const T* from = weight;
+                for (int a = 0; a < 3; ++a) {
+                    index[a] = axis[a].weight_first + tap[a] * axis[a].weight_step;
+                    from += index[a] * gather.weight_tap_stride[a];
+                }
+                for (int64_t c = 0; c < sources; ++c, packed += width) {
+                    const int64_t count = c < existing ? targets : 0;
                     for (int64_t o = 0; o < count; ++o) {
-                        packed[o] = tap[c * gather.weight_source_stride + o * gather.weight_target_stride];
+                        packed[o] = from[c * gather.weight_source_stride + o * gather.weight_target_stride];
                     }
                     for (int64_t o = count; o < width; ++o) packed[o] = 0;
                 }
             }
         }
+    }
+    return packed;
+}
+
+// One block of one unit: all its chunks. `packed` is the start of all packed weights.
+template <typename T>
+void pack_weight_block(const Gather& gather, const Blocking<T>& b, int64_t unit, int64_t block, const T* weight,
+                       T* packed) {
+    const int64_t channel = b.block_first(block) * b.grain, width = b.block_grains(block) * b.grain;
+    int64_t targets = smaller(width, b.unit_targets - channel);
+    T* to = packed + unit * b.unit_weights() + b.block_weights(block);
+    if (b.kernel == Kernel::depthwise) {  // each target channel is a group
+        Gather by_group = gather;
+        by_group.weight_target_stride = gather.weight_group_stride;
+        const int64_t first = unit * b.unit_targets + channel;
+        targets = larger(smaller(targets, gather.groups - first), 0);
+        pack_taps(by_group, weight + first * gather.weight_group_stride, 1, 1, targets, width, to);
+        return;
+    }
+    const T* from = weight + unit * gather.weight_group_stride + channel * gather.weight_target_stride;
+    const int64_t together = b.kernel == Kernel::planar ? 1 : b.chunk;  // source channels per pass over the taps
+    for (int64_t first = 0; first < b.chunks * b.chunk; first += together) {
+        const int64_t existing = larger(smaller(together, b.unit_sources - first), 0);
+        to = pack_taps(gather, from + first * gather.weight_source_stride, existing, together, targets, width, to);
     }
 }
 

@@ -14,6 +14,11 @@ struct TargetBlock {
     int64_t first[3], count[3];
 };
 
+// Where the vector that covers voxel `item` of a row of `count` voxels begins: the last one ends with the row.
+inline int64_t vector_begin(int64_t item, int64_t count, int64_t lanes) {
+    return larger(smaller(item, count - lanes), 0);
+}
+
 template <typename T>
 void store_voxels_ndhwc(const T* sums, const TargetBlock& block, int64_t voxels, int64_t stride, T* to) {
     using V = Vector<T>;
@@ -24,9 +29,9 @@ void store_voxels_ndhwc(const T* sums, const TargetBlock& block, int64_t voxels,
     }
 }
 
-// `sums` is [count 0][count 1][count 2][width].
+// Sums of a channels-last kernel: [count 0][count 1][count 2][width].
 template <typename T>
-void store_target(const Gather& gather, const TargetBlock& block, const T* sums, T* target) {
+void store_channels_last(const Gather& gather, const TargetBlock& block, const T* sums, T* target) {
     const GatherAxis* axis = gather.axis;
     const int64_t all_channels = gather.groups * gather.target_channels;
     const int64_t voxels = axis[0].target_size * axis[1].target_size * axis[2].target_size;
@@ -49,6 +54,36 @@ void store_target(const Gather& gather, const TargetBlock& block, const T* sums,
                 for (int64_t c = 0; c < block.channels; ++c) {
                     T* to = first + voxel + c * voxels;
                     for (int64_t w = 0; w < run; ++w) to[w * axis[2].target_step] = sums[w * block.width + c];
+                }
+            }
+        }
+    }
+}
+
+// Sums of the planar kernel: [count 0][count 1][vectors along the width][width][lanes]. The last vector of a row ends
+// with the row, or begins with it when the row is shorter than a vector.
+template <typename T>
+void store_planar(const Gather& gather, const TargetBlock& block, const T* sums, T* target) {
+    constexpr int64_t lanes = Vector<T>::lanes;
+    const GatherAxis* axis = gather.axis;
+    const int64_t all_channels = gather.groups * gather.target_channels;
+    const int64_t voxels = axis[0].target_size * axis[1].target_size * axis[2].target_size;
+    const bool last = gather.layout == Layout::ndhwc;
+    const int64_t voxel_stride = last ? all_channels : 1, channel_stride = last ? 1 : voxels;
+    T* first = target + block.sample * all_channels * voxels + block.channel * channel_stride;
+    for (int64_t d = 0; d < block.count[0]; ++d) {
+        const int64_t depth = axis[0].target_first + (block.first[0] + d) * axis[0].target_step;
+        for (int64_t h = 0; h < block.count[1]; ++h) {
+            const int64_t height = axis[1].target_first + (block.first[1] + h) * axis[1].target_step;
+            for (int64_t item = 0; item < block.count[2]; item += lanes, sums += block.width * lanes) {
+                const int64_t begin = vector_begin(item, block.count[2], lanes);
+                const int64_t width = axis[2].target_first + (block.first[2] + begin) * axis[2].target_step;
+                T* to = first + ((depth * axis[1].target_size + height) * axis[2].target_size + width) * voxel_stride;
+                const int64_t count = smaller(lanes, block.count[2] - begin);
+                for (int64_t c = 0; c < block.channels; ++c) {
+                    for (int64_t w = 0; w < count; ++w) {
+                        to[c * channel_stride + w * axis[2].target_step * voxel_stride] = sums[c * lanes + w];
+                    }
                 }
             }
         }

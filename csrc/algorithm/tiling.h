@@ -4,6 +4,7 @@
 // tap_step. Packed, it is row j * voxel_step + t * tap_step' of one of two orders, whichever is shorter:
 //   dense:     every source position from the first to the last, rows shared by neighbouring voxels;
 //   separated: one run of `tile` rows per tap (wide dilations, strides larger than the kernel).
+// Kernels that load neighbouring voxels as one vector need voxel_step 1 along the width, which separated always has.
 #pragma once
 
 #include "../isa.h"
@@ -19,10 +20,12 @@ struct PackedAxis {
     bool dense;
 };
 
-inline PackedAxis pack_axis(const GatherAxis& axis, int64_t tile) {
+inline PackedAxis pack_axis(const GatherAxis& axis, int64_t tile, bool unit_step) {
     if (axis.taps == 0) return {tile, 0, 0, 0, true};
     const int64_t dense = (tile - 1) * axis.source_step + (axis.taps - 1) * axis.tap_step + 1;
-    if (dense <= tile * axis.taps) return {tile, dense, axis.source_step, axis.tap_step, true};
+    if (dense <= tile * axis.taps && !(unit_step && axis.source_step != 1)) {
+        return {tile, dense, axis.source_step, axis.tap_step, true};
+    }
     return {tile, tile * axis.taps, 1, tile, false};
 }
 
@@ -41,45 +44,56 @@ struct Tiling {
     int64_t count() const { return tiles[0] * tiles[1] * tiles[2]; }
 };
 
-inline Tiling cut(const Gather& gather, const int64_t pieces[3]) {
+struct TileLimits {
+    int64_t packed_voxels, voxels;  // at most, per tile
+    int64_t other_tasks;            // tasks per tile: samples and units of channels
+    int64_t vector;                 // voxels along the width that a kernel computes at once
+};
+
+inline Tiling cut(const Gather& gather, const int64_t pieces[3], const TileLimits& limits) {
     Tiling tiling = {};
     for (int axis = 0; axis < 3; ++axis) {
         const int64_t count = gather.axis[axis].count;
         const int64_t tile = ceil_divide(count, pieces[axis]);
-        tiling.axis[axis] = pack_axis(gather.axis[axis], tile);
+        tiling.axis[axis] = pack_axis(gather.axis[axis], tile, axis == 2 && limits.vector > 1);
         tiling.tiles[axis] = ceil_divide(count, tile);
     }
     return tiling;
 }
 
-// Starts from the whole target and halves one axis after another, each time the one that costs least repeated packing,
-// until a tile's source and sums fit and there are tasks enough to share out. Depends on the problem alone, never on
-// the number of threads.
-inline Tiling choose_tiling(const Gather& gather, int64_t packed_limit, int64_t voxel_limit, int64_t other_tasks) {
+// Starts from the whole target and halves one axis after another, each time the one that costs least repeated packing
+// and fewest idle lanes, until a tile's source and sums fit and there are tasks enough to share out. Depends on the
+// problem alone, never on the number of threads.
+inline Tiling choose_tiling(const Gather& gather, const TileLimits& limits) {
     constexpr int64_t kTasks = 16, kSmallTile = 96;
     int64_t pieces[3] = {1, 1, 1};
-    Tiling tiling = cut(gather, pieces);
+    Tiling tiling = cut(gather, pieces, limits);
     for (;;) {
-        const bool too_large = tiling.packed_voxels() > packed_limit || tiling.voxels() > voxel_limit;
-        const bool too_few = tiling.count() * other_tasks < kTasks && tiling.voxels() > kSmallTile;
+        const bool too_large = tiling.packed_voxels() > limits.packed_voxels || tiling.voxels() > limits.voxels;
+        const bool too_few = tiling.count() * limits.other_tasks < kTasks && tiling.voxels() > kSmallTile;
         if (!too_large && !too_few) return tiling;
-        int best_axis = -1;
+        Tiling best = tiling;
         double best_cost = 0;
+        int best_axis = -1;
         for (int axis = 0; axis < 3; ++axis) {
             if (tiling.axis[axis].tile == 1) continue;
             int64_t finer[3] = {pieces[0], pieces[1], pieces[2]};
             finer[axis] = ceil_divide(gather.axis[axis].count, ceil_divide(tiling.axis[axis].tile, 2));
-            const Tiling candidate = cut(gather, finer);
-            const double cost =
-                static_cast<double>(candidate.packed_voxels()) / static_cast<double>(candidate.voxels());
+            const Tiling candidate = cut(gather, finer, limits);
+            const int64_t width = candidate.axis[2].tile;
+            const double lanes_used =
+                static_cast<double>(width) / static_cast<double>(ceil_divide(width, limits.vector) * limits.vector);
+            const double cost = static_cast<double>(larger(candidate.packed_voxels(), 1)) /
+                                (static_cast<double>(candidate.voxels()) * lanes_used);
             if (best_axis < 0 || cost < best_cost) {
-                best_axis = axis;
+                best = candidate;
                 best_cost = cost;
+                best_axis = axis;
             }
         }
         if (best_axis < 0) return tiling;
-        pieces[best_axis] = ceil_divide(gather.axis[best_axis].count, ceil_divide(tiling.axis[best_axis].tile, 2));
-        tiling = cut(gather, pieces);
+        tiling = best;
+        pieces[best_axis] = tiling.tiles[best_axis];
     }
 }
 

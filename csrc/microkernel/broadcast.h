@@ -6,30 +6,23 @@
 // 2 units * 4 cycles = 8 accumulators are needed to hide the latency of an FMA.
 #pragma once
 
-#include "../isa.h"
-#include "segment.h"
+#include "channels_last_tile.h"
 
 namespace pvc {
 namespace {
 
 // Flat: every segment has length 1 (few source channels), so there is no inner loop to set up.
 template <typename T, int MR, int NR, bool Flat>
-void broadcast_tile(const T* source, const int32_t* voxels, const Segment* segments, int64_t segment_count,
-                    const T* weights, const T* initial, T* accumulators) {
+void broadcast_tile(const TileArguments<T>& a) {
     using V = Vector<T>;
     typename V::type sum[MR][NR];
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
-        for (int n = 0; n < NR; ++n) {
-            sum[m][n] = V::load((initial != nullptr ? initial : accumulators + m * NR * V::lanes) + n * V::lanes);
-        }
-    }
-    for (int64_t s = 0; s < segment_count; ++s) {
+    begin_channels_last<T, MR, NR>(a, sum);
+    const T* weights = a.weights;
+    for (int64_t s = 0; s < a.segment_count; ++s) {
         const T* row[MR];
 #pragma GCC unroll 16
-        for (int m = 0; m < MR; ++m) row[m] = source + voxels[m] + segments[s].offset;
-        const int64_t length = Flat ? 1 : segments[s].length;
+        for (int m = 0; m < MR; ++m) row[m] = a.source + a.items[m] + a.segments[s].offset;
+        const int64_t length = Flat ? 1 : a.segments[s].length;
         for (int64_t i = 0; i < length; ++i) {
             typename V::type weight[NR];
 #pragma GCC unroll 4
@@ -43,38 +36,27 @@ void broadcast_tile(const T* source, const int32_t* voxels, const Segment* segme
             }
         }
     }
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
-        for (int n = 0; n < NR; ++n) V::store(accumulators + (m * NR + n) * V::lanes, sum[m][n]);
-    }
+    end_channels_last<T, MR, NR>(a, sum);
 }
 
-// Voxels of a full tile for a block of `vectors` (1 to kMaxBlockVectors) vectors of target channels.
-constexpr int kMaxBlockVectors = 3;
+// Voxels of a full tile for a block of NR vectors.
+constexpr int kBroadcastVectors = 3;
 
-constexpr int tile_voxels(int vectors) {
+constexpr int broadcast_voxels(int64_t vectors) {
     if (kVectorRegisters == 32 || vectors == 1) return 8;
     return vectors == 2 ? 6 : 4;
 }
 
 template <typename T, int NR, bool Flat>
 Microkernel<T> broadcast_tile_of(int64_t voxels) {
-    switch (voxels) {
-        case 1:
-            return broadcast_tile<T, 1, NR, Flat>;
-        case 2:
-            return broadcast_tile<T, 2, NR, Flat>;
-        case 3:
-            return broadcast_tile<T, 3, NR, Flat>;
-        case 4:
-            return broadcast_tile<T, 4, NR, Flat>;
-    }
-    if constexpr (tile_voxels(NR) >= 6) {
+    constexpr Microkernel<T> tiles[] = {broadcast_tile<T, 1, NR, Flat>, broadcast_tile<T, 2, NR, Flat>,
+                                        broadcast_tile<T, 3, NR, Flat>, broadcast_tile<T, 4, NR, Flat>};
+    if (voxels <= 4) return tiles[voxels - 1];
+    if constexpr (broadcast_voxels(NR) > 4) {
         if (voxels == 5) return broadcast_tile<T, 5, NR, Flat>;
         if (voxels == 6) return broadcast_tile<T, 6, NR, Flat>;
     }
-    if constexpr (tile_voxels(NR) >= 8) {
+    if constexpr (broadcast_voxels(NR) > 6) {
         if (voxels == 7) return broadcast_tile<T, 7, NR, Flat>;
         if (voxels == 8) return broadcast_tile<T, 8, NR, Flat>;
     }

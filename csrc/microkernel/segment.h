@@ -1,26 +1,40 @@
-// How a microkernel walks its reduction.
+// What a microkernel is given, and how it walks its reduction.
 //
-// A tile of the source lies channels-last in scratch memory. The products of one target voxel are then a list of
-// segments: runs of consecutive source values, `offset` away from the voxel's own position, that meet consecutive rows
-// of packed weights.
+// An item is one target voxel (channels-last kernels) or one vector of target voxels along the width (planar kernel).
+// The products of one item are a list of segments: runs of consecutive source values, `offset` away from the item's own
+// position, that meet consecutive rows of packed weights.
 #pragma once
 
 #include <cstdint>
+
+#include "../vector.h"
 
 namespace pvc {
 namespace {
 
 struct Segment {
-    int32_t offset;  // in elements, from the target voxel's first source value
+    int32_t offset;  // in elements, from the item's first source value
     int32_t length;  // in elements
 };
 
-// MR target voxels, whose first source values are source[voxels[0]] ... source[voxels[MR - 1]], times one block of
-// target channels. `accumulators` holds one row of the block per voxel; `initial` is the row to start from (a bias or
-// zeros), or null to go on from the accumulators.
+// MR items times one block of target channels. Sums start from `initial` (a bias or zeros, one value per channel of the
+// block) or, when it is null, from `sums`; they end in `target` or, when it is null, in `sums`.
 template <typename T>
-using Microkernel = void (*)(const T* source, const int32_t* voxels, const Segment* segments, int64_t segment_count,
-                             const T* weights, const T* initial, T* accumulators);
+struct TileArguments {
+    const T* source;
+    const int32_t* items;  // items[m]: the item's first source value
+    const Segment* segments;
+    int64_t segment_count;
+    const T* weights;
+    const T* initial;
+    T* sums;  // MR rows of NR vectors
+    T* target;
+    const int64_t* places;   // places[m]: where the item begins in target
+    int64_t channel_stride;  // planar: from one channel to the next in target
+};
+
+template <typename T>
+using Microkernel = void (*)(const TileArguments<T>&);
 
 }  // namespace
 }  // namespace pvc
