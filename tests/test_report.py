@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pyvolconv.cost.answer import answer
+from pyvolconv.cost.breakdown import PathProfile
 from pyvolconv.cost.machine import Machine
 from pyvolconv.cost.profiler import StepEntry, StepProfile
 from pyvolconv.cost.report import path_notes, path_rows, write_report
@@ -15,7 +16,6 @@ from pyvolconv.cost.results import (
     DataFacts,
     Epoch,
     NetworkFacts,
-    PathProfile,
     PathTiming,
     TrainingRun,
 )

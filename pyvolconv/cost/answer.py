@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from . import wording
-from .results import ComparisonResult, Pages, PathTiming
+from .breakdown import Pages
+from .results import ComparisonResult, PathTiming
 
 PARTS = {
     "forward": "forward",
@@ -125,11 +126,10 @@ def _headline(result: ComparisonResult) -> str:
     sentence = f"With torch as installed, a training step of the 3D CNN takes {start} as long as one of the LSTM"
     if ours is None or lstm_kept is None:
         return sentence + "."
-    against_torch = wording.divide(torch_default.milliseconds, ours.milliseconds)
     return (
         f"{sentence}. With pyvolconv it takes {wording.ratio(ours.milliseconds / lstm_kept.milliseconds)}: "
         f"{wording.milliseconds(ours.milliseconds)} instead of {wording.milliseconds(torch_default.milliseconds)}, "
-        f"{wording.ratio(against_torch)} faster."
+        f"{_faster(torch_default.milliseconds / ours.milliseconds)}."
     )
 
 
@@ -155,13 +155,11 @@ def _work(result: ComparisonResult) -> str:
 
 
 def _identity(item: Factors) -> str:
-    faster = item.efficiency_ratio < 1
-    comparison = wording.ratio(1 / item.efficiency_ratio if faster else item.efficiency_ratio)
     return (
         f"{item.path}, {PAGES_WORDS[item.pages]}: {wording.ratio(item.time_ratio)} the time = "
         f"{wording.ratio(item.work_ratio)} the work × {wording.significant(item.efficiency_ratio)} for efficiency. "
-        f"The CNN's arithmetic runs at {wording.significant(item.cnn_gflops)} GF/s, {comparison} "
-        f"{'faster' if faster else 'slower'} than the LSTM's {wording.significant(item.lstm_gflops)} GF/s."
+        f"The CNN's arithmetic runs at {wording.significant(item.cnn_gflops)} GF/s, "
+        f"{_faster(1 / item.efficiency_ratio)} than the LSTM's {wording.significant(item.lstm_gflops)} GF/s."
     )
 
 
@@ -204,3 +202,7 @@ def _parts(before: PathTiming, after: PathTiming) -> dict[str, float]:
 
 def _times(value: float) -> str:
     return f"{wording.significant(value)} times"
+
+
+def _faster(speed_up: float) -> str:
+    return f"{wording.ratio(speed_up)} faster" if speed_up >= 1 else f"{wording.ratio(1 / speed_up)} slower"

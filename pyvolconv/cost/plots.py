@@ -18,9 +18,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentF
 
 from . import wording
 from .answer import PARTS
+from .breakdown import LayerRow
 from .machine import Machine
 from .palette import DPI, PASS_COLOURS, THEMES, Theme, pass_colour, style
-from .results import PAGES, ComparisonResult, LayerRow, PathTiming, TrainingRun
+from .results import PAGES, ComparisonResult, PathTiming, TrainingRun
 
 WIDTH = 8.0
 CLIP = 1.25
@@ -41,7 +42,8 @@ def write_plots(result: ComparisonResult, folder: Path) -> dict[str, dict[str, P
                 if figure is None:
                     break
                 path = folder / (f"{name}.png" if theme_name == "light" else f"{name}-dark.png")
-                FigureCanvasAgg(figure).print_png(str(path))
+                FigureCanvasAgg(figure)
+                figure.savefig(path, format="png")
                 drawn.setdefault(name, {})[theme_name] = path
     return drawn
 

@@ -11,8 +11,9 @@ import jinja2
 
 from . import wording
 from .answer import Answer, answer, as_installed
+from .breakdown import LayerRow, Pages, PathProfile
 from .plots import write_plots
-from .results import PAGES, TARGET_ACCURACY, ComparisonResult, LayerRow, PathProfile, PathTiming
+from .results import PAGES, TARGET_ACCURACY, ComparisonResult, PathTiming
 
 PAGES_WORDS = {
     "returned": (
@@ -108,23 +109,17 @@ def render(result: ComparisonResult, words: Answer, plots: dict[str, dict[str, P
     return environment.get_template("report.html.j2").render(_context(result, words), images=images)
 
 
-def path_rows(result: ComparisonResult) -> dict[str, list[PathRow]]:
+def path_rows(result: ComparisonResult) -> dict[Pages, list[PathRow]]:
     """For each allocator state that was measured: every path against torch contiguous and the LSTM of that state."""
-    groups = {}
+    groups: dict[Pages, list[PathRow]] = {}
     for pages in PAGES:
         torch_step, lstm = result.timing("torch contiguous", pages), result.lstm_step(pages)
-        rows = [
-            PathRow(
-                timing,
-                wording.divide(torch_step and torch_step.milliseconds, timing.milliseconds)
-                if timing.network == "cnn"
-                else None,
-                wording.divide(timing.milliseconds, lstm and lstm.milliseconds),
-            )
-            for timing in result.timings(pages)
-        ]
-        if rows:
-            groups[pages] = rows
+        torch_time = torch_step.milliseconds if torch_step else None
+        lstm_time = lstm.milliseconds if lstm else None
+        for timing in result.timings(pages):
+            speed_up = wording.divide(torch_time, timing.milliseconds) if timing.network == "cnn" else None
+            to_lstm = wording.divide(timing.milliseconds, lstm_time)
+            groups.setdefault(pages, []).append(PathRow(timing, speed_up, to_lstm))
     return groups
 
 
@@ -151,7 +146,7 @@ def cards(result: ComparisonResult) -> list[Card]:
 
 
 def _context(result: ComparisonResult, words: Answer) -> dict[str, Any]:
-    machine = result.machine
+    caches = result.machine.caches if result.machine else {}
     every = [row.timing for rows in path_rows(result).values() for row in rows]
     profiles = [ProfileTable.of(found) for found in result.profiles]
     return {
@@ -165,9 +160,7 @@ def _context(result: ComparisonResult, words: Answer) -> dict[str, Any]:
         "path_notes": path_notes(result),
         "batch_words": f"One training step on {every[0].batch_size} samples." if every else "",
         "target": result.training[0].target if result.training else TARGET_ACCURACY,
-        "caches": ", ".join(f"{name} {wording.binary(size)}" for name, size in machine.caches.items())
-        if machine
-        else "",
+        "caches": ", ".join(f"{name} {wording.binary(size)}" for name, size in caches.items() if name != "L1i"),
         "versions": ", ".join(f"{name} {version}" for name, version in result.versions.items()),
         "settings": ", ".join(f"{name} {value}" for name, value in result.settings.items() if value is not None),
     }

@@ -11,9 +11,10 @@ from rich.text import Text
 
 from . import wording
 from .answer import PARTS, answer
+from .breakdown import LayerRow, Pages, PathProfile
 from .profiler import StepProfile
 from .report import path_notes, path_rows
-from .results import ComparisonResult, LayerRow, PathProfile
+from .results import ComparisonResult
 
 WIDE = 108
 """Columns of a terminal from which on tables are shown whole."""
@@ -64,7 +65,7 @@ def training_table(result: ComparisonResult) -> Table:
     return table
 
 
-def path_table(result: ComparisonResult, pages: str, width: int = 120) -> Table:
+def path_table(result: ComparisonResult, pages: Pages, width: int = 120) -> Table:
     """One row per path in one allocator state, ms per training step; without the split where `width` is small."""
     parts = PARTS if width >= WIDE else {}
     table = _table(

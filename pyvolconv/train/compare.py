@@ -18,10 +18,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..cost.breakdown import Pages
 from ..cost.counting import count_model
 from ..cost.machine import Machine, measure_machine, versions
 from ..cost.pages import keep_pages, pages_kept
-from ..cost.results import ComparisonResult, DataFacts, NetworkFacts, Pages, PathTiming, TrainingRun
+from ..cost.results import ComparisonResult, DataFacts, NetworkFacts, PathTiming, TrainingRun
 from ..problem import PASSES, ConvProblem, Layout, Pass
 from .data import Splits, batches
 from .digits import moving_digits
@@ -80,13 +81,15 @@ class _Comparison:
         self.differences: dict[str, float] = {}
 
     def run(self) -> None:
-        """Every section in order."""
+        """Every section in order; a path that does not exist is found out before anything is measured."""
+        our_paths(self.settings.backends, [])
         data = self._load_data()
         machine = self._measure_machine()
         needs = self._describe_networks(data)
         chosen, refused = our_paths(self.settings.backends, needs)
         self.update(unavailable=refused)
         steps = self._time_steps(data, machine, chosen)
+        self._judge_difficulty(data)
         self._train(data, steps)
 
     def update(self, **changes: Any) -> None:
@@ -101,7 +104,6 @@ class _Comparison:
         settings = self.settings
         with self._saying("Reading the volumes" if settings.data else "Drawing the moving digits"):
             data = load_npz(settings.data, settings.seed) if settings.data else moving_digits(seed=settings.seed)
-            linear = None if settings.data else frame_average_accuracy(data)
         self.update(
             data=DataFacts(
                 source=data.name,
@@ -111,7 +113,6 @@ class _Comparison:
                 train=len(data.train),
                 validation=len(data.validation),
                 test=len(data.test),
-                frame_average_accuracy=linear,
             )
         )
         return data
@@ -194,6 +195,13 @@ class _Comparison:
             shown.add("torch contiguous")
         self.update(profiles=[*self.result.profiles, *(found for found in profiles if found.path in shown)])
 
+    def _judge_difficulty(self, data: Splits) -> None:
+        """What a linear model makes of the embedded data's frame averages."""
+        if self.settings.data is None and self.result.data is not None:
+            with self._saying("Fitting a linear model to the average frames"):
+                accuracy = frame_average_accuracy(data)
+            self.update(data=replace(self.result.data, frame_average_accuracy=accuracy))
+
     def _train(self, data: Splits, steps: dict[str, PathSpec]) -> None:
         settings, pages = self.settings, self.result.after
         unlimited = settings.epochs is not None
@@ -209,16 +217,16 @@ class _Comparison:
         )
         plan: list[tuple[NetworkName, str, PathTiming | None, float]] = [
             (self._lstm, "LSTM", self.result.lstm_step(pages), LSTM_SHARE),
-            ("cnn", "CNN, ours", self.result.best(pages, ours=True), OURS_SHARE),
-            ("cnn", "CNN, torch", self.result.best(pages, ours=False), 1.0),
+            ("cnn", "CNN, ours ({path})", self.result.best(pages, ours=True), OURS_SHARE),
+            ("cnn", "CNN, {path}", self.result.best(pages, ours=False), 1.0),
         ]
         complete: TrainingRun | None = None
         for name, label, timing, share in plan:
             if timing is None:
                 continue
-            label = label if timing.network == "lstm" else f"{label} ({timing.path})"
-            seconds = None if unlimited else max(1.0, share * (self.budget.total - (time.perf_counter() - self.began)))
-            run, stopped = trainer.run(name, steps[timing.path], label, seconds)
+            left = self.budget.total - (time.perf_counter() - self.began)
+            seconds = None if unlimited else max(1.0, share * left)
+            run, stopped = trainer.run(name, steps[timing.path], label.format(path=timing.path), seconds)
             if timing.network == "cnn":
                 run = projected(run, complete)
                 complete = complete or run

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ..cost.results import Epoch, Pages, TrainingRun
+from ..cost.breakdown import Pages
+from ..cost.results import Epoch, TrainingRun
 from .data import Splits
 from .loop import EpochRecord, TrainConfig, TrainResult, accuracy, train
 from .models import NetworkName, build

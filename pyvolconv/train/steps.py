@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..accelerate import accelerate
+from ..cost.breakdown import Pages, PathProfile
 from ..cost.machine import Machine, measure_machine
 from ..cost.pages import keep_pages, page_faults, pages_kept
 from ..cost.profiler import profile_step
-from ..cost.results import Pages, PathProfile, PathTiming
+from ..cost.results import PathTiming
 from ..cost.timing import alternate
 from ..dispatch import use_backend
 from ..problem import Layout
@@ -203,12 +204,13 @@ def profile_built_in(
     """
     if network == "lstm" and backend is not None:
         raise ValueError(f"--backend {backend}: the LSTM has no convolution; leave --backend out")
+    spec = PathSpec(backend or "torch", network, backend, layout if network == "cnn" else None)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch_size, 1, *MISSION_SIZE, generator=generator).to(device)
     y = (torch.arange(batch_size) % 2).to(device)
     name: NetworkName = "cnn" if network == "cnn" else "lstm"
-    spec = PathSpec(backend or "torch", network, backend, layout if network == "cnn" else None)
     one = candidate(spec, lambda: build(name, seed=seed), x, y, batch_size)
+    one.step()
     with keep_pages() if keep else contextlib.nullcontext():
         profile = profile_step(one.step, one.model, machine=measure_machine("cuda" if device == "cuda" else "cpu"))
         return PathProfile(spec.path, spec.ours, "kept" if pages_kept() else "returned", batch_size, profile)

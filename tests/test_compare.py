@@ -1,0 +1,179 @@
+"""`pyvolconv compare` from end to end on tiny volumes, and the parts of its plan."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+import pyvolconv
+from pyvolconv.cli import app
+from pyvolconv.problem import PASSES, ConvProblem
+from pyvolconv.train.models import build
+from pyvolconv.train.paths import our_paths
+from pyvolconv.train.plan import FULL, MIN_ROUNDS, QUICK, STATES
+from pyvolconv.train.runs import Trainer, projected
+from pyvolconv.train.steps import PathSpec, candidate, fitted, gradient_difference
+
+SIZE = (6, 8, 10)
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory):
+    """Two classes that a network can tell apart: where the volume is bright."""
+    rng = np.random.default_rng(0)
+    y = np.arange(40) % 2
+    x = rng.random((40, *SIZE), dtype=np.float32)
+    x[y == 1, 3:] += 2
+    path = tmp_path_factory.mktemp("data") / "volumes.npz"
+    np.savez(path, x=x, y=y)
+    return path
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, 1, *SIZE, generator=generator), torch.arange(4) % 2
+
+
+def make_cnn():
+    return build("cnn", SIZE)
+
+
+@pytest.mark.slow
+def test_compare_end_to_end(volumes, tmp_path):
+    arguments = ["compare", "--quick", "--data", volumes, "--out", tmp_path, "--epochs", 2, "--batch-size", 8]
+    result = CliRunner().invoke(app, [str(argument) for argument in (*arguments, "--backends", "im2col,numba")])
+    assert result.exit_code == 0, result.output
+    plain = json.loads((tmp_path / "results.json").read_text())
+    timed = {(timing["path"], timing["pages"]) for timing in plain["paths"]}
+    states = {pages for _, pages in timed}
+    for path in ("torch contiguous", "torch channels_last_3d", "im2col", "numba", "LSTM"):
+        assert {(path, pages) for pages in states} <= timed
+    for timing in plain["paths"]:
+        assert timing["milliseconds"] > 0
+        if timing["network"] == "cnn":
+            parts = sum(timing[part] for part in ("forward", "grad_input", "grad_weight", "other"))
+            assert parts == pytest.approx(timing["milliseconds"])
+        if timing["ours"]:
+            assert timing["gradient_difference"] < 1e-4
+    assert [len(run["epochs"]) for run in plain["training"] if run["stopped"] == "max_epochs"]
+    assert [run["network"] for run in plain["training"]] == ["lstm", "cnn", "cnn"]
+    ours = [profile for profile in plain["profiles"] if profile["ours"]]
+    assert ours
+    for profile in ours:
+        ran = [entry["backend"] for entry in profile["profile"]["entries"] if entry["problem"]]
+        assert set(ran) == {profile["path"]}
+        assert len(ran) == 8  # three convolutions, three passes each, but no grad_input of the first
+    page = (tmp_path / "report.html").read_text()
+    assert plain["answer"]["headline"] in page
+    assert f"{plain['networks'][0]['parameters']:,}" in page
+    assert (tmp_path / "paths.png").exists()
+
+
+def test_ctrl_c_writes_what_was_measured(volumes, tmp_path, monkeypatch):
+    def interrupt(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyvolconv.train.compare.time_paths", interrupt)
+    arguments = ["compare", "--quick", "--data", volumes, "--out", tmp_path, "--backends", "im2col"]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 130
+    plain = json.loads((tmp_path / "results.json").read_text())
+    assert plain["interrupted"] is True
+    assert plain["machine"]["peak_flops"] > 0
+    assert "Interrupted" in (tmp_path / "report.html").read_text()
+
+
+def test_ctrl_c_in_training_ends_the_comparison(volumes, tmp_path, monkeypatch):
+    from pyvolconv.train import loop
+    from pyvolconv.train.npz import load_npz
+
+    steps = []
+
+    def third_step_is_interrupted(*arguments):
+        steps.append(arguments)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return 0.5, 1
+
+    monkeypatch.setattr(loop, "training_step", third_step_is_interrupted)
+    config = loop.TrainConfig(batch_size=8, max_epochs=5)
+    trainer = Trainer(load_npz(volumes), config, "cpu", "returned", tmp_path, False, Console(quiet=True))
+    run, stopped = trainer.run("cnn", PathSpec("im2col", "cnn", "im2col", "ncdhw"), "CNN", None)
+    assert stopped
+    assert run.stopped == "interrupted"
+    assert run.epochs == []
+    assert run.estimated_seconds_per_epoch > 0
+
+
+@pytest.mark.parametrize("layout", ["ncdhw", "ndhwc"])
+def test_gradients_of_a_path_are_compared_with_torch(batch, layout):
+    one = candidate(PathSpec("im2col", "cnn", "im2col", layout), make_cnn, *batch, 4)
+    assert gradient_difference(one, make_cnn, *batch) < 1e-5
+
+
+def test_a_wrong_gradient_shows(batch, monkeypatch):
+    backend = next(backend for backend in pyvolconv.backends() if backend.name == "im2col")
+    right = type(backend).grad_weight
+    monkeypatch.setattr(type(backend), "grad_weight", lambda *arguments: right(*arguments) * 1.01)
+    one = candidate(PathSpec("im2col", "cnn", "im2col", "ncdhw"), make_cnn, *batch, 4)
+    assert gradient_difference(one, make_cnn, *batch) > 1e-3
+
+
+def test_a_slow_path_gets_fewer_samples(batch):
+    spec = PathSpec("torch contiguous", "cnn", None, "ncdhw")
+    assert fitted([spec], make_cnn, *batch, longest_step=60.0).samples == 4
+    assert fitted([spec], make_cnn, *batch, longest_step=1e-9).samples == 1
+
+
+def test_path_runs_on_the_forced_backend_only(batch, monkeypatch):
+    calls = []
+    for backend in pyvolconv.backends():
+        right = type(backend).forward
+        monkeypatch.setattr(
+            type(backend),
+            "forward",
+            lambda self, *arguments, right=right: calls.append(self.name) or right(self, *arguments),
+        )
+    candidate(PathSpec("im2col", "cnn", "im2col", "ncdhw"), make_cnn, *batch, 2).step()
+    assert calls == ["im2col"] * 3
+
+
+def test_paths_that_cannot_run_are_refused_with_a_reason():
+    needs = [(ConvProblem(2, 4, 4, (4, 4, 4), (3, 3, 3), dtype="complex64"), pass_) for pass_ in PASSES]
+    able, refused = our_paths(None, needs)
+    families = {backend.family for backend in pyvolconv.backends() if backend.ours}
+    assert set(able) | set(refused) == families
+    assert all(refused.values())
+    assert "triton" in refused
+
+
+def test_unknown_path_names_those_that_exist():
+    with pytest.raises(ValueError, match=r"'aten' is no hand-written path; expected some of: .*im2col"):
+        our_paths(["aten"], [])
+
+
+@pytest.mark.parametrize("budget", [QUICK, FULL], ids=["quick", "full"])
+def test_timing_steps_keeps_to_its_time(budget):
+    paths = 6
+    step = budget.longest_step(paths)
+    for per_round in (paths * step, paths * step / 3, 1e-3):
+        rounds = budget.affordable_rounds(per_round)
+        assert MIN_ROUNDS <= rounds <= budget.rounds
+        assert STATES * per_round * (budget.fixed_turns + rounds) <= budget.steps * 1.001
+
+
+def test_a_run_that_came_to_its_own_end_is_not_projected():
+    from pyvolconv.cost.results import Epoch, TrainingRun
+
+    complete = TrainingRun(
+        "a", "cnn", "cpp", True, "kept", [Epoch(1, 1.0, 0.9, 0.5, 0.6), Epoch(2, 2.0, 0.9, 0.1, 0.995)]
+    )
+    short = TrainingRun("b", "cnn", "torch", False, "kept", [Epoch(1, 5.0, 4.0, 0.5, 0.6)], stopped="time_budget")
+    assert projected(short, complete).epochs_to_target == 2
+    assert projected(short, complete).seconds_to_target == pytest.approx(10.0)
+    ended = TrainingRun("b", "cnn", "torch", False, "kept", [Epoch(1, 5.0, 4.0, 0.5, 0.6)], stopped="max_epochs")
+    assert projected(ended, complete).epochs_to_target is None
