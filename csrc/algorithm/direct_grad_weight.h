@@ -20,6 +20,8 @@ struct GradWeightPass {
     const T* grad_output;
     const T* x;
     const VolumeStrides output_strides, input_strides;
+    GatherAxis output_axis[3], input_axis[3];
+    PackedAxis output_packed[3];
     int64_t output_step[3], input_step[3];  // elements from one output voxel to the next, in what the kernels read
     int64_t window_block;                   // elements of one packed block of input channels
     int64_t* row_offsets;
@@ -32,15 +34,17 @@ struct GradWeightPass {
           x(x),
           output_strides(volume_strides(problem.layout, problem.out_channels, problem.output_size)),
           input_strides(volume_strides(problem.layout, problem.in_channels, problem.input_size)),
-          window_block(plan.window[0] * plan.window[1] * plan.window[2] * plan.packed_lanes),
+          window_block(plan.window_voxels() * plan.packed_lanes),
           row_offsets(scratch<int64_t>(Scratch::tables, plan.rows + plan.columns)),
           column_offsets(row_offsets + plan.rows) {
-        const int64_t* window = plan.window;
-        const int64_t* slab = plan.slab;
-        const int64_t input_pitch[3] = {window[1] * window[2], window[2], 1};
-        const int64_t output_pitch[3] = {slab[1] * slab[2], slab[2], 1};
+        const int64_t input_pitch[3] = {plan.axis[1].rows * plan.axis[2].rows, plan.axis[2].rows, 1};
+        const int64_t output_pitch[3] = {plan.axis[1].tile * plan.axis[2].tile, plan.axis[2].tile, 1};
         for (int a = 0; a < 3; ++a) {
-            input_step[a] = problem.stride[a] * input_pitch[a] * plan.packed_lanes;
+            input_axis[a] = forward_axis(problem, a);
+            const int64_t size = problem.output_size[a];
+            output_axis[a] = {size, 0, 1, 1, 1, 0, 1, size, size, 0, 1};
+            output_packed[a] = pack_axis(output_axis[a], plan.axis[a].tile, false);
+            input_step[a] = plan.axis[a].voxel_step * input_pitch[a] * plan.packed_lanes;
             output_step[a] = plan.pack_grad_output ? output_pitch[a] * lanes : output_strides.axis[a];
         }
         if (plan.lanes == Lanes::width) input_step[2] = output_step[2] = lanes;
@@ -50,11 +54,11 @@ struct GradWeightPass {
 
     int64_t input_offset(int64_t channel, int64_t tap) const {
         const int64_t* kernel = problem.kernel_size;
-        const int64_t* dilation = problem.dilation;
-        const int64_t depth = tap / (kernel[1] * kernel[2]) * dilation[0];
-        const int64_t height = tap / kernel[2] % kernel[1] * dilation[1];
-        const int64_t width = tap % kernel[2] * dilation[2];
-        const int64_t voxel = (depth * plan.window[1] + height) * plan.window[2] + width;
+        const PackedAxis* axis = plan.axis;
+        const int64_t depth = tap / (kernel[1] * kernel[2]) * axis[0].tap_step;
+        const int64_t height = tap / kernel[2] % kernel[1] * axis[1].tap_step;
+        const int64_t width = tap % kernel[2] * axis[2].tap_step;
+        const int64_t voxel = (depth * axis[1].rows + height) * axis[2].rows + width;
         return channel / plan.packed_lanes * window_block + voxel * plan.packed_lanes + channel % plan.packed_lanes;
     }
 
@@ -70,7 +74,7 @@ struct GradWeightPass {
             return input_offset(0, column / vectors * problem.kernel_size[2]) + column % vectors * lanes;
         }
         if (plan.lanes == Lanes::out_channels) {
-            const int64_t voxels = plan.pack_grad_output ? plan.slab[0] * plan.slab[1] * plan.slab[2] : 1;
+            const int64_t voxels = plan.pack_grad_output ? plan.slab_voxels() : 1;
             return column * lanes * voxels;
         }
         return input_offset(column / plan.taps, column % plan.taps);
@@ -78,50 +82,36 @@ struct GradWeightPass {
 
     // Packs what a unit needs of x. `window` has room for the largest unit and one vector more, which flat columns
     // read.
-    void pack_input(const GradWeightUnit& unit, int64_t sample, const int64_t origin[3], const int64_t extent[3],
-                    T* window) const {
+    void pack_input(const GradWeightUnit& unit, int64_t sample, const int64_t slab[3], T* window) const {
         const bool depthwise = plan.lanes == Lanes::channels;
         const int64_t count = depthwise ? unit.out_count : unit.in_count;
-        int64_t voxels[3], first[3];
-        for (int a = 0; a < 3; ++a) {
-            const int64_t reach = (problem.kernel_size[a] - 1) * problem.dilation[a];
-            voxels[a] = (extent[a] - 1) * problem.stride[a] + reach + 1;
-            first[a] = origin[a] * problem.stride[a] - problem.padding_begin[a];
-        }
+        int64_t origin[3];
+        for (int a = 0; a < 3; ++a) origin[a] = slab[a] * problem.stride[a] - problem.padding_begin[a];
         const T* data = x + sample * input_strides.sample + unit.in_channel * input_strides.channel;
         for (int64_t c = 0; c < count; c += plan.packed_lanes) {
-            ChannelBlock<T> block = {
-                data, input_strides, problem.input_size, plan.packed_lanes, smaller(plan.packed_lanes, count - c), 0,
-                1};
+            const int64_t filled = smaller(plan.packed_lanes, count - c);
+            ChannelBlock<T> block = {data, input_strides, plan.packed_lanes, filled, 0, 1};
             if (depthwise) {
                 block.first_lane = unit.out_channel % plan.out_channels;
                 block.repeat = plan.out_channels;
             } else {
                 block.data += c * input_strides.channel;
             }
-            pack_window(block, first, voxels, window + c / plan.packed_lanes * window_block,
-                        plan.window[1] * plan.window[2] * plan.packed_lanes, plan.window[2] * plan.packed_lanes);
+            pack_window(block, input_axis, plan.axis, origin, window + c / plan.packed_lanes * window_block);
         }
     }
 
-    // The unit's gradients at the slab's first voxel, packed or in place.
-    const T* slab_grad_output(const GradWeightUnit& unit, int64_t sample, const int64_t origin[3],
-                              const int64_t extent[3], T* packed) const {
+    // The unit's gradients from the slab's first voxel on, packed or in place.
+    const T* slab_grad_output(const GradWeightUnit& unit, int64_t sample, const int64_t slab[3], T* packed) const {
         const T* data = grad_output + sample * output_strides.sample + unit.out_channel * output_strides.channel;
         if (!plan.pack_grad_output) {
-            for (int a = 0; a < 3; ++a) data += origin[a] * output_strides.axis[a];
+            for (int a = 0; a < 3; ++a) data += slab[a] * output_strides.axis[a];
             return data;
         }
-        const int64_t block_size = plan.slab[0] * plan.slab[1] * plan.slab[2] * lanes;
         for (int64_t c = 0; c < unit.out_count; c += lanes) {
-            const ChannelBlock<T> block = {data + c * output_strides.channel,
-                                           output_strides,
-                                           problem.output_size,
-                                           lanes,
-                                           smaller(lanes, unit.out_count - c),
-                                           0,
-                                           1};
-            pack_window(block, origin, extent, packed + c / lanes * block_size, output_step[0], output_step[1]);
+            const ChannelBlock<T> block = {
+                data + c * output_strides.channel, output_strides, lanes, smaller(lanes, unit.out_count - c), 0, 1};
+            pack_window(block, output_axis, output_packed, slab, packed + c * plan.slab_voxels());
         }
         return packed;
     }
@@ -129,13 +119,19 @@ struct GradWeightPass {
     // The operand that takes more bytes of L1 per tile stays there in the inner loop.
     void run_tiles(const GradWeightUnit& unit, const VoxelRun& run, const T* rows, const T* columns, T* sums) const {
         const EvenCut column_cut(unit.columns, plan.column_tile), row_cut(unit.rows, plan.row_tile);
-        const bool rows_stay = plan.lanes == Lanes::width;
-        const int64_t inner = rows_stay ? column_cut.parts : row_cut.parts;
-        for (int64_t index = 0; index < row_cut.parts * column_cut.parts; ++index) {
-            const int64_t i = rows_stay ? index / inner : index % inner, j = rows_stay ? index % inner : index / inner;
+        const auto run_tile = [&](int64_t i, int64_t j) {
             const int64_t r = row_cut.start(i), mr = row_cut.size(i), c = column_cut.start(j), nr = column_cut.size(j);
             grad_weight_tile<T>(plan.kernel, mr, nr)(run, rows, row_offsets + r, columns, column_offsets + c,
                                                      sums + (c * unit.rows + r * nr) * lanes);
+        };
+        if (plan.lanes == Lanes::width) {
+            for (int64_t i = 0; i < row_cut.parts; ++i) {
+                for (int64_t j = 0; j < column_cut.parts; ++j) run_tile(i, j);
+            }
+        } else {
+            for (int64_t j = 0; j < column_cut.parts; ++j) {
+                for (int64_t i = 0; i < row_cut.parts; ++i) run_tile(i, j);
+            }
         }
     }
 
@@ -167,27 +163,22 @@ struct GradWeightPass {
     // Sums the slabs [first, last) for the units [first_unit, last_unit) into `sums`, one unit after the other.
     void run_task(int64_t first_unit, int64_t last_unit, int64_t first, int64_t last, T* sums) const {
         const int64_t unit_size = plan.rows * plan.columns * lanes;
-        const int64_t blocks = plan.lanes == Lanes::channels ? 1 : ceil_divide(plan.in_chunk, plan.packed_lanes);
-        const int64_t window_size = blocks * window_block;
+        const int64_t window_size = ceil_divide(plan.in_chunk, plan.packed_lanes) * window_block;
         T* window = scratch<T>(Scratch::tile_input, window_size + lanes);
-        T* packed = nullptr;
-        if (plan.pack_grad_output) {
-            const int64_t vectors = plan.lanes == Lanes::channels ? 1 : plan.columns;
-            packed = scratch<T>(Scratch::tile_output, plan.slab[0] * plan.slab[1] * plan.slab[2] * vectors * lanes);
-        }
+        T* packed = scratch<T>(Scratch::tile_output, plan.slab_voxels() * plan.packed_output_vectors() * lanes);
         std::memset(window + window_size, 0, lanes * sizeof(T));
         std::memset(sums, 0, static_cast<size_t>((last_unit - first_unit) * unit_size) * sizeof(T));
         for (int64_t index = first; index < last; ++index) {
             const int64_t w = index % plan.slabs[2], h = index / plan.slabs[2] % plan.slabs[1];
             const int64_t d = index / (plan.slabs[2] * plan.slabs[1]) % plan.slabs[0];
             const int64_t sample = index / (plan.slabs[2] * plan.slabs[1] * plan.slabs[0]);
-            const int64_t origin[3] = {d * plan.slab[0], h * plan.slab[1], w * plan.slab[2]};
+            const int64_t slab[3] = {d * plan.axis[0].tile, h * plan.axis[1].tile, w * plan.axis[2].tile};
             int64_t extent[3];
-            for (int a = 0; a < 3; ++a) extent[a] = smaller(plan.slab[a], problem.output_size[a] - origin[a]);
+            for (int a = 0; a < 3; ++a) extent[a] = smaller(plan.axis[a].tile, problem.output_size[a] - slab[a]);
             for (int64_t u = first_unit; u < last_unit; ++u) {
                 const GradWeightUnit unit = grad_weight_unit<T>(problem, plan, u);
-                pack_input(unit, sample, origin, extent, window);
-                const T* gradients = slab_grad_output(unit, sample, origin, extent, packed);
+                pack_input(unit, sample, slab, window);
+                const T* gradients = slab_grad_output(unit, sample, slab, packed);
                 run_slab(unit, extent, gradients, window, sums + (u - first_unit) * unit_size);
             }
         }

@@ -23,7 +23,7 @@
 
 #include "../microkernel/grad_weight.h"
 #include "../problem.h"
-#include "gather.h"
+#include "tiling.h"
 
 namespace pvc {
 namespace {
@@ -41,12 +41,15 @@ struct GradWeightPlan {
     bool flat;             // columns are vectors over (kernel width x all input channels), not over a block of channels
     bool pack_grad_output;
     int64_t rows, columns;  // of a whole unit
-    int64_t slab[3], slabs[3];
-    int64_t window[3];  // x voxels under a whole slab
+    PackedAxis axis[3];     // a slab: its output voxels are axis.tile, the window of x under it axis.rows
+    int64_t slabs[3];
     int64_t run_voxels;
     int64_t splits;
 
     int64_t all_slabs(const ConvProblem& problem) const { return problem.batch * slabs[0] * slabs[1] * slabs[2]; }
+    int64_t slab_voxels() const { return axis[0].tile * axis[1].tile * axis[2].tile; }
+    int64_t window_voxels() const { return axis[0].rows * axis[1].rows * axis[2].rows; }
+    int64_t packed_output_vectors() const { return !pack_grad_output ? 0 : lanes == Lanes::channels ? 1 : columns; }
     int64_t task_groups() const { return ceil_divide(units, units_per_task); }
 };
 
@@ -104,6 +107,7 @@ void shape_unit(const ConvProblem& problem, int64_t out_count, int64_t in_count,
     constexpr int64_t lanes = Vector<T>::lanes;
     const int64_t taps = plan->taps, width = problem.kernel_size[2];
     const bool last = problem.layout == Layout::ndhwc;
+    const bool adjacent_taps = width == 1 || (problem.dilation[2] == 1 && problem.stride[2] <= width);
     plan->kernel = GradWeightKernel::lanes;
     plan->flat = false;
     plan->pack_grad_output = false;
@@ -112,7 +116,7 @@ void shape_unit(const ConvProblem& problem, int64_t out_count, int64_t in_count,
             const int64_t blocked = taps * ceil_divide(in_count, lanes);
             const int64_t flat = taps / width * ceil_divide(width * in_count, lanes);
             plan->kernel = GradWeightKernel::outer;
-            plan->flat = in_count == plan->in_channels && flat < blocked && (problem.dilation[2] == 1 || width == 1);
+            plan->flat = in_count == plan->in_channels && flat < blocked && adjacent_taps;
             plan->packed_lanes = plan->flat ? in_count : lanes;
             plan->rows = out_count;
             plan->columns = plan->flat ? flat : blocked;
@@ -162,7 +166,7 @@ int64_t plan_cost(const ConvProblem& problem, GradWeightPlan* plan) {
 template <typename T>
 bool lanes_fit(const ConvProblem& problem, const GradWeightPlan& plan, Lanes lanes) {
     if (lanes == Lanes::width) {
-        return problem.layout == Layout::ncdhw && problem.stride[2] == 1 && problem.output_size[2] >= Vector<T>::lanes;
+        return problem.layout == Layout::ncdhw && problem.output_size[2] >= Vector<T>::lanes;
     }
     return lanes != Lanes::channels || plan.in_channels == 1;
 }
@@ -173,41 +177,37 @@ inline int64_t even_chunk(int64_t channels, int64_t most, int64_t multiple) {
     return ceil_divide(ceil_divide(channels, ceil_divide(channels, most)), multiple) * multiple;
 }
 
-inline void set_window(const ConvProblem& problem, GradWeightPlan* plan) {
+// Cuts the output into slabs of at most `slab` voxels, evenly.
+inline void set_slab(const ConvProblem& problem, const int64_t slab[3], GradWeightPlan* plan) {
     for (int a = 0; a < 3; ++a) {
-        plan->slabs[a] = ceil_divide(problem.output_size[a], plan->slab[a]);
-        plan->slab[a] = ceil_divide(problem.output_size[a], plan->slabs[a]);
-        plan->slabs[a] = ceil_divide(problem.output_size[a], plan->slab[a]);
-        plan->window[a] =
-            (plan->slab[a] - 1) * problem.stride[a] + (problem.kernel_size[a] - 1) * problem.dilation[a] + 1;
+        const int64_t size = problem.output_size[a];
+        const int64_t tile = ceil_divide(size, ceil_divide(size, slab[a]));
+        plan->axis[a] = pack_axis(forward_axis(problem, a), tile, a == 2 && plan->lanes == Lanes::width);
+        plan->slabs[a] = ceil_divide(size, tile);
     }
 }
 
-// Largest slab whose packed operands stay within kWindowBytes: shrinks depth, then height, then width; then shrinks
-// further while there are fewer slabs than tasks wanted.
+// Largest slab whose operands stay within kWindowBytes: shrinks depth, then height, then width; then shrinks further
+// while there are fewer slabs than tasks wanted.
 template <typename T>
 void choose_slab(const ConvProblem& problem, GradWeightPlan* plan) {
-    const int64_t in_lanes =
-        ceil_divide(plan->lanes == Lanes::channels ? plan->packed_lanes : plan->in_chunk, plan->packed_lanes) *
-        plan->packed_lanes;
-    const int64_t out_lanes = plan->pack_grad_output ? plan->columns * Vector<T>::lanes : 0;
+    const int64_t in_lanes = ceil_divide(plan->in_chunk, plan->packed_lanes) * plan->packed_lanes;
+    const int64_t out_lanes = plan->packed_output_vectors() * Vector<T>::lanes;
     const int64_t least_width = plan->lanes == Lanes::width ? problem.output_size[2] : 32;
-    for (int a = 0; a < 3; ++a) plan->slab[a] = problem.output_size[a];
+    int64_t slab[3] = {problem.output_size[0], problem.output_size[1], problem.output_size[2]};
     for (;;) {
-        set_window(problem, plan);
-        const int64_t* slab = plan->slab;
-        const int64_t* window = plan->window;
-        const int64_t voxels = slab[0] * slab[1] * slab[2];
-        const int64_t bytes =
-            static_cast<int64_t>(sizeof(T)) * (window[0] * window[1] * window[2] * in_lanes + voxels * out_lanes);
-        const bool few = plan->all_slabs(problem) * plan->task_groups() < kTasks / 2 && voxels > kMinSplitVoxels;
-        if (bytes <= kWindowBytes && !few) return;
+        set_slab(problem, slab, plan);
+        const int64_t values = plan->window_voxels() * in_lanes + plan->slab_voxels() * out_lanes;
+        const bool large = values * static_cast<int64_t>(sizeof(T)) > kWindowBytes;
+        const bool few = plan->all_slabs(problem) * plan->task_groups() < kTasks / 2;
+        if (!large && !(few && plan->slab_voxels() > kMinSplitVoxels)) return;
+        for (int a = 0; a < 3; ++a) slab[a] = plan->axis[a].tile;
         if (slab[0] > 1) {
-            plan->slab[0] = slab[0] / 2;
+            slab[0] /= 2;
         } else if (slab[1] > 1) {
-            plan->slab[1] = slab[1] / 2;
+            slab[1] /= 2;
         } else if (slab[2] > least_width) {
-            plan->slab[2] = larger(slab[2] / 2, least_width);
+            slab[2] = larger(slab[2] / 2, least_width);
         } else {
             return;
         }
