@@ -162,6 +162,7 @@ def _context(result: ComparisonResult, words: Answer) -> dict[str, Any]:
         "target": result.training[0].target if result.training else TARGET_ACCURACY,
         "caches": ", ".join(f"{name} {wording.binary(size)}" for name, size in caches.items() if name != "L1i"),
         "versions": ", ".join(f"{name} {version}" for name, version in result.versions.items()),
+        "sections": ", ".join(f"{name} {wording.seconds(spent)}" for name, spent in result.sections.items()),
         "settings": ", ".join(f"{name} {value}" for name, value in result.settings.items() if value is not None),
     }
 

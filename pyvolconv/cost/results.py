@@ -166,7 +166,7 @@ class PathTiming:
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """One run of `pyvolconv compare`, complete or as far as it got."""
+    """One run of `pyvolconv compare`, complete or as far as it got; `sections` says how many seconds each part took."""
 
     date: str
     versions: dict[str, str]
@@ -180,7 +180,12 @@ class ComparisonResult:
     unavailable: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
-    seconds: float = 0.0
+    sections: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock of all sections, in seconds."""
+        return sum(self.sections.values())
 
     @property
     def before(self) -> Pages:
@@ -234,7 +239,7 @@ class ComparisonResult:
         plain["training"] = [{**dataclasses.asdict(run), **run.derived()} for run in self.training]
         plain["paths"] = [{**dataclasses.asdict(timing), "scaled": timing.scaled} for timing in self.paths]
         plain["profiles"] = [found.to_dict() for found in self.profiles]
-        return {"schema_version": SCHEMA_VERSION, **plain}
+        return {"schema_version": SCHEMA_VERSION, "seconds": self.seconds, **plain}
 
     def write_json(self, path: Path, **more: Any) -> None:
         """Write everything, and `more`, as JSON. Values that are not finite become null: JSON has no word for them."""

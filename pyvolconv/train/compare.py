@@ -30,9 +30,9 @@ from .loop import TrainConfig
 from .models import NetworkName, build, parameter_count
 from .npz import load_npz
 from .paths import our_paths
-from .plan import FULL, LSTM_SHARE, OURS_SHARE, QUICK, Settings
+from .plan import FULL, LSTM_SHARE, OURS_SHARE, QUICK, QUICK_VIDEOS, Settings
 from .runs import Trainer, frame_average_accuracy, projected
-from .steps import LSTM_PATH, TORCH_PATHS, Candidate, PathSpec, fitted, gradient_difference, time_paths
+from .steps import LSTM_PATH, TORCH_PATHS, Candidate, PathSpec, fitted, gradient_difference, time_paths, turns_per_round
 
 CNN_WORDS = (
     "Conv3d 1-16-24-32 (3×3×3, stride 1, padding 1), each with ReLU and 2×2×2 max-pool; dense 16, dense {classes}"
@@ -62,7 +62,7 @@ def compare(settings: Settings, console: Console) -> ComparisonResult:
         comparison.run()
     except KeyboardInterrupt:
         comparison.update(interrupted=True)
-    return comparison.finished()
+    return comparison.result
 
 
 class _Comparison:
@@ -83,27 +83,36 @@ class _Comparison:
     def run(self) -> None:
         """Every section in order; a path that does not exist is found out before anything is measured."""
         our_paths(self.settings.backends, [])
-        data = self._load_data()
-        machine = self._measure_machine()
-        needs = self._describe_networks(data)
-        chosen, refused = our_paths(self.settings.backends, needs)
-        self.update(unavailable=refused)
-        steps = self._time_steps(data, machine, chosen)
-        self._judge_difficulty(data)
-        self._train(data, steps)
+        with self._section("volumes"):
+            data = self._load_data()
+        with self._section("machine"):
+            machine = self._measure_machine()
+        with self._section("networks"):
+            chosen, refused = our_paths(self.settings.backends, self._describe_networks(data))
+            self.update(unavailable=refused)
+        with self._section("trying paths"):
+            x, y = self._batch(data)
+            candidates = self._candidates(data, x, y, chosen)
+        with self._section("steps"):
+            self._time_steps(candidates, machine)
+        with self._section("difficulty"):
+            self._judge_difficulty(data)
+        with self._section("training"):
+            self._train(data, {one.spec.path: one.spec for one in candidates})
 
     def update(self, **changes: Any) -> None:
         """Add to the result."""
         self.result = replace(self.result, **changes)
 
-    def finished(self) -> ComparisonResult:
-        """The result with the time that it took."""
-        return replace(self.result, seconds=time.perf_counter() - self.began)
-
     def _load_data(self) -> Splits:
         settings = self.settings
         with self._saying("Reading the volumes" if settings.data else "Drawing the moving digits"):
-            data = load_npz(settings.data, settings.seed) if settings.data else moving_digits(seed=settings.seed)
+            if settings.data:
+                data = load_npz(settings.data, settings.seed)
+            else:
+                data = (
+                    moving_digits(*QUICK_VIDEOS, settings.seed) if settings.quick else moving_digits(seed=settings.seed)
+                )
         self.update(
             data=DataFacts(
                 source=data.name,
@@ -148,20 +157,19 @@ class _Comparison:
         self.update(networks=facts)
         return needs
 
-    def _time_steps(self, data: Splits, machine: Machine, chosen: dict[str, list[Layout]]) -> dict[str, PathSpec]:
-        """Time every path in both allocator states; the paths by name. Pages stay kept from here on."""
-        x, y = self._batch(data)
-        candidates = self._candidates(data, x, y, chosen)
-        rounds = self.budget.affordable_rounds(sum(one.expected_seconds for one in candidates))
-        states: list[Pages] = ["kept"] if self.settings.device == "cuda" or pages_kept() else ["returned"]
-        self._time_in_state(candidates, states[0], machine, rounds)
-        if states == ["returned"]:
-            kept = keep_pages()
-            if kept.active:
-                self._time_in_state(candidates, "kept", machine, rounds)
-            else:
-                self._note(f"Pages could not be kept here: {kept.reason}.")
-        return {one.spec.path: one.spec for one in candidates}
+    def _time_steps(self, candidates: list[Candidate], machine: Machine) -> None:
+        """Time every path in both allocator states. Pages stay kept from here on."""
+        turns = turns_per_round(candidates)
+        rounds = self.budget.affordable_rounds(sum(turns[one.spec.path] * one.expected_seconds for one in candidates))
+        if self.settings.device == "cuda" or pages_kept():
+            self._time_in_state(candidates, "kept", machine, rounds)
+            return
+        self._time_in_state(candidates, "returned", machine, rounds)
+        kept = keep_pages()
+        if kept.active:
+            self._time_in_state(candidates, "kept", machine, rounds)
+        else:
+            self._note(f"Pages could not be kept here: {kept.reason}.")
 
     def _candidates(self, data: Splits, x: Tensor, y: Tensor, chosen: dict[str, list[Layout]]) -> list[Candidate]:
         """One candidate per path, ours in the better layout; their gradients are compared with torch's on the way."""
@@ -253,6 +261,15 @@ class _Comparison:
 
     def _note(self, text: str) -> None:
         self.update(notes=[*self.result.notes, text])
+
+    @contextmanager
+    def _section(self, name: str) -> Iterator[None]:
+        """Keep how long a part took, also when Ctrl-C ends it."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.update(sections={**self.result.sections, name: time.perf_counter() - began})
 
     @contextmanager
     def _saying(self, text: str) -> Iterator[Callable[[str], None]]:

@@ -69,7 +69,9 @@ class Budget:
 
 STATES = 2
 MIN_ROUNDS = 3
-QUICK = Budget(total=50.0, steps=20.0, rounds=7, repeats=1)
+QUICK = Budget(total=48.0, steps=20.0, rounds=7, repeats=1)
 FULL = Budget(total=270.0, steps=110.0, rounds=9, repeats=2)
+QUICK_VIDEOS = (256, 128, 128)
+"""Videos to train on, to validate and to test in a quick run, which is too short for as many as the full one has."""
 LSTM_SHARE, OURS_SHARE = 0.3, 0.65
 """Shares of the time left: of all of it for the LSTM, of what it leaves for our CNN; torch's CNN takes the rest."""

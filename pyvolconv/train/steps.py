@@ -8,6 +8,7 @@ so slow that its turns would use up the time is given fewer samples, and its tim
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,9 @@ from .models import MISSION_SIZE, NetworkName, build
 MEMORY_FORMAT = {"ncdhw": torch.contiguous_format, "ndhwc": torch.channels_last_3d}
 LSTM_PATH = "LSTM"
 PROBE_SAMPLES = 4
+MOST_TURNS = 4
+SLACK = 2.0
+"""How much longer than allowed a step may be on trial, which is noisy, before it gets fewer samples."""
 TORCH_PATHS: dict[str, Layout] = {"torch contiguous": "ncdhw", "torch channels_last_3d": "ndhwc"}
 
 
@@ -108,24 +112,33 @@ def fitted(
     for spec in specs:
         probe = candidate(spec, make_model, x, y, 1)
         probe.step()
-        if _seconds(probe.step) * PROBE_SAMPLES < longest_step:
+        tried[spec] = _seconds(probe.step)
+        if tried[spec] * PROBE_SAMPLES < longest_step:
             probe = candidate(spec, make_model, x, y, min(PROBE_SAMPLES, x.shape[0]))
             probe.step()
-        tried[spec] = min(_seconds(probe.step) for _ in range(2)) / probe.samples
+            tried[spec] = min(_seconds(probe.step) for _ in range(2)) / probe.samples
     best = min(specs, key=lambda spec: tried[spec])
-    samples = min(x.shape[0], max(1, int(longest_step / tried[best])))
+    samples = x.shape[0]
+    if tried[best] * samples > SLACK * longest_step:
+        samples = min(samples, max(1, int(longest_step / tried[best])))
     return replace(candidate(best, make_model, x, y, samples), expected_seconds=tried[best] * samples)
 
 
 def gradient_difference(one: Candidate, make_model: Callable[[], nn.Module], x: Tensor, y: Tensor) -> float:
-    """How far the path's parameter gradients are from torch's: |g - g_torch| / |g_torch|, Euclidean, first batch."""
+    """How far the path's parameter gradients are from torch's: |g - g_torch| / |g_torch|, on a few samples."""
     gradients = []
     for spec in (one.spec, replace(one.spec, backend=None)):
-        fresh = candidate(spec, make_model, x, y, one.samples)
+        fresh = candidate(spec, make_model, x, y, min(one.samples, PROBE_SAMPLES))
         fresh.step()
         gradients.append(torch.cat([p.grad.flatten() for p in fresh.model.parameters() if p.grad is not None]).double())
     ours, theirs = gradients
     return float((ours - theirs).norm() / theirs.norm())
+
+
+def turns_per_round(candidates: Sequence[Candidate]) -> dict[str, int]:
+    """How often each path has its turn in a round: cheap steps oftener, because they suffer most from noise."""
+    longest = max(one.expected_seconds for one in candidates)
+    return {one.spec.path: min(MOST_TURNS, max(1, int(longest / one.expected_seconds / 2))) for one in candidates}
 
 
 def time_paths(
@@ -150,13 +163,23 @@ def time_paths(
     Returns:
         Times and profiles in the order of `candidates`, milliseconds scaled to whole batches.
     """
-    faults: dict[str, list[int]] = {one.spec.path: [] for one in candidates}
-    timings = alternate({one.spec.path: _counted(one, faults[one.spec.path]) for one in candidates}, rounds=rounds)
+    turns = turns_per_round(candidates)
+    faults: dict[str, list[int]] = {path: [] for path in turns}
+    runs = alternate(
+        {
+            f"{one.spec.path} {turn}": _counted(one, faults[one.spec.path])
+            for turn in range(MOST_TURNS)
+            for one in candidates
+            if turn < turns[one.spec.path]
+        },
+        rounds=rounds,
+    )
     times, profiles = [], []
     for one in candidates:
         say(f"Taking {one.spec.path} apart, pages {pages}")
         scale = one.batch_size / one.samples
-        total = timings[one.spec.path].median * 1e3 * scale
+        timed = [run for turn in range(turns[one.spec.path]) for run in runs[f"{one.spec.path} {turn}"].seconds]
+        total = statistics.median(timed) * 1e3 * scale
         profile = profile_step(one.step, one.model, repeats=repeats, warmup=0, machine=machine)
         split = profile.split()
         share = total / split.total
@@ -174,10 +197,10 @@ def time_paths(
                 grad_input=split.grad_input * share if conv else None,
                 grad_weight=split.grad_weight * share if conv else None,
                 other=split.other * share if conv else None,
-                steps=rounds,
+                steps=len(timed),
                 samples=one.samples,
                 batch_size=one.batch_size,
-                page_faults=sum(faults[one.spec.path][-rounds:]) / rounds * scale,
+                page_faults=statistics.median(faults[one.spec.path][-len(timed) :]) * scale,
             )
         )
         profiles.append(PathProfile(one.spec.path, one.spec.ours, pages, one.samples, profile))
