@@ -172,8 +172,8 @@ def test_report_holds_the_measured_numbers(written):
         "190 GF/s",
         "21.0 GB/s",
         "12 independent accumulators per thread",
-        "51.0 %",  # linear model on frame averages
-        "99.6 %",
+        "51.0%",  # linear model on frame averages
+        "99.6%",
         "120,000",
         "no CUDA device",
         "620 MFLOP",

@@ -24,6 +24,8 @@ from .palette import DPI, PASS_COLOURS, THEMES, Theme, pass_colour, style
 from .results import PAGES, ComparisonResult, PathTiming, TrainingRun
 
 WIDTH = 8.0
+SMALL = 0.01
+SMALLER = "smaller items"
 CLIP = 1.25
 """Bars longer than this many times torch's contiguous step are cut off and labelled with their length."""
 
@@ -102,22 +104,23 @@ def paths(result: ComparisonResult, theme: Theme) -> Figure | None:
 
 def layers(result: ComparisonResult, theme: Theme) -> Figure | None:
     """Where the CNN's step goes: one row per layer, stacked by pass, one panel per path, all on one scale."""
-    shown = {f"{found.path}\npages {found.pages}": found.main_rows() for found in result.shown_profiles()}
+    shown = {f"{found.path}\npages {found.pages}": found.rows() for found in result.shown_profiles()}
     if not shown:
         return None
-    names = list(dict.fromkeys(row.label for rows in shown.values() for row in rows))
+    bars = {title: _bars(rows) for title, rows in shown.items()}
+    names = _fold_small(bars)
     figure = Figure(figsize=(WIDTH, 1.6 + 0.28 * len(names)), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
     longest = 0.0
-    for axes, (title, rows) in zip(panels, shown.items(), strict=True):
+    for axes, (title, parts) in zip(panels, bars.items(), strict=True):
         for position, name in enumerate(names):
             left = 0.0
-            for row in (row for row in rows if row.label == name):
-                axes.barh(position, row.milliseconds, left=left, height=0.66, color=pass_colour(row.pass_))
-                left += row.milliseconds
+            for pass_, width in parts.get(name, []):
+                axes.barh(position, width, left=left, height=0.66, color=pass_colour(pass_))
+                left += width
             axes.text(left, position, f" {wording.significant(left)}", va="center", fontsize=8, color=theme["muted"])
             longest = max(longest, left)
-        total = sum(row.milliseconds for row in rows)
+        total = sum(row.milliseconds for row in shown[title])
         axes.set_title(f"{title}: {wording.milliseconds(total)}", fontsize=10, linespacing=1.4)
         _horizontal(axes)
         axes.set_xlabel("ms per training step")
@@ -126,6 +129,32 @@ def layers(result: ComparisonResult, theme: Theme) -> Figure | None:
     panels[0].invert_yaxis()
     _legend(figure, PASS_COLOURS)
     return figure
+
+
+def _bars(rows: list[LayerRow]) -> dict[str, list[tuple[str, float]]]:
+    """Layer to its (pass, milliseconds), in the order of running."""
+    bars: dict[str, list[tuple[str, float]]] = {}
+    for row in rows:
+        bars.setdefault(row.label, []).append((row.pass_, row.milliseconds))
+    return bars
+
+
+def _fold_small(panels: dict[str, dict[str, list[tuple[str, float]]]]) -> list[str]:
+    """Put the layers that are small in every panel together, in place; the names that remain, in order."""
+    names = list(dict.fromkeys(name for bars in panels.values() for name in bars))
+    longest = max(_length(bars, name) for bars in panels.values() for name in bars)
+    small = [name for name in names if all(_length(bars, name) < SMALL * longest for bars in panels.values())]
+    for bars in panels.values():
+        folded = sum(_length(bars, name) for name in small)
+        for name in small:
+            bars.pop(name, None)
+        if small:
+            bars[SMALLER] = [("other", folded)]
+    return [name for name in names if name not in small] + ([SMALLER] if small else [])
+
+
+def _length(bars: dict[str, list[tuple[str, float]]], name: str) -> float:
+    return sum(width for _, width in bars.get(name, []))
 
 
 def roofline(result: ComparisonResult, theme: Theme) -> Figure | None:
@@ -235,7 +264,7 @@ def _draw_roof(axes: Axes, machine: Machine, rows: list[LayerRow], theme: Theme)
     axes.set_xlim(low, high)
     axes.set_ylim(min(*rates, bandwidth * low) / 1.6, max(*rates, peak) * 1.9)
     roof = f"FMA peak {wording.significant(peak)} GF/s"
-    axes.text(high, peak * 1.04, roof, ha="right", va="bottom", fontsize=8.5, color=theme["muted"])
+    axes.text(ridge * 1.1, peak * 1.06, roof, va="bottom", fontsize=8.5, color=theme["muted"])
     slope = f"copy bandwidth {wording.significant(bandwidth)} GB/s"
     middle = math.sqrt(low * ridge)
     axes.annotate(

@@ -14,7 +14,7 @@ from .answer import PARTS, answer
 from .breakdown import LayerRow, Pages, PathProfile
 from .profiler import StepProfile
 from .report import path_notes, path_rows
-from .results import ComparisonResult
+from .results import ComparisonResult, TrainingRun
 
 WIDE = 108
 """Columns of a terminal from which on tables are shown whole."""
@@ -51,18 +51,25 @@ def machine_line(result: ComparisonResult) -> Text:
 def training_table(result: ComparisonResult) -> Table:
     """One row per training run."""
     target = wording.percent(result.training[0].target)
-    table = _table("Training", "Run", ["Epochs", "Per epoch", f"Epochs to {target}", f"Time to {target}", "Test"])
+    table = _table("Training", "Run", ["Epochs", "Per epoch", f"To {target} validation", "Test"])
     for run in result.training:
-        mark = " (projected)" if run.projected else ""
         table.add_row(
             run.label,
             str(len(run.epochs)),
             wording.seconds(run.seconds_per_epoch),
-            f"{run.epochs_to_target}{mark}" if run.epochs_to_target else "not reached",
-            wording.seconds(run.seconds_to_target) + mark,
+            _to_target(run),
             wording.percent(run.test_accuracy, 1),
         )
     return table
+
+
+def _to_target(run: TrainingRun) -> str:
+    if run.epochs_to_target is not None:
+        mark = " (projected)" if run.projected else ""
+        return f"{run.epochs_to_target} epochs, {wording.seconds(run.seconds_to_target)}{mark}"
+    if run.epochs:
+        return f"not reached, best {wording.percent(max(epoch.validation_accuracy for epoch in run.epochs), 1)}"
+    return "not one epoch finished"
 
 
 def path_table(result: ComparisonResult, pages: Pages, width: int = 120) -> Table:

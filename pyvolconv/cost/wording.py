@@ -68,9 +68,9 @@ def percent(value: float | None, digits: int = 0) -> str:
 
     Example:
         >>> percent(0.987, 1)
-        '98.7 %'
+        '98.7%'
     """
-    return NOT_MEASURED if value is None else f"{100 * value:.{digits}f} %"
+    return NOT_MEASURED if value is None else f"{100 * value:.{digits}f}%"
 
 
 def scaled(value: float | None, unit: str) -> str:
