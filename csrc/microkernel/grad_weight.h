@@ -24,6 +24,7 @@ struct VoxelRun {
     int64_t extent[3];
     int64_t row_step[3];
     int64_t column_step[3];
+    int64_t voxels;  // in all
     // lanes kernels whose lanes run along the width: extent[2] counts whole vectors and `tail` the voxels after them
     int64_t tail;
 };
