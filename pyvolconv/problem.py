@@ -8,7 +8,9 @@ Sizes follow `torch.nn.functional.conv3d` (cross-correlation):
 
     y[n, o, i] = bias[o] + sum over c, k of  x[n, c, i * stride - padding_begin + k * dilation] * w[o, c, k]
 
-with i and k running over (depth, height, width).
+with i and k running over (depth, height, width). An epilogue may follow in the same pass: an activation, then a
+max-pool. A pass of such a problem is the fused one: "forward" goes from x to the pooled values, the gradients start
+from the gradient of the chosen voxels.
 """
 
 from __future__ import annotations
@@ -19,9 +21,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal, get_args
 
+from .epilogue import (
+    ACTIVATIONS,
+    NEGATIVE_SLOPE,
+    Activation,
+    MaxPool,
+    Size3,
+    format_axes,
+    parse_size,
+    split_axes,
+)
+
 Pass = Literal["forward", "grad_input", "grad_weight"]
 Layout = Literal["ncdhw", "ndhwc"]
-Size3 = tuple[int, int, int]
 Padding3 = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 PASSES: tuple[Pass, ...] = get_args(Pass)
@@ -45,6 +57,8 @@ _PATTERN = re.compile(
     r"-n(?P<batch>\d+)(?:g(?P<groups>\d+))?ic(?P<in_channels>\d+)oc(?P<out_channels>\d+)"
     r"-i(?P<input_size>[\dx]+)-k(?P<kernel_size>[\dx]+)"
     r"(?:-s(?P<stride>[\dx]+))?(?:-p(?P<padding>[\dx+]+))?(?:-d(?P<dilation>[\dx]+))?(?P<bias>-bias)?"
+    rf"(?:-(?P<activation>{'|'.join(ACTIVATIONS[1:])})(?:\((?P<negative_slope>[^()]+)\))?)?"
+    r"(?:-pool(?P<pool>[\dx]+(?:s[\dx]+)?(?:p[\dx]+)?(?:ceil)?))?"
 )
 
 
@@ -64,6 +78,10 @@ class ConvProblem:
         layout: memory order of activations *and* weights; "ndhwc" is torch.channels_last_3d.
         device: device type, "cpu" or "cuda".
         bias: whether the forward pass adds one value per output channel.
+        activation: "none", "relu", "leaky_relu", "silu", "gelu" or "gelu_tanh" (its tanh approximation); any but
+            "none" only in front of a pool.
+        negative_slope: of leaky_relu, not negative.
+        pool: the max-pool after the activation, or None.
 
     Raises:
         ValueError: a size is impossible; the message names it, what was given and what is expected.
@@ -91,6 +109,9 @@ class ConvProblem:
     layout: Layout = "ncdhw"
     device: str = "cpu"
     bias: bool = False
+    activation: Activation = "none"
+    negative_slope: float = NEGATIVE_SLOPE
+    pool: MaxPool | None = None
 
     def __post_init__(self) -> None:
         if self.groups < 1 or self.in_channels % self.groups or self.out_channels % self.groups:
@@ -114,6 +135,19 @@ class ConvProblem:
                 f"kernel_size={self.kernel_size} with dilation={self.dilation} is larger than "
                 f"input_size={self.input_size} with padding={self.padding}"
             )
+        self._check_epilogue()
+
+    def _check_epilogue(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} must be one of {ACTIVATIONS}")
+        if self.activation != "none" and self.pool is None:
+            raise ValueError(f"activation={self.activation!r} is fused in front of a pool only; pool is None")
+        if self.negative_slope != NEGATIVE_SLOPE and self.activation != "leaky_relu":
+            raise ValueError(f"negative_slope={self.negative_slope} is of leaky_relu; activation={self.activation!r}")
+        if not 0 <= self.negative_slope < math.inf:
+            raise ValueError(f"negative_slope={self.negative_slope} must be finite and not negative")
+        if self.pool is not None and min(self.pooled_size) < 1:
+            raise ValueError(f"pool window={self.pool.window} is larger than the convolution's {self.output_size}")
 
     @cached_property
     def output_size(self) -> Size3:
@@ -126,6 +160,11 @@ class ConvProblem:
         )
         return depth, height, width
 
+    @cached_property
+    def pooled_size(self) -> Size3:
+        """(depth, height, width) after the pool, in voxels; `output_size` without a pool."""
+        return self.output_size if self.pool is None else self.pool.output_size(self.output_size)
+
     @property
     def input_shape(self) -> tuple[int, int, int, int, int]:
         """(N, C_in, D, H, W), the torch shape of the input in either layout."""
@@ -137,6 +176,11 @@ class ConvProblem:
         return (self.batch, self.out_channels, *self.output_size)
 
     @property
+    def pooled_shape(self) -> tuple[int, int, int, int, int]:
+        """(N, C_out, D_pooled, H_pooled, W_pooled), the torch shape of the result in either layout."""
+        return (self.batch, self.out_channels, *self.pooled_size)
+
+    @property
     def weight_shape(self) -> tuple[int, int, int, int, int]:
         """(C_out, C_in / groups, K_d, K_h, K_w), the torch shape of the weight in either layout."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
@@ -145,17 +189,22 @@ class ConvProblem:
         """Floating-point operations of direct convolution, an FMA counted as two, padding counted as work.
 
         The three passes do the same multiplications in another order, so the number is the same for each;
-        adding the bias is one more per output value, in the forward pass only.
+        adding the bias is one more per output value, in the forward pass only. With a pool the gradients
+        need only the chosen voxels. Comparisons and activations are not counted.
         """
-        multiply_adds = math.prod(self.output_shape) * math.prod(self.weight_shape[1:])
+        summed = self.output_shape if pass_ == "forward" else self.pooled_shape
+        multiply_adds = math.prod(summed) * math.prod(self.weight_shape[1:])
         return 2 * multiply_adds + (math.prod(self.output_shape) if self.bias and pass_ == "forward" else 0)
 
     def min_bytes(self, pass_: Pass) -> int:
-        """Bytes that a pass must move at the least: each operand read once, the result written once."""
-        values = math.prod(self.input_shape) + math.prod(self.output_shape) + math.prod(self.weight_shape)
+        """Bytes that a pass must move at the least: each operand read once, the result written once.
+
+        With a pool each pooled value has a byte beside it, the index of the chosen voxel.
+        """
+        values = math.prod(self.input_shape) + math.prod(self.pooled_shape) + math.prod(self.weight_shape)
         if self.bias and pass_ == "forward":
             values += self.out_channels
-        return values * DTYPE_BYTES[self.dtype]
+        return values * DTYPE_BYTES[self.dtype] + (math.prod(self.pooled_shape) if self.pool else 0)
 
     def reduction_length(self, pass_: Pass) -> int:
         """The largest number of products summed into one value of the result; scales rounding error."""
@@ -167,8 +216,9 @@ class ConvProblem:
                 -(-kernel * math.gcd(stride, dilation) // stride)
                 for kernel, stride, dilation in zip(self.kernel_size, self.stride, self.dilation, strict=True)
             )
-            return self.out_channels // self.groups * math.prod(taps)
-        return self.batch * math.prod(self.output_size)
+            overlap = 1 if self.pool is None else self.pool.overlap
+            return self.out_channels // self.groups * math.prod(taps) * overlap
+        return self.batch * math.prod(self.pooled_size)
 
     def with_(self, **changes: object) -> ConvProblem:
         """A copy with some fields changed.
@@ -200,16 +250,19 @@ class ConvProblem:
             batch=int(field["batch"]),
             in_channels=int(field["in_channels"]),
             out_channels=int(field["out_channels"]),
-            input_size=_parse_size(field["input_size"]),
-            kernel_size=_parse_size(field["kernel_size"]),
-            stride=_parse_size(field["stride"] or "1"),
+            input_size=parse_size(field["input_size"]),
+            kernel_size=parse_size(field["kernel_size"]),
+            stride=parse_size(field["stride"] or "1"),
             padding=_parse_padding(field["padding"] or "0"),
-            dilation=_parse_size(field["dilation"] or "1"),
+            dilation=parse_size(field["dilation"] or "1"),
             groups=int(field["groups"] or 1),
             dtype=field["dtype"],
             layout=field["layout"],  # type: ignore[arg-type]
             device=field["device"],
             bias=field["bias"] is not None,
+            activation=field["activation"] or "none",  # type: ignore[arg-type]
+            negative_slope=float(field["negative_slope"] or NEGATIVE_SLOPE),
+            pool=None if field["pool"] is None else MaxPool.parse(field["pool"]),
         )
 
 
@@ -222,35 +275,23 @@ def _format(problem: ConvProblem) -> str:
         problem.layout,
         f"n{problem.batch}{groups}ic{problem.in_channels}oc{problem.out_channels}",
         "i" + "x".join(map(str, problem.input_size)),
-        "k" + _format_axes([str(size) for size in problem.kernel_size]),
+        "k" + format_axes(problem.kernel_size),
     ]
     if problem.stride != (1, 1, 1):
-        parts.append("s" + _format_axes([str(size) for size in problem.stride]))
+        parts.append("s" + format_axes(problem.stride))
     if problem.padding != ((0, 0),) * 3:
-        parts.append("p" + _format_axes([f"{b}" if b == e else f"{b}+{e}" for b, e in problem.padding]))
+        depth, height, width = (f"{begin}" if begin == end else f"{begin}+{end}" for begin, end in problem.padding)
+        parts.append("p" + format_axes((depth, height, width)))
     if problem.dilation != (1, 1, 1):
-        parts.append("d" + _format_axes([str(size) for size in problem.dilation]))
+        parts.append("d" + format_axes(problem.dilation))
     if problem.bias:
         parts.append("bias")
+    if problem.activation != "none":
+        slope = f"({problem.negative_slope!r})" if problem.negative_slope != NEGATIVE_SLOPE else ""
+        parts.append(problem.activation + slope)
+    if problem.pool is not None:
+        parts.append(f"pool{problem.pool}")
     return "-".join(parts)
-
-
-def _format_axes(axes: list[str]) -> str:
-    return axes[0] if len(set(axes)) == 1 else "x".join(axes)
-
-
-def _split_axes(text: str) -> list[str]:
-    axes = text.split("x")
-    if len(axes) == 1:
-        axes *= 3
-    if len(axes) != 3:
-        raise ValueError(f"{text!r} has {len(axes)} axes; expected 1 or 3, like '3' or '1x3x3'")
-    return axes
-
-
-def _parse_size(text: str) -> Size3:
-    depth, height, width = (int(axis) for axis in _split_axes(text))
-    return depth, height, width
 
 
 def _parse_padding(text: str) -> Padding3:
@@ -258,5 +299,5 @@ def _parse_padding(text: str) -> Padding3:
         begin, _, end = axis.partition("+")
         return int(begin), int(end or begin)
 
-    depth, height, width = (pair(axis) for axis in _split_axes(text))
+    depth, height, width = (pair(axis) for axis in split_axes(text))
     return depth, height, width
