@@ -23,7 +23,7 @@ ENVIRONMENT_VARIABLE = "PYVOLCONV_BACKEND"
 
 logger = logging.getLogger("pyvolconv")
 _forced: ContextVar[str | None] = ContextVar("pyvolconv_forced_backend", default=None)
-_chosen: dict[tuple[ConvProblem, Pass, str | None], Backend] = {}
+_chosen: dict[tuple[ConvProblem, Pass, str | None], Backend | None] = {}
 
 
 def backends() -> tuple[Backend, ...]:
@@ -83,12 +83,20 @@ def choose(problem: ConvProblem, pass_: Pass) -> Backend:
         UnsupportedProblemError: no allowed backend can run it.
         ValueError: PYVOLCONV_BACKEND names no backend.
     """
+    backend = choose_or_none(problem, pass_)
+    if backend is None:
+        forced = forced_backend()
+        raise UnsupportedProblemError(problem, pass_, _refusals(problem, pass_, forced), forced)
+    return backend
+
+
+def choose_or_none(problem: ConvProblem, pass_: Pass) -> Backend | None:
+    """As `choose`, and None where no allowed backend can run the pass."""
     forced = forced_backend()
     key = (problem, pass_, forced)
-    backend = _chosen.get(key)
-    if backend is None:
-        backend = _chosen[key] = _choose(problem, pass_, forced)
-    return backend
+    if key not in _chosen:
+        _chosen[key] = _choose(problem, pass_, forced)
+    return _chosen[key]
 
 
 def forget_choices() -> None:
@@ -96,12 +104,25 @@ def forget_choices() -> None:
     _chosen.clear()
 
 
-def _choose(problem: ConvProblem, pass_: Pass, forced: str | None) -> Backend:
-    candidates = select(forced) if forced else tuple(backend for backend in REGISTRY if backend.automatic)
-    reasons = {backend.name: backend.unsupported_reasons(problem, pass_) for backend in candidates}
-    able = [backend for backend in candidates if not reasons[backend.name]]
+def _candidates(forced: str | None) -> tuple[Backend, ...]:
+    return select(forced) if forced else tuple(backend for backend in REGISTRY if backend.automatic)
+
+
+def _refusals(problem: ConvProblem, pass_: Pass, forced: str | None) -> dict[str, list[str]]:
+    """Backend name -> why it cannot run the pass, empty where it can."""
+    return {
+        backend.name: backend.unsupported_reasons(problem, pass_)
+        if problem.pool is None or backend.has_max_pool
+        else ["has no pass fused with a pool"]
+        for backend in _candidates(forced)
+    }
+
+
+def _choose(problem: ConvProblem, pass_: Pass, forced: str | None) -> Backend | None:
+    reasons = _refusals(problem, pass_, forced)
+    able = [backend for backend in _candidates(forced) if not reasons[backend.name]]
     if not able:
-        raise UnsupportedProblemError(problem, pass_, reasons, forced)
+        return None
     backend = max(able, key=lambda candidate: candidate.expected_efficiency(problem, pass_))
     if not forced and not backend.ours:
         refused = "; ".join(f"{name}: {several[0]}" for name, several in reasons.items() if several)

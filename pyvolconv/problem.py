@@ -26,7 +26,7 @@ from .epilogue import (
     NEGATIVE_SLOPE,
     Activation,
     MaxPool,
-    Size3,
+    Size3 as Size3,
     format_axes,
     parse_size,
     split_axes,

@@ -7,6 +7,16 @@ Contract, relied on by every backend and kept by `pyvolconv.ops`:
 - dtype and device of every tensor are the problem's; no size is zero; nothing requires grad;
 - a pass returns a new dense tensor in `problem.layout` and never writes to an argument;
 - `forward` adds `bias` exactly when `problem.bias` is set.
+
+A problem with a pool asks for the fused passes (`forward_max_pool` and its gradients), which a backend may have:
+
+- forward computes max_pool3d(activation(conv3d(x, weight) + bias)) without storing what is pooled, and chooses a voxel
+  of each window as torch's max_pool3d does: the first maximum in the order d, h, w; a NaN wins, the last one stays;
+- for each pooled value it returns a byte, the chosen voxel's index (d * window_h + h) * window_w + w in its window;
+- where the activation's derivative does not follow from its value (`epilogue.KEEPS_PREACTIVATION`) the first result is
+  the value before the activation at the voxel that was chosen after it;
+- gradients take `grad`, that of the pre-activation at the chosen voxels, of the shape and layout of `code`; where
+  windows overlap, a voxel chosen twice counts twice.
 """
 
 from __future__ import annotations
@@ -74,6 +84,25 @@ class Backend(ABC):
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
         """dL/dw of shape `problem.weight_shape`."""
 
+    @property
+    def has_max_pool(self) -> bool:
+        """Whether there are fused passes to ask `unsupported_reasons` about, with a problem that has a pool."""
+        return type(self).forward_max_pool is not Backend.forward_max_pool
+
+    def forward_max_pool(
+        self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Pooled values and uint8 codes, both of shape `problem.pooled_shape`."""
+        raise NotImplementedError(f"{self.name} has no fused passes: {problem}")
+
+    def grad_input_max_pool(self, problem: ConvProblem, grad: Tensor, code: Tensor, weight: Tensor) -> Tensor:
+        """dL/dx of shape `problem.input_shape`."""
+        raise NotImplementedError(f"{self.name} has no fused passes: {problem}")
+
+    def grad_weight_max_pool(self, problem: ConvProblem, grad: Tensor, code: Tensor, x: Tensor) -> Tensor:
+        """dL/dw of shape `problem.weight_shape`."""
+        raise NotImplementedError(f"{self.name} has no fused passes: {problem}")
+
     @abstractmethod
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
         """The error bound that results keep."""
@@ -83,7 +112,14 @@ class Backend(ABC):
         """Expected share of the machine's FMA peak, 0 to 1; the dispatcher's cost model compares these."""
 
 
-def empty(problem: ConvProblem, what: Literal["input", "output", "weight"], like: Tensor) -> Tensor:
-    """An uninitialised dense tensor in `problem.layout`, of the dtype and device of `like`."""
-    shape = {"input": problem.input_shape, "output": problem.output_shape, "weight": problem.weight_shape}[what]
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=MEMORY_FORMAT[problem.layout])
+def empty(problem: ConvProblem, what: Literal["input", "output", "weight", "pooled", "code"], like: Tensor) -> Tensor:
+    """An uninitialised dense tensor in `problem.layout`, on the device of `like`; of its dtype, a code of uint8."""
+    shape = {
+        "input": problem.input_shape,
+        "output": problem.output_shape,
+        "weight": problem.weight_shape,
+        "pooled": problem.pooled_shape,
+        "code": problem.pooled_shape,
+    }[what]
+    dtype = torch.uint8 if what == "code" else like.dtype
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=MEMORY_FORMAT[problem.layout])

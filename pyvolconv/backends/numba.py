@@ -11,14 +11,17 @@ Numba keeps a thread pool of its own. This file makes that pool behave like torc
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..epilogue import ACTIVATIONS, Size3
 from ..problem import ConvProblem, Pass
 from .base import Accuracy, Backend, empty
 
@@ -47,17 +50,47 @@ class NumbaBackend(Backend):
         y = empty(problem, "output", like=x)
         if bias is None:
             bias = x.new_zeros(problem.out_channels)
-        _run("forward", problem, x, weight, bias, result=y)
+        _call("reference", "forward", (x, weight, bias), _geometry(problem), (y,))
         return y
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
         grad_x = empty(problem, "input", like=grad_output)
-        _run("grad_input", problem, grad_output, weight, result=grad_x)
+        _call("reference", "grad_input", (grad_output, weight), _geometry(problem), (grad_x,))
         return grad_x
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
         grad_w = empty(problem, "weight", like=x)
-        _run("grad_weight", problem, grad_output, x, result=grad_w)
+        _call("reference", "grad_weight", (grad_output, x), _geometry(problem), (grad_w,))
+        return grad_w
+
+    def forward_max_pool(
+        self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        pooled, code = empty(problem, "pooled", like=x), empty(problem, "code", like=x)
+        if bias is None:
+            bias = x.new_zeros(problem.out_channels)
+        # A NumPy scalar of the tensors' dtype, so that a product with it is rounded as torch rounds it.
+        slope = x.new_tensor(problem.negative_slope).numpy()[()]
+        sizes = (
+            *_geometry(problem),
+            ACTIVATIONS.index(problem.activation),
+            slope,
+            *_pool(problem),
+            problem.output_size,
+        )
+        _call("reference_max_pool", "forward", (x, weight, bias), sizes, (pooled, code))
+        return pooled, code
+
+    def grad_input_max_pool(self, problem: ConvProblem, grad: Tensor, code: Tensor, weight: Tensor) -> Tensor:
+        grad_x = empty(problem, "input", like=grad)
+        sizes = (*_geometry(problem), *_pool(problem))
+        _call("reference_max_pool", "grad_input", (grad, code, weight), sizes, (grad_x,))
+        return grad_x
+
+    def grad_weight_max_pool(self, problem: ConvProblem, grad: Tensor, code: Tensor, x: Tensor) -> Tensor:
+        grad_w = empty(problem, "weight", like=x)
+        sizes = (*_geometry(problem), *_pool(problem))
+        _call("reference_max_pool", "grad_weight", (grad, code, x), sizes, (grad_w,))
         return grad_w
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
@@ -68,39 +101,36 @@ class NumbaBackend(Backend):
         return 0.01
 
 
-def _run(pass_: Pass, problem: ConvProblem, *operands: Tensor, result: Tensor) -> None:
-    padding = tuple(begin for begin, _ in problem.padding)
-    arguments = (
-        *(operand.numpy() for operand in operands),
-        problem.stride,
-        padding,
-        problem.dilation,
-        problem.groups,
-        result.numpy(),
-    )
+def _geometry(problem: ConvProblem) -> tuple[Any, ...]:
+    return problem.stride, tuple(begin for begin, _ in problem.padding), problem.dilation, problem.groups
+
+
+def _pool(problem: ConvProblem) -> tuple[Size3, Size3, Size3]:
+    assert problem.pool is not None
+    return problem.pool.window, problem.pool.stride, problem.pool.padding
+
+
+def _call(
+    kernels: str, pass_: Pass, operands: Sequence[Tensor], sizes: tuple[Any, ...], results: Sequence[Tensor]
+) -> None:
+    """One pass of the file `kernels`, in parallel where Numba's threads exist."""
+    loops = importlib.import_module(f"..kernels.{kernels}", __package__)
+    arguments = (*(tensor.numpy() for tensor in operands), *sizes, *(tensor.numpy() for tensor in results))
     if os.getpid() != _importing_process:
-        _run_serial(pass_, arguments)
+        loops.compiled(pass_, parallel=False)(*arguments)
     else:
-        _run_parallel(pass_, arguments)
+        _call_parallel(loops.compiled(pass_, parallel=True), arguments)
 
 
-def _run_serial(pass_: Pass, arguments: tuple[Any, ...]) -> None:
-    from ..kernels import reference
-
-    reference.compiled(pass_, parallel=False)(*arguments)
-
-
-def _run_parallel(pass_: Pass, arguments: tuple[Any, ...]) -> None:
+def _call_parallel(loops: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     import numba
-
-    from ..kernels import reference
 
     torch_threads = torch.get_num_threads()
     with _parallel_region:
         numba_threads = numba.get_num_threads()
         numba.set_num_threads(min(torch_threads, numba.config.NUMBA_NUM_THREADS))
         try:
-            reference.compiled(pass_, parallel=True)(*arguments)
+            loops(*arguments)
         finally:
             numba.set_num_threads(numba_threads)
             # Numba's OpenMP layer sets the thread count of the runtime that it shares with torch.
