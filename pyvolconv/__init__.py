@@ -1,6 +1,7 @@
 """Hand-written 3-D convolution for PyTorch, and the instrument that shows where its cost goes.
 
     conv3d, conv_transpose3d        functions, as in torch.nn.functional
+    conv3d_max_pool                 convolution, activation and max-pool in one pass
     Conv3d, ConvTranspose3d         modules, as in torch.nn
     accelerate(model), revert       swap a model's convolutions in place, and back
     use_backend(name), backends()   choose who computes
@@ -11,12 +12,14 @@
 from __future__ import annotations
 
 from . import derivatives as derivatives
+from . import fused_derivatives as fused_derivatives
+from . import fused_transforms as fused_transforms
 from . import transforms as transforms
 from .accelerate import accelerate, revert
 from .cost.pages import keep_pages
 from .dispatch import backends, use_backend
 from .errors import UnsupportedProblemError
-from .functional import conv3d, conv_transpose3d
+from .functional import conv3d, conv3d_max_pool, conv_transpose3d
 from .nn import Conv3d, ConvTranspose3d
 from .problem import ConvProblem
 
@@ -29,6 +32,7 @@ __all__ = [
     "accelerate",
     "backends",
     "conv3d",
+    "conv3d_max_pool",
     "conv_transpose3d",
     "keep_pages",
     "revert",

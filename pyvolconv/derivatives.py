@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,12 +74,8 @@ class _BilinearFunction(_SingleLevelFunction):
         ctx.rule, ctx.geometry = rule, geometry
         ctx.size = None if rule.operator is conv3d else third
         ctx.forced_backend = forced_backend()
-        args = (first, second, third, *geometry)
-        if not torch._C._are_functorch_transforms_active():
-            return _below_autograd(rule.operator, keyset, args)
-        # This node switches gradients off for its own level only: outer levels differentiate the call too.
-        with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
-            return _below_autograd(rule.operator, keyset, args)
+        result: Tensor = inside_node(rule.operator, keyset, (first, second, third, *geometry))
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
@@ -112,24 +109,35 @@ class _BilinearFunction(_SingleLevelFunction):
         return sum(terms[1:], start=terms[0])
 
 
-def _below_autograd(operator: Any, keyset: Any, args: tuple[Any, ...]) -> Tensor:
+def inside_node(operator: Any, keyset: Any, args: tuple[Any, ...]) -> Any:
+    """What the operator returns one dispatch key below the node of this level."""
+    if not torch._C._are_functorch_transforms_active():
+        return _below_autograd(operator, keyset, args)
+    # The node switches gradients off for its own level only: outer levels differentiate the call too.
+    with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+        return _below_autograd(operator, keyset, args)
+
+
+def _below_autograd(operator: Any, keyset: Any, args: tuple[Any, ...]) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
-        result: Tensor = operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-    return result
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
-def _autograd_kernel(rule: _Bilinear) -> Callable[..., Tensor]:
-    def kernel(keyset: Any, *args: Any) -> Tensor:
+def autograd_kernel(operator: Any, node: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator's kernel at the Autograd key: `node(keyset, *args)` where something is differentiated."""
+
+    def kernel(keyset: Any, *args: Any) -> Any:
         differentiable = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         if not differentiable and torch.autograd.forward_ad._current_level < 0:
-            return _below_autograd(rule.operator, keyset, args)
+            return _below_autograd(operator, keyset, args)
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
-                return _BilinearFunction.apply(rule, keyset, *args)  # type: ignore[attr-defined,no-any-return]
-        return _BilinearFunction.apply(rule, keyset, *args)  # type: ignore[attr-defined,no-any-return]
+                return node(keyset, *args)
+        return node(keyset, *args)
 
     return kernel
 
 
 for _rule in _RULES:
-    library.impl(_rule.operator, _autograd_kernel(_rule), "Autograd", with_keyset=True)
+    _node = partial(_BilinearFunction.apply, _rule)  # type: ignore[attr-defined]
+    library.impl(_rule.operator, autograd_kernel(_rule.operator, _node), "Autograd", with_keyset=True)

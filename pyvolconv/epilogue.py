@@ -104,6 +104,19 @@ class MaxPool:
         return cls(window, stride, parse_size(match["padding"] or "0"), match["ceil"] is not None)
 
 
+def check_activation(activation: str, negative_slope: float) -> None:
+    """Whether an activation can stand in front of a pool in the same pass.
+
+    Raises:
+        ValueError: it is none of `ACTIVATIONS`, or the slope of leaky_relu is negative or not finite: the sign of a
+            pooled value would not say any more which side it came from.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} must be one of {ACTIVATIONS}")
+    if not 0 <= negative_slope < math.inf:
+        raise ValueError(f"negative_slope={negative_slope} must be finite and not negative")
+
+
 def format_axes(axes: tuple[object, object, object]) -> str:
     """ "3" for three equal axes, else "1x3x3"."""
     texts = [str(axis) for axis in axes]

@@ -26,10 +26,13 @@ from .epilogue import (
     NEGATIVE_SLOPE,
     Activation,
     MaxPool,
-    Size3 as Size3,
+    check_activation,
     format_axes,
     parse_size,
     split_axes,
+)
+from .epilogue import (
+    Size3 as Size3,
 )
 
 Pass = Literal["forward", "grad_input", "grad_weight"]
@@ -138,14 +141,11 @@ class ConvProblem:
         self._check_epilogue()
 
     def _check_epilogue(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r} must be one of {ACTIVATIONS}")
+        check_activation(self.activation, self.negative_slope)
         if self.activation != "none" and self.pool is None:
             raise ValueError(f"activation={self.activation!r} is fused in front of a pool only; pool is None")
         if self.negative_slope != NEGATIVE_SLOPE and self.activation != "leaky_relu":
             raise ValueError(f"negative_slope={self.negative_slope} is of leaky_relu; activation={self.activation!r}")
-        if not 0 <= self.negative_slope < math.inf:
-            raise ValueError(f"negative_slope={self.negative_slope} must be finite and not negative")
         if self.pool is not None and min(self.pooled_size) < 1:
             raise ValueError(f"pool window={self.pool.window} is larger than the convolution's {self.output_size}")
 

@@ -97,7 +97,7 @@ def _vmap_conv3d_grad_weight(
     return _from_groups(conv3d_grad_weight(grad_output, x, *sizes[:-1], groups * size), size, 0), 0
 
 
-def _autocast_kernel(operator: Any, device_type: str) -> Callable[..., Tensor]:
+def autocast_kernel(operator: Any, device_type: str) -> Callable[..., Tensor]:
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
 
     def cast(argument: Any) -> Any:
@@ -144,4 +144,4 @@ for _operator, _vmap, _count in (
     torch.library.register_vmap(_operator, _vmap, lib=library)
     register_flop_formula(_operator.overloadpacket)(_count)
     for _device in ("cpu", "cuda"):
-        library.impl(_operator, _autocast_kernel(_operator, _device), f"Autocast{_device.upper()}")
+        library.impl(_operator, autocast_kernel(_operator, _device), f"Autocast{_device.upper()}")

@@ -1,0 +1,168 @@
+"""Convolution, activation and max-pool as one pass: three torch operators.
+
+    value, code = conv3d_max_pool(x, weight, bias, ...)
+    dx          = conv3d_max_pool_grad_input(grad, code, weight, input_size, ...)
+    dw          = conv3d_max_pool_grad_weight(grad, code, x, kernel_size, ...)
+
+What is pooled never exists in memory. `code` keeps which voxel of its window each pooled value is, in one byte
+(`backends/base.py` says how, and how ties and NaN resolve), and the gradients are sums over these voxels alone: with a
+window of 2x2x2 an eighth of the dense ones' multiplications. `value` is the pooled activation; for silu and gelu, whose
+derivative does not follow from their value, it is what the chosen voxel held before the activation, and the caller
+applies the activation to it. `grad` is the gradient of that pre-activation at the chosen voxels.
+
+Where no allowed backend has a fused pass, an operator puts it together from the plain pass and torch's pooling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backends.base import MEMORY_FORMAT
+from .dispatch import choose_or_none
+from .epilogue import KEEPS_PREACTIVATION, NEGATIVE_SLOPE, Activation, MaxPool
+from .fused_voxels import code_of_indices, scatter, select
+from .ops import conv3d, conv3d_grad_input, conv3d_grad_weight, conv3d_problem, layout_of, library
+from .problem import ConvProblem, Layout
+
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
+_POOL = "int[] pool_window, int[] pool_stride, int[] pool_padding, bool ceil_mode"
+library.define(
+    f"conv3d_max_pool(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, "
+    f"str activation, float negative_slope, {_POOL}) -> (Tensor, Tensor)"
+)
+library.define(
+    "conv3d_max_pool_grad_input"
+    f"(Tensor grad, Tensor code, Tensor weight, SymInt[] input_size, {_GEOMETRY}, {_POOL}) -> Tensor"
+)
+library.define(
+    "conv3d_max_pool_grad_weight"
+    f"(Tensor grad, Tensor code, Tensor x, SymInt[] kernel_size, {_GEOMETRY}, {_POOL}) -> Tensor"
+)
+
+conv3d_max_pool = torch.ops.pyvolconv.conv3d_max_pool.default
+conv3d_max_pool_grad_input = torch.ops.pyvolconv.conv3d_max_pool_grad_input.default
+conv3d_max_pool_grad_weight = torch.ops.pyvolconv.conv3d_max_pool_grad_weight.default
+
+APPLY: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "none": lambda x, slope: x,
+    "relu": lambda x, slope: F.relu(x),
+    "leaky_relu": F.leaky_relu,
+    "silu": lambda x, slope: F.silu(x),
+    "gelu": lambda x, slope: F.gelu(x),
+    "gelu_tanh": lambda x, slope: F.gelu(x, approximate="tanh"),
+}
+"""torch's function for each activation, of a tensor and the negative slope."""
+
+
+def split_sizes(sizes: Sequence[Any]) -> tuple[Sequence[Any], MaxPool]:
+    """(stride, padding, dilation, groups) and the pool, out of what every operator's arguments end with."""
+    return sizes[:4], _pool(*(tuple(axes) for axes in sizes[-4:-1]), sizes[-1])
+
+
+@lru_cache(maxsize=1024)
+def _pool(window: Any, stride: Any, padding: Any, ceil_mode: bool) -> MaxPool:
+    return MaxPool(window, stride, padding, ceil_mode)
+
+
+@lru_cache(maxsize=4096)
+def _with_epilogue(problem: ConvProblem, activation: Activation, slope: float, pool: MaxPool) -> ConvProblem:
+    slope = slope if activation == "leaky_relu" else NEGATIVE_SLOPE
+    return problem.with_(activation=activation, negative_slope=slope, pool=pool)
+
+
+def _run_conv3d_max_pool(x: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> tuple[Tensor, Tensor]:
+    geometry, pool = split_sizes(sizes)
+    activation, slope = sizes[4:6]
+    layout = layout_of(x, weight)
+    plain = conv3d_problem(x.shape, weight.shape, geometry, x, layout, bias is not None)  # type: ignore[arg-type]
+    problem = _with_epilogue(plain, activation, slope, pool)
+    backend = choose_or_none(problem, "forward") if x.numel() else None
+    if backend is not None:
+        x, weight = _dense(layout, x, weight)
+        return backend.forward_max_pool(problem, x, weight, None if bias is None else bias.contiguous())
+    dense = conv3d(x, weight, bias, *geometry)
+    value, indices = F.max_pool3d_with_indices(
+        APPLY[activation](dense, slope), pool.window, pool.stride, pool.padding, ceil_mode=pool.ceil_mode
+    )
+    code = code_of_indices(indices, plain.output_size, pool)
+    if activation in KEEPS_PREACTIVATION:
+        value = select(dense, code, pool)
+    value, code = _dense(layout, value, code)
+    return value, code
+
+
+def _run_conv3d_max_pool_grad_input(
+    grad: Tensor, code: Tensor, weight: Tensor, input_size: Sequence[int], *sizes: Any
+) -> Tensor:
+    geometry, pool = split_sizes(sizes)
+    layout = layout_of(grad, code, weight)
+    shape = (grad.shape[0], weight.shape[1] * geometry[3], *input_size)
+    plain = conv3d_problem(shape, weight.shape, geometry, grad, layout)  # type: ignore[arg-type]
+    problem = _with_epilogue(plain, "none", NEGATIVE_SLOPE, pool)
+    backend = choose_or_none(problem, "grad_input") if grad.numel() and weight.numel() else None
+    if backend is not None:
+        return backend.grad_input_max_pool(problem, *_dense(layout, grad, code, weight))
+    grad_output = scatter(grad, code, plain.output_size, pool)
+    return _dense(layout, conv3d_grad_input(grad_output, weight, input_size, *geometry))[0]
+
+
+def _run_conv3d_max_pool_grad_weight(
+    grad: Tensor, code: Tensor, x: Tensor, kernel_size: Sequence[int], *sizes: Any
+) -> Tensor:
+    geometry, pool = split_sizes(sizes)
+    layout = layout_of(grad, code, x)
+    shape = (grad.shape[1], x.shape[1] // geometry[3], *kernel_size)
+    plain = conv3d_problem(x.shape, shape, geometry, grad, layout)  # type: ignore[arg-type]
+    problem = _with_epilogue(plain, "none", NEGATIVE_SLOPE, pool)
+    backend = choose_or_none(problem, "grad_weight") if grad.numel() and x.numel() else None
+    if backend is not None:
+        return backend.grad_weight_max_pool(problem, *_dense(layout, grad, code, x))
+    grad_output = scatter(grad, code, plain.output_size, pool)
+    return _dense(layout, conv3d_grad_weight(grad_output, x, kernel_size, *geometry))[0]
+
+
+def _dense(layout: Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.contiguous(memory_format=MEMORY_FORMAT[layout]) for tensor in tensors)
+
+
+def _fake_conv3d_max_pool(x: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> tuple[Tensor, Tensor]:
+    (stride, padding, dilation, _), pool = split_sizes(sizes)
+    output_size = tuple(
+        (size + padding[2 * axis] + padding[2 * axis + 1] - dilation[axis] * (weight.shape[2 + axis] - 1) - 1)
+        // stride[axis]
+        + 1
+        for axis, size in enumerate(x.shape[2:])
+    )
+    shape = [x.shape[0], weight.shape[0], *pool.output_size(output_size)]
+    value, code = x.new_empty(shape), x.new_empty(shape, dtype=torch.uint8)
+    memory_format = MEMORY_FORMAT[layout_of(x, weight)]
+    return value.to(memory_format=memory_format), code.to(memory_format=memory_format)
+
+
+def _fake_conv3d_max_pool_grad_input(
+    grad: Tensor, code: Tensor, weight: Tensor, input_size: Sequence[int], *sizes: Any
+) -> Tensor:
+    shape = (grad.shape[0], weight.shape[1] * sizes[3], *input_size)
+    return grad.new_empty(shape).to(memory_format=MEMORY_FORMAT[layout_of(grad, code, weight)])
+
+
+def _fake_conv3d_max_pool_grad_weight(
+    grad: Tensor, code: Tensor, x: Tensor, kernel_size: Sequence[int], *sizes: Any
+) -> Tensor:
+    shape = (grad.shape[1], x.shape[1] // sizes[3], *kernel_size)
+    return grad.new_empty(shape).to(memory_format=MEMORY_FORMAT[layout_of(grad, code, x)])
+
+
+for _operator, _kernel, _fake in (
+    (conv3d_max_pool, _run_conv3d_max_pool, _fake_conv3d_max_pool),
+    (conv3d_max_pool_grad_input, _run_conv3d_max_pool_grad_input, _fake_conv3d_max_pool_grad_input),
+    (conv3d_max_pool_grad_weight, _run_conv3d_max_pool_grad_weight, _fake_conv3d_max_pool_grad_weight),
+):
+    library.impl(_operator, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(_operator, _fake, lib=library)

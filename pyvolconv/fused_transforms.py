@@ -1,0 +1,116 @@
+"""What vmap, autocast and the FLOP counter need to know of the fused operators.
+
+vmap: where only activations are mapped, the mapped axis becomes part of the batch. Else every operand gets the axis and
+it becomes the outermost part of the groups: independent convolutions are one with as many times the groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .fused_ops import (
+    conv3d_max_pool,
+    conv3d_max_pool_grad_input,
+    conv3d_max_pool_grad_weight,
+    split_sizes,
+)
+from .ops import conv3d_problem, library
+from .transforms import autocast_kernel
+
+
+def _fold(tensor: Tensor, axis: int | None, into: int, size: int) -> Tensor:
+    """A mapped axis b in front of axis `into`, as one axis (b, into); an unmapped tensor is repeated."""
+    mapped = tensor.expand(size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
+    return mapped.movedim(0, into).flatten(into, into + 1)
+
+
+def _unfold(tensor: Tensor, size: int, axis: int) -> Tensor:
+    """The inverse: the mapped axis leads."""
+    return torch.unflatten(tensor, axis, (size, -1)).movedim(axis, 0)
+
+
+def _more_groups(sizes: Sequence[Any], factor: int) -> tuple[Any, ...]:
+    return (*sizes[:3], sizes[3] * factor, *sizes[4:])
+
+
+def _vmap_conv3d_max_pool(
+    info: Any, in_dims: Sequence[Any], x: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    x_axis, weight_axis, bias_axis, *_ = in_dims
+    size = info.batch_size
+    if weight_axis is None and bias_axis is None:
+        results, axis = conv3d_max_pool(_fold(x, x_axis, 0, size), weight, bias, *sizes), 0
+    else:
+        x, weight = _fold(x, x_axis, 1, size), _fold(weight, weight_axis, 0, size)
+        bias = None if bias is None else _fold(bias, bias_axis, 0, size)
+        results, axis = conv3d_max_pool(x, weight, bias, *_more_groups(sizes, size)), 1
+    value, code = (_unfold(result, size, axis) for result in results)
+    return (value, code), (0, 0)
+
+
+def _vmap_conv3d_max_pool_grad_input(
+    info: Any, in_dims: Sequence[Any], grad: Tensor, code: Tensor, weight: Tensor, input_size: Any, *sizes: Any
+) -> tuple[Tensor, int]:
+    grad_axis, code_axis, weight_axis, *_ = in_dims
+    size = info.batch_size
+    into = 0 if weight_axis is None else 1
+    grad, code = _fold(grad, grad_axis, into, size), _fold(code, code_axis, into, size)
+    if weight_axis is not None:
+        weight, sizes = _fold(weight, weight_axis, 0, size), _more_groups(sizes, size)
+    return _unfold(conv3d_max_pool_grad_input(grad, code, weight, input_size, *sizes), size, into), 0
+
+
+def _vmap_conv3d_max_pool_grad_weight(
+    info: Any, in_dims: Sequence[Any], grad: Tensor, code: Tensor, x: Tensor, kernel_size: Any, *sizes: Any
+) -> tuple[Tensor, int]:
+    size = info.batch_size
+    operands = [_fold(tensor, axis, 1, size) for tensor, axis in zip((grad, code, x), in_dims, strict=False)]
+    return _unfold(conv3d_max_pool_grad_weight(*operands, kernel_size, *_more_groups(sizes, size)), size, 0), 0
+
+
+def _multiplications(batch: int, weight: Sequence[int], voxels: Sequence[int]) -> int:
+    """FLOPs of a gradient: every weight meets every chosen voxel once, an FMA counted as two."""
+    return 2 * batch * int(torch.Size(weight).numel()) * int(torch.Size(voxels).numel())
+
+
+def _flops_conv3d_max_pool(x: Sequence[int], weight: Sequence[int], bias: Any, *sizes: Any, **_: Any) -> int:
+    geometry, _pool = split_sizes(sizes)
+    like = torch.empty(0, device="meta")
+    return conv3d_problem(x, weight, geometry, like, "ncdhw").flops("forward")  # type: ignore[arg-type]
+
+
+def _flops_conv3d_max_pool_grad_input(
+    grad: Sequence[int], code: Sequence[int], weight: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return _multiplications(grad[0], weight, grad[2:])
+
+
+def _flops_conv3d_max_pool_grad_weight(
+    grad: Sequence[int],
+    code: Sequence[int],
+    x: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return _multiplications(grad[0], [grad[1], x[1] // groups, *kernel_size], grad[2:])
+
+
+for _operator, _vmap, _count in (
+    (conv3d_max_pool, _vmap_conv3d_max_pool, _flops_conv3d_max_pool),
+    (conv3d_max_pool_grad_input, _vmap_conv3d_max_pool_grad_input, _flops_conv3d_max_pool_grad_input),
+    (conv3d_max_pool_grad_weight, _vmap_conv3d_max_pool_grad_weight, _flops_conv3d_max_pool_grad_weight),
+):
+    torch.library.register_vmap(_operator, _vmap, lib=library)
+    register_flop_formula(_operator.overloadpacket)(_count)
+    for _device in ("cpu", "cuda"):
+        library.impl(_operator, autocast_kernel(_operator, _device), f"Autocast{_device.upper()}")
