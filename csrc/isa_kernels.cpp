@@ -6,6 +6,9 @@
 #include "algorithm/direct_forward.h"
 #include "algorithm/direct_grad_input.h"
 #include "algorithm/direct_grad_weight.h"
+#include "algorithm/pooled_forward.h"
+#include "algorithm/sparse_grad_input.h"
+#include "algorithm/sparse_grad_weight.h"
 #include "isa.h"
 #include "kernel_table.h"
 #include "microkernel/fma_peak.h"
@@ -16,8 +19,10 @@
 namespace pvc {
 
 const KernelTable PVC_JOIN(kernels_, PVC_ISA) = {
-    {direct_forward<float>, direct_grad_input<float>, direct_grad_weight<float>},
-    {direct_forward<double>, direct_grad_input<double>, direct_grad_weight<double>},
+    {direct_forward<float>, direct_grad_input<float>, direct_grad_weight<float>, pooled_forward<float>,
+     sparse_grad_input<float>, sparse_grad_weight<float>},
+    {direct_forward<double>, direct_grad_input<double>, direct_grad_weight<double>, pooled_forward<double>,
+     sparse_grad_input<double>, sparse_grad_weight<double>},
     measure_fma_peak,
 };
 

@@ -5,12 +5,21 @@
 
 namespace pvc {
 
-// The three passes for T = float or double, on dense tensors in problem.layout. Every output value is written.
+// The passes for T = float or double, on dense tensors in problem.layout. Every output value is written.
 template <typename T>
 struct PassTable {
     void (*forward)(const ConvProblem&, const T* x, const T* weight, const T* bias /* or null */, T* y);
     void (*grad_input)(const ConvProblem&, const T* grad_output, const T* weight, T* grad_input);
     void (*grad_weight)(const ConvProblem&, const T* grad_output, const T* x, T* grad_weight);
+
+    // Convolution, activation and max-pool in one. `code`, which may be null in the forward pass, has the order of
+    // `pooled`; `grad_pooled` is the gradient of the chosen pre-activation values.
+    void (*forward_max_pool)(const PooledProblem&, const T* x, const T* weight, const T* bias /* or null */, T* pooled,
+                             uint8_t* code);
+    void (*grad_input_max_pool)(const PooledProblem&, const T* grad_pooled, const uint8_t* code, const T* weight,
+                                T* grad_input);
+    void (*grad_weight_max_pool)(const PooledProblem&, const T* grad_pooled, const uint8_t* code, const T* x,
+                                 T* grad_weight);
 };
 
 struct KernelTable {

@@ -9,6 +9,7 @@
 
 #include <array>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 
 #include "bandwidth.h"
@@ -61,6 +62,37 @@ Plan make_plan(int64_t batch, int64_t in_channels, int64_t out_channels, const S
     return plan;
 }
 
+struct PooledPlan {
+    pvc::PooledProblem problem;
+    bool double_precision;
+};
+
+pvc::Activation activation_of(const std::string& name) {
+    constexpr const char* names[] = {"none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh"};
+    for (int i = 0; i < 6; ++i) {
+        if (name == names[i]) return static_cast<pvc::Activation>(i);
+    }
+    throw std::invalid_argument("activation=" + name +
+                                " is unknown; expected none, relu, leaky_relu, silu, gelu or gelu_tanh");
+}
+
+PooledPlan make_pooled_plan(const Plan& plan, const std::string& activation, double negative_slope,
+                            const Size3& window, const Size3& stride, const Size3& padding, const Size3& pooled_size) {
+    PooledPlan pooled = {};
+    pooled.double_precision = plan.double_precision;
+    pvc::PooledProblem& problem = pooled.problem;
+    problem.conv = plan.problem;
+    problem.activation = activation_of(activation);
+    problem.negative_slope = negative_slope;
+    for (int axis = 0; axis < 3; ++axis) {
+        problem.pool_window[axis] = window[axis];
+        problem.pool_stride[axis] = stride[axis];
+        problem.pool_padding[axis] = padding[axis];
+        problem.pooled_size[axis] = pooled_size[axis];
+    }
+    return pooled;
+}
+
 template <typename T>
 void forward_as(const pvc::PassTable<T>& passes, const Plan& plan, uintptr_t x, uintptr_t weight, uintptr_t bias,
                 uintptr_t y) {
@@ -101,6 +133,45 @@ void grad_weight(const Plan& plan, uintptr_t grad_output, uintptr_t x, uintptr_t
     }
 }
 
+// Calls body(passes, T{}) with the passes of the plan's dtype, without the interpreter lock.
+template <typename Body>
+void with_passes(const PooledPlan& plan, const Body& body) {
+    const pvc::KernelTable& kernels = pvc::current_kernels();
+    const py::gil_scoped_release release;
+    if (plan.double_precision) {
+        body(kernels.float64, double{});
+    } else {
+        body(kernels.float32, float{});
+    }
+}
+
+void forward_max_pool(const PooledPlan& plan, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t pooled,
+                      uintptr_t code) {
+    with_passes(plan, [&](const auto& passes, auto zero) {
+        using T = decltype(zero);
+        passes.forward_max_pool(plan.problem, pointer<T>(x), pointer<T>(weight), pointer<T>(bias), pointer<T>(pooled),
+                                pointer<uint8_t>(code));
+    });
+}
+
+void grad_input_max_pool(const PooledPlan& plan, uintptr_t grad_pooled, uintptr_t code, uintptr_t weight,
+                         uintptr_t result) {
+    with_passes(plan, [&](const auto& passes, auto zero) {
+        using T = decltype(zero);
+        passes.grad_input_max_pool(plan.problem, pointer<T>(grad_pooled), pointer<uint8_t>(code), pointer<T>(weight),
+                                   pointer<T>(result));
+    });
+}
+
+void grad_weight_max_pool(const PooledPlan& plan, uintptr_t grad_pooled, uintptr_t code, uintptr_t x,
+                          uintptr_t result) {
+    with_passes(plan, [&](const auto& passes, auto zero) {
+        using T = decltype(zero);
+        passes.grad_weight_max_pool(plan.problem, pointer<T>(grad_pooled), pointer<uint8_t>(code), pointer<T>(x),
+                                    pointer<T>(result));
+    });
+}
+
 double fma_peak(double seconds) {
     const pvc::KernelTable& kernels = pvc::current_kernels();
     const py::gil_scoped_release release;
@@ -124,11 +195,23 @@ PYBIND11_MODULE(_C, module) {
              py::arg("padding_begin"), py::arg("padding_end"), py::arg("dilation"), py::arg("groups"),
              py::arg("channels_last"), py::arg("double_precision"));
 
+    py::class_<PooledPlan>(module, "PooledPlan")
+        .def(py::init(&make_pooled_plan), py::arg("plan"), py::kw_only(), py::arg("activation"),
+             py::arg("negative_slope"), py::arg("window"), py::arg("stride"), py::arg("padding"),
+             py::arg("pooled_size"));
+
     module.def("forward", &forward, py::arg("plan"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"));
     module.def("grad_input", &grad_input, py::arg("plan"), py::arg("grad_output"), py::arg("weight"),
                py::arg("grad_input"));
     module.def("grad_weight", &grad_weight, py::arg("plan"), py::arg("grad_output"), py::arg("x"),
                py::arg("grad_weight"));
+
+    module.def("forward_max_pool", &forward_max_pool, py::arg("plan"), py::arg("x"), py::arg("weight"), py::arg("bias"),
+               py::arg("pooled"), py::arg("code"));
+    module.def("grad_input_max_pool", &grad_input_max_pool, py::arg("plan"), py::arg("grad_pooled"), py::arg("code"),
+               py::arg("weight"), py::arg("grad_input"));
+    module.def("grad_weight_max_pool", &grad_weight_max_pool, py::arg("plan"), py::arg("grad_pooled"), py::arg("code"),
+               py::arg("x"), py::arg("grad_weight"));
 
     module.def("compiled_isas", &pvc::compiled_isas);
     module.def("supported_isas", &pvc::supported_isas);

@@ -23,4 +23,20 @@ struct ConvProblem {
     Layout layout;  // of activations and weights; an ndhwc weight is (C_out, K_d, K_h, K_w, C_in / groups)
 };
 
+enum class Activation { none, relu, leaky_relu, silu, gelu, gelu_tanh };
+
+// A convolution whose output goes through an activation and a max-pool without being stored. Window p of an axis covers
+// the output voxels p * pool_stride - pool_padding + [0, pool_window), those outside of the output left out; every
+// window has at least one voxel and at most 255 in all. A code is the index (d * window_h + h) * window_w + w of a
+// voxel inside the whole window.
+struct PooledProblem {
+    ConvProblem conv;
+    Activation activation;
+    double negative_slope;
+    int64_t pool_window[3];
+    int64_t pool_stride[3];
+    int64_t pool_padding[3];
+    int64_t pooled_size[3];
+};
+
 }  // namespace pvc

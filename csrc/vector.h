@@ -29,12 +29,14 @@ template <>
 struct VectorType<float> {
     typedef float aligned __attribute__((vector_size(PVC_VECTOR_BYTES)));
     typedef float unaligned __attribute__((vector_size(PVC_VECTOR_BYTES), aligned(4), may_alias));
+    typedef int32_t integers __attribute__((vector_size(PVC_VECTOR_BYTES)));  // what a comparison gives
 };
 
 template <>
 struct VectorType<double> {
     typedef double aligned __attribute__((vector_size(PVC_VECTOR_BYTES)));
     typedef double unaligned __attribute__((vector_size(PVC_VECTOR_BYTES), aligned(8), may_alias));
+    typedef int64_t integers __attribute__((vector_size(PVC_VECTOR_BYTES)));
 };
 
 // T is float or double. No pointer needs to be aligned beyond T.

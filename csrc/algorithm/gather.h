@@ -30,12 +30,21 @@ struct GatherAxis {
     int64_t target_size, target_first, target_step;
 };
 
+// Target voxels that are computed together: `extent` voxels from first + cell * step on. Windows of a pooling; they may
+// overlap, leave gaps and reach beyond the target.
+struct CellAxis {
+    int64_t count, extent, step, first;
+};
+
 struct Gather {
     int64_t batch, groups;
     int64_t source_channels, target_channels;  // per group
     GatherAxis axis[3];
+    CellAxis window[3];  // extent 0: every voxel is its own cell
     int64_t weight_group_stride, weight_source_stride, weight_target_stride, weight_tap_stride[3];
     Layout layout;
+
+    CellAxis cells(int a) const { return window[a].extent == 0 ? CellAxis{axis[a].count, 1, 1, 0} : window[a]; }
 };
 
 inline int64_t greatest_common_divisor(int64_t a, int64_t b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }

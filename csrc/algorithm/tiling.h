@@ -1,4 +1,4 @@
-// How a target is cut into tiles, and how the source of one tile lies in scratch memory.
+// How a target is cut into tiles of whole cells (voxels, or the windows of a pooling), and how the source of one tile lies in scratch memory.
 //
 // Per axis, tap t of target voxel j (both counted inside the tile) reads source position j * source_step + t *
 // tap_step. Packed, it is row j * voxel_step + t * tap_step' of one of two orders, whichever is shorter:
@@ -37,6 +37,7 @@ inline int64_t source_position(const GatherAxis& axis, const PackedAxis& packed,
 
 struct Tiling {
     PackedAxis axis[3];
+    int64_t cells[3];  // of one tile
     int64_t tiles[3];
 
     int64_t voxels() const { return axis[0].tile * axis[1].tile * axis[2].tile; }
@@ -53,10 +54,11 @@ struct TileLimits {
 inline Tiling cut(const Gather& gather, const int64_t pieces[3], const TileLimits& limits) {
     Tiling tiling = {};
     for (int axis = 0; axis < 3; ++axis) {
-        const int64_t count = gather.axis[axis].count;
-        const int64_t tile = ceil_divide(count, pieces[axis]);
-        tiling.axis[axis] = pack_axis(gather.axis[axis], tile, axis == 2 && limits.vector > 1);
-        tiling.tiles[axis] = ceil_divide(count, tile);
+        const CellAxis cells = gather.cells(axis);
+        const int64_t tile = ceil_divide(cells.count, pieces[axis]), voxels = (tile - 1) * cells.step + cells.extent;
+        tiling.axis[axis] = pack_axis(gather.axis[axis], voxels, axis == 2 && limits.vector > 1);
+        tiling.cells[axis] = tile;
+        tiling.tiles[axis] = ceil_divide(cells.count, tile);
     }
     return tiling;
 }
@@ -76,9 +78,9 @@ inline Tiling choose_tiling(const Gather& gather, const TileLimits& limits) {
         double best_cost = 0;
         int best_axis = -1;
         for (int axis = 0; axis < 3; ++axis) {
-            if (tiling.axis[axis].tile == 1) continue;
+            if (tiling.cells[axis] == 1) continue;
             int64_t finer[3] = {pieces[0], pieces[1], pieces[2]};
-            finer[axis] = ceil_divide(gather.axis[axis].count, ceil_divide(tiling.axis[axis].tile, 2));
+            finer[axis] = ceil_divide(gather.cells(axis).count, ceil_divide(tiling.cells[axis], 2));
             const Tiling candidate = cut(gather, finer, limits);
             const int64_t width = candidate.axis[2].tile;
             const double lanes_used =

@@ -69,8 +69,29 @@ def _plan(problem: ConvProblem) -> _C.Plan:
     )
 
 
+@lru_cache(maxsize=1024)
+def _pooled_plan(problem: ConvProblem) -> _C.PooledPlan:
+    from .. import _C
+
+    if problem.pool is None:
+        raise ValueError(f"{problem} has no pool; the fused passes need one")
+    return _C.PooledPlan(
+        _plan(problem),
+        activation=problem.activation,
+        negative_slope=problem.negative_slope,
+        window=problem.pool.window,
+        stride=problem.pool.stride,
+        padding=problem.pool.padding,
+        pooled_size=problem.pooled_size,
+    )
+
+
 class CppDirect(Backend):
-    """Direct convolution: every problem, both layouts, no reordering of whole tensors."""
+    """Direct convolution: every problem, both layouts, no reordering of whole tensors.
+
+    With a pool the forward pass keeps what is pooled in the cache, and the gradients are sums over the chosen voxels
+    alone.
+    """
 
     name = "cpp.direct"
     family = "cpp"
@@ -110,6 +131,43 @@ class CppDirect(Backend):
         result = empty(problem, "weight", x)
         _follow_torch_threads()
         _C.grad_weight(_plan(problem), grad_output.data_ptr(), x.data_ptr(), result.data_ptr())
+        return result
+
+    def forward_max_pool(
+        self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        from .. import _C
+
+        pooled, code = empty(problem, "pooled", x), empty(problem, "code", x)
+        _follow_torch_threads()
+        _C.forward_max_pool(
+            _pooled_plan(problem),
+            x.data_ptr(),
+            weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            pooled.data_ptr(),
+            code.data_ptr(),
+        )
+        return pooled, code
+
+    def grad_input_max_pool(self, problem: ConvProblem, grad: Tensor, code: Tensor, weight: Tensor) -> Tensor:
+        from .. import _C
+
+        result = empty(problem, "input", grad)
+        _follow_torch_threads()
+        _C.grad_input_max_pool(
+            _pooled_plan(problem), grad.data_ptr(), code.data_ptr(), weight.data_ptr(), result.data_ptr()
+        )
+        return result
+
+    def grad_weight_max_pool(self, problem: ConvProblem, grad: Tensor, code: Tensor, x: Tensor) -> Tensor:
+        from .. import _C
+
+        result = empty(problem, "weight", x)
+        _follow_torch_threads()
+        _C.grad_weight_max_pool(
+            _pooled_plan(problem), grad.data_ptr(), code.data_ptr(), x.data_ptr(), result.data_ptr()
+        )
         return result
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:

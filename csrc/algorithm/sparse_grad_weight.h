@@ -1,0 +1,226 @@
+// Gradient of the weight behind a max-pool:
+//
+//   grad_weight[oc][tap][ic] = sum over pooled voxels p of  grad_pooled[p][oc] * x[chosen(p, oc) * stride - padding +
+//                              tap * dilation][ic]
+//
+// A unit is a chunk of output and of input channels of one group. For each tile of pooled voxels the window of x under
+// it is packed with its channels innermost; then, run by run of a few pooled rows, each output channel gets the list of
+// its non-zero gradients and sums the segments of x that they point at (microkernel/sparse_sum.h). What one run reads of
+// x for a few segments, and the lists, stay in L1. A split is a range of tiles with sums of its own; the sums of all
+// splits are added in order, so the result does not depend on the number of threads.
+#pragma once
+
+#include "../arena.h"
+#include "../parallel.h"
+#include "pack_source.h"
+#include "sparse_gradient.h"
+
+namespace pvc {
+namespace {
+
+template <typename T>
+class SparseGradWeight {
+  public:
+    static constexpr int64_t lanes = Vector<T>::lanes;
+
+    SparseGradWeight(const PooledProblem& problem, const T* grad, const uint8_t* code, const T* x)
+        : problem_(problem),
+          conv_(problem.conv),
+          grad_(grad),
+          code_(code),
+          x_(x),
+          pooled_(volume_strides(conv_.layout, conv_.out_channels, problem.pooled_size)),
+          gather_(gather_windows(problem)),
+          in_chunk_(even_part(gather_.source_channels, kChannels)),
+          out_chunk_(even_part(gather_.target_channels, 2 * kChannels)),
+          in_chunks_(ceil_divide(gather_.source_channels, in_chunk_)),
+          out_chunks_(ceil_divide(gather_.target_channels, out_chunk_)),
+          units_(gather_.groups * in_chunks_ * out_chunks_) {
+        const int64_t window_values = kL2Bytes * 3 / 8 / static_cast<int64_t>(sizeof(T));
+        tiling_ = choose_tiling(gather_, {window_values / in_chunk_, INT32_MAX, gather_.batch * units_, 1});
+        list_segments();
+        int64_t step[3];
+        for (int a = 0; a < 3; ++a) {
+            step[a] = tiling_.axis[a].voxel_step * window_stride(a);
+            cell_step_[a] = step[a] * problem.pool_stride[a];
+        }
+        list_code_offsets(problem, step, code_offsets_);
+        row_run_ = even_part(tiling_.cells[1], larger(kRunVoxels / tiling_.cells[2], 1));
+
+        unit_size_ = out_chunk_ * segments_ * shape_.vectors * lanes;
+        const int64_t bytes = units_ * unit_size_ * static_cast<int64_t>(sizeof(T));
+        splits_ = smaller(ceil_divide(kTasks, units_), gather_.batch * tiling_.count());
+        splits_ = larger(smaller(splits_, kPartialSums / bytes), 1);
+    }
+
+    void run(T* grad_weight) const {
+        const int64_t tiles = gather_.batch * tiling_.count();
+        T* partials = scratch<T>(Scratch::shared_partials, splits_ * units_ * unit_size_);
+        parallel_for(splits_ * units_, [&](int64_t task) {
+            const int64_t split = task / units_;
+            sum_tiles(task % units_, split * tiles / splits_, (split + 1) * tiles / splits_,
+                      partials + task * unit_size_);
+        });
+        const int64_t filter = unit_size_ / out_chunk_;
+        parallel_for(units_ * out_chunk_, [&](int64_t task) {
+            const Unit unit = unit_of(task / out_chunk_);
+            T* total = partials + task * filter;
+            for (int64_t split = 1; split < splits_; ++split) {
+                const T* partial = total + split * units_ * unit_size_;
+                for (int64_t i = 0; i < filter; i += lanes) {
+                    Vector<T>::store(total + i, Vector<T>::load(total + i) + Vector<T>::load(partial + i));
+                }
+            }
+            if (task % out_chunk_ < unit.out_count) store_filter(unit, task % out_chunk_, total, grad_weight);
+        });
+    }
+
+  private:
+    static constexpr int64_t kChannels = 64, kTasks = 32, kRunVoxels = 32, kListChannels = 32;
+    static constexpr int64_t kPartialSums = 16 << 20;  // bytes
+
+    struct Unit {
+        int64_t in_channel, in_count, out_channel, out_count;  // counted over all groups
+    };
+
+    Unit unit_of(int64_t index) const {
+        const int64_t in = index % in_chunks_ * in_chunk_, out = index / in_chunks_ % out_chunks_ * out_chunk_;
+        const int64_t group = index / (in_chunks_ * out_chunks_);
+        return {group * gather_.source_channels + in, smaller(in_chunk_, gather_.source_channels - in),
+                group * gather_.target_channels + out, smaller(out_chunk_, gather_.target_channels - out)};
+    }
+
+    // From one row of the packed window to the next along an axis, in elements.
+    int64_t window_stride(int axis) const {
+        int64_t stride = in_chunk_;
+        for (int inner = axis + 1; inner < 3; ++inner) stride *= tiling_.axis[inner].rows;
+        return stride;
+    }
+
+    void list_segments() {
+        shape_ = SegmentShape::of<T>(conv_, in_chunk_, tiling_.axis[2].tap_step == 1);
+        segments_ = shape_.rows * shape_.pieces;
+        tile_segments_ = even_part(segments_, sparse_segments(shape_.vectors));
+        segment_offsets_ = scratch<int32_t>(Scratch::tables, segments_);
+        const int64_t widths = shape_.joined ? 1 : conv_.kernel_size[2];
+        for (int64_t s = 0; s < segments_; ++s) {
+            const int64_t row = s / shape_.pieces;
+            const int64_t tap[3] = {row / widths / conv_.kernel_size[1], row / widths % conv_.kernel_size[1],
+                                    row % widths};
+            int64_t offset = s % shape_.pieces * shape_.vectors * lanes;
+            for (int a = 0; a < 3; ++a) offset += tap[a] * tiling_.axis[a].tap_step * window_stride(a);
+            segment_offsets_[s] = static_cast<int32_t>(offset);
+        }
+    }
+
+    // Adds the share of the tiles [first, last) of all samples to sums that start at zero.
+    void sum_tiles(int64_t index, int64_t first, int64_t last, T* sums) const {
+        const Unit unit = unit_of(index);
+        const int64_t window_values = tiling_.packed_voxels() * in_chunk_;
+        const int64_t beyond = shape_.pieces * shape_.vectors * lanes;  // a segment reads up to its last lane
+        T* window = scratch<T>(Scratch::tile_input, window_values + beyond);
+        fill_zero(window + window_values, beyond);
+        fill_zero(sums, unit_size_);
+        for (int64_t t = first; t < last; ++t) {
+            SourceBlock block = {t / tiling_.count(), unit.in_channel, unit.in_count, in_chunk_, {}};
+            const int64_t tile = t % tiling_.count(), in_slice = tile % (tiling_.tiles[1] * tiling_.tiles[2]);
+            const int64_t place[3] = {tile / (tiling_.tiles[1] * tiling_.tiles[2]), in_slice / tiling_.tiles[2],
+                                      in_slice % tiling_.tiles[2]};
+            int64_t cell[3], count[3];
+            for (int a = 0; a < 3; ++a) {
+                cell[a] = place[a] * tiling_.cells[a];
+                count[a] = smaller(tiling_.cells[a], problem_.pooled_size[a] - cell[a]);
+                const int64_t voxel = gather_.window[a].first + cell[a] * gather_.window[a].step;
+                block.origin[a] = gather_.axis[a].source_start + voxel * gather_.axis[a].source_step;
+            }
+            pack_source(gather_, tiling_.axis, false, block, x_, window);
+            for (int64_t d = 0; d < count[0]; ++d) {
+                for (int64_t h = 0; h < count[1]; h += row_run_) {
+                    const int64_t rows = smaller(row_run_, count[1] - h);
+                    sum_run(unit, block.sample, cell, d, h, rows, count[2], window, sums);
+                }
+            }
+        }
+    }
+
+    // The pooled rows h .. h + rows - 1 of slice d of a tile that begins at `cell`.
+    void sum_run(const Unit& unit, int64_t sample, const int64_t cell[3], int64_t d, int64_t h, int64_t rows,
+                 int64_t width, const T* window, T* sums) const {
+        const int64_t voxels = rows * width;
+        T* values = scratch<T>(Scratch::tile_accumulators, kListChannels * voxels);
+        int32_t* offsets = scratch<int32_t>(Scratch::tile_output, kListChannels * voxels);
+        const int64_t first = sample * pooled_.sample + (cell[0] + d) * pooled_.axis[0] +
+                              (cell[1] + h) * pooled_.axis[1] + cell[2] * pooled_.axis[2];
+        const int64_t tile_values = shape_.vectors * lanes;
+        for (int64_t block = 0; block < unit.out_count; block += kListChannels) {
+            const int64_t channels = smaller(kListChannels, unit.out_count - block);
+            int64_t lengths[kListChannels];
+            for (int64_t c = 0; c < channels; ++c) {
+                T* value = values + c * voxels;
+                int32_t* offset = offsets + c * voxels;
+                int64_t length = 0;
+                for (int64_t row = 0; row < rows; ++row) {
+                    int64_t at = first + row * pooled_.axis[1] + (unit.out_channel + block + c) * pooled_.channel;
+                    int64_t place = d * cell_step_[0] + (h + row) * cell_step_[1];
+                    for (int64_t w = 0; w < width; ++w, at += pooled_.axis[2], place += cell_step_[2]) {
+                        const T gradient = grad_[at];
+                        value[length] = gradient;
+                        offset[length] = static_cast<int32_t>(place) + code_offsets_[code_[at]];
+                        length += gradient != 0;
+                    }
+                }
+                lengths[c] = length;
+            }
+            for (int64_t s = 0; s < segments_; s += tile_segments_) {
+                const int64_t now = smaller(tile_segments_, segments_ - s);
+                const SparseKernel<T> kernel = sparse_kernel<T>(now, shape_.vectors);
+                for (int64_t c = 0; c < channels; ++c) {
+                    const SparseList<T> list = {offsets + c * voxels, values + c * voxels, lengths[c]};
+                    kernel(list, window, segment_offsets_ + s, sums + ((block + c) * segments_ + s) * tile_values,
+                           lanes);
+                }
+            }
+        }
+    }
+
+    void store_filter(const Unit& unit, int64_t out, const T* sums, T* grad_weight) const {
+        const int64_t* kernel = conv_.kernel_size;
+        const int64_t in_channels = gather_.source_channels, taps = kernel[0] * kernel[1] * kernel[2];
+        const int64_t width = shape_.joined ? kernel[2] : 1, run = shape_.pieces * shape_.vectors * lanes;
+        const int64_t in = unit.in_channel % in_channels;
+        T* filter = grad_weight + (unit.out_channel + out) * taps * in_channels;
+        for (int64_t tap = 0; tap < taps; ++tap) {
+            const T* from = sums + tap / width * run + tap % width * in_chunk_;
+            for (int64_t c = 0; c < unit.in_count; ++c) {
+                const bool last = conv_.layout == Layout::ndhwc;
+                filter[last ? tap * in_channels + in + c : (in + c) * taps + tap] = from[c];
+            }
+        }
+    }
+
+    const PooledProblem& problem_;
+    const ConvProblem& conv_;
+    const T* grad_;
+    const uint8_t* code_;
+    const T* x_;
+    const VolumeStrides pooled_;
+    const Gather gather_;
+    const int64_t in_chunk_, out_chunk_, in_chunks_, out_chunks_, units_;
+    Tiling tiling_;
+    SegmentShape shape_;
+    int64_t segments_, tile_segments_;
+    int32_t* segment_offsets_;
+    int64_t cell_step_[3];  // from one pooled voxel to the next in the packed window
+    int32_t code_offsets_[256];
+    int64_t row_run_;  // pooled rows of one run
+    int64_t unit_size_, splits_;
+};
+
+template <typename T>
+void sparse_grad_weight(const PooledProblem& problem, const T* grad_pooled, const uint8_t* code, const T* x,
+                        T* grad_weight) {
+    SparseGradWeight<T>(problem, grad_pooled, code, x).run(grad_weight);
+}
+
+}  // namespace
+}  // namespace pvc

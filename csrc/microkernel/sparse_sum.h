@@ -1,0 +1,142 @@
+// The register tile of the sparse passes: S segments x V vectors of sums over one list of non-zero gradients.
+//
+//     sums[s][v] += sum over e < count of  values[e] * source[offsets[e] + segments[s] + v * lanes]
+//
+// One entry costs a scalar load, a broadcast and S * V FMAs with an operand in memory: bound by two loads per cycle,
+// one FMA per cycle and unit but for the broadcast. The sums pass through memory once per list, so a list should be
+// long. With fewer than 8 accumulators consecutive entries go to U sets of them, which hides the latency of an FMA.
+#pragma once
+
+#include "../isa.h"
+
+namespace pvc {
+namespace {
+
+template <typename T>
+struct SparseList {
+    const int32_t* offsets;  // in elements of the source
+    const T* values;
+    int64_t count;
+};
+
+// The sums of segment s begin at sums + s * V * lanes. Of the last vector of each, the first `kept` lanes are changed.
+template <typename T>
+using SparseKernel = void (*)(const SparseList<T>& list, const T* source, const int32_t* segments, T* sums,
+                              int64_t kept);
+
+constexpr int kSparseVectors = 12;  // accumulators of one tile
+constexpr int kSparseSegments = 6;
+
+template <typename T>
+struct LaneNumbers {
+    typename Vector<T>::type value;
+    LaneNumbers() {
+        for (int i = 0; i < Vector<T>::lanes; ++i) value[i] = static_cast<T>(i);
+    }
+};
+
+template <typename T, int S, int V>
+void sparse_tile(const SparseList<T>& list, const T* source, const int32_t* segments, T* sums, int64_t kept) {
+    using vector = typename Vector<T>::type;
+    constexpr int lanes = Vector<T>::lanes, U = S * V >= 8 ? 1 : S * V >= 4 ? 2 : 4;
+    vector sum[U][S][V];
+    const T* from[S];
+#pragma GCC unroll 16
+    for (int s = 0; s < S; ++s) {
+        from[s] = source + segments[s];
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) {
+            sum[0][s][v] = Vector<T>::load(sums + (s * V + v) * lanes);
+#pragma GCC unroll 4
+            for (int u = 1; u < U; ++u) sum[u][s][v] = vector{};
+        }
+    }
+    const auto add = [&](int64_t entry, vector(&to)[S][V]) __attribute__((always_inline)) {
+        const T value = list.values[entry];
+        const int64_t offset = list.offsets[entry];
+#pragma GCC unroll 16
+        for (int s = 0; s < S; ++s) {
+#pragma GCC unroll 16
+            for (int v = 0; v < V; ++v) to[s][v] += value * Vector<T>::load(from[s] + offset + v * lanes);
+        }
+    };
+    int64_t e = 0;
+    for (; e + U <= list.count; e += U) {
+#pragma GCC unroll 4
+        for (int u = 0; u < U; ++u) add(e + u, sum[u]);
+    }
+    if constexpr (U > 1) {
+        for (; e < list.count; ++e) add(e, sum[0]);
+    }
+    const auto keep = LaneNumbers<T>().value < static_cast<T>(kept);
+#pragma GCC unroll 16
+    for (int s = 0; s < S; ++s) {
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) {
+            vector total = sum[0][s][v];
+#pragma GCC unroll 4
+            for (int u = 1; u < U; ++u) total += sum[u][s][v];
+            T* to = sums + (s * V + v) * lanes;
+            Vector<T>::store(to, v + 1 < V ? total : keep ? total : Vector<T>::load(to));
+        }
+    }
+}
+
+// Segments that one tile of V vectors takes at most.
+constexpr int sparse_segments(int64_t vectors) {
+    return vectors >= kSparseVectors / 2 ? (vectors == kSparseVectors / 2 ? 2 : 1)
+           : vectors == 1                ? kSparseSegments
+                                         : static_cast<int>(kSparseVectors / vectors);
+}
+
+template <typename T, int V>
+SparseKernel<T> sparse_tile_of(int64_t segments) {
+    if constexpr (sparse_segments(V) > 1) {
+        if (segments == 2) return sparse_tile<T, 2, V>;
+    }
+    if constexpr (sparse_segments(V) > 2) {
+        if (segments == 3) return sparse_tile<T, 3, V>;
+    }
+    if constexpr (sparse_segments(V) > 3) {
+        if (segments == 4) return sparse_tile<T, 4, V>;
+    }
+    if constexpr (sparse_segments(V) > 4) {
+        if (segments == 5) return sparse_tile<T, 5, V>;
+        if (segments == 6) return sparse_tile<T, 6, V>;
+    }
+    return sparse_tile<T, 1, V>;
+}
+
+// `segments` from 1 to sparse_segments(vectors), `vectors` from 1 to kSparseVectors.
+template <typename T>
+SparseKernel<T> sparse_kernel(int64_t segments, int64_t vectors) {
+    switch (vectors) {
+        case 1:
+            return sparse_tile_of<T, 1>(segments);
+        case 2:
+            return sparse_tile_of<T, 2>(segments);
+        case 3:
+            return sparse_tile_of<T, 3>(segments);
+        case 4:
+            return sparse_tile_of<T, 4>(segments);
+        case 5:
+            return sparse_tile_of<T, 5>(segments);
+        case 6:
+            return sparse_tile_of<T, 6>(segments);
+        case 7:
+            return sparse_tile_of<T, 7>(segments);
+        case 8:
+            return sparse_tile_of<T, 8>(segments);
+        case 9:
+            return sparse_tile_of<T, 9>(segments);
+        case 10:
+            return sparse_tile_of<T, 10>(segments);
+        case 11:
+            return sparse_tile_of<T, 11>(segments);
+        default:
+            return sparse_tile_of<T, 12>(segments);
+    }
+}
+
+}  // namespace
+}  // namespace pvc
