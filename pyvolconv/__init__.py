@@ -4,6 +4,7 @@
     conv3d_max_pool                 convolution, activation and max-pool in one pass
     Conv3d, ConvTranspose3d         modules, as in torch.nn
     accelerate(model), revert       swap a model's convolutions in place, and back
+    fusion_report(model)            what became of each convolution, and why no more
     use_backend(name), backends()   choose who computes
     ConvProblem                     one convolution as a value
     keep_pages()                    stop glibc from returning freed pages between steps
@@ -20,6 +21,7 @@ from .cost.pages import keep_pages
 from .dispatch import backends, use_backend
 from .errors import UnsupportedProblemError
 from .functional import conv3d, conv3d_max_pool, conv_transpose3d
+from .fusion_report import fusion_report
 from .nn import Conv3d, ConvTranspose3d
 from .problem import ConvProblem
 
@@ -34,6 +36,7 @@ __all__ = [
     "conv3d",
     "conv3d_max_pool",
     "conv_transpose3d",
+    "fusion_report",
     "keep_pages",
     "revert",
     "use_backend",

@@ -8,6 +8,10 @@ the original class and this package's, in that order:
 So what a user's subclass overrides stays in force, and what it leaves to `nn.Conv3d` (also by
 `super().forward`) lands here. The derived class carries the original's name and module, so repr, FX's
 choice of leaf modules and counting by class name see no difference, and it pickles as the original class.
+
+Modules that call a convolution and what follows it (`fusion` says which) get a derived class in the same way, one whose
+`forward` runs the chain as one pass. Their children stay in place: parameters, state_dict keys, indexing and length are
+those of before, and a child that is called by someone else does what it always did.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .chains import original_class
+from .fusion import find
 from .nn import Conv3d, ConvTranspose3d
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -29,14 +35,19 @@ _REPLACEMENTS: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
 )
 
 
-def accelerate(model: Model, example_input: Any = None) -> Model:
+def accelerate(model: Model, example_input: Any = None, *, fuse: bool = True) -> Model:
     """Swap every `nn.Conv3d` and `nn.ConvTranspose3d` of `model` in place, user subclasses included.
+
+    With `fuse`, chains of Conv3d, BatchNorm3d (while in eval mode), ReLU, LeakyReLU, SiLU or GELU, and MaxPool3d run as
+    one pass where it can be proven that nobody sees what is in between: in `nn.Sequential` of any nesting, and in
+    forward code that torch.fx can follow. `fusion_report(model)` says what became of each convolution, and why no more.
 
     Args:
         model: any module; parameters, state_dict keys, hooks and isinstance relations stay as they are.
         example_input: a tensor or tuple of arguments for `model`. When given, the model is run on it before
             and after the swap, without gradients and in its current mode, and the swap is undone if the
             shapes or dtypes of the results differ or a convolution cannot be run.
+        fuse: whether chains run as one pass; without it only the convolutions are replaced.
 
     Returns:
         The same `model`.
@@ -56,10 +67,10 @@ def accelerate(model: Model, example_input: Any = None) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate() takes a torch.nn.Module, got {type(model).__name__}")
     if example_input is None:
-        return _swap(model)
+        return _swap(model, fuse)
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
     before = _describe(model, arguments)
-    _swap(model)
+    _swap(model, fuse)
     try:
         after = _describe(model, arguments)
     except BaseException:
@@ -78,29 +89,39 @@ def revert(model: Model) -> Model:
         The same `model`.
     """
     for module in model.modules():
-        original = getattr(type(module), "_pyvolconv_original", None)
-        if original is not None:
-            module.__class__ = original
+        module.__class__ = original_class(module)
     return model
 
 
-def _swap(model: Model) -> Model:
+def _swap(model: Model, fuse: bool) -> Model:
+    revert(model)
     for module in model.modules():
         for torch_class, our_class in _REPLACEMENTS:
             if isinstance(module, torch_class) and not isinstance(module, our_class):
                 module.__class__ = _derived(type(module), our_class)  # type: ignore[arg-type]
+    for path, (ours, members) in find(model).classes.items() if fuse else ():
+        module = model.get_submodule(path)
+        module.__class__ = _derive(type(module), ours, members)
     return model
 
 
 @cache
 def _derived(original: type[nn.Module], ours: type[nn.Module]) -> type[nn.Module]:
-    bases = (ours,) if original in ours.__bases__ else (original, ours)
+    return _derive(original, ours, {})
+
+
+def _derive(original: type[nn.Module], ours: type[nn.Module] | None, own: dict[str, Any]) -> type[nn.Module]:
+    if ours is None:
+        bases: tuple[type[nn.Module], ...] = (original,)
+    else:
+        bases = (ours,) if original in ours.__bases__ else (original, ours)
     members: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "__reduce_ex__": _reduce_as_original,
         "_pyvolconv_original": original,
+        **own,
     }
     if not hasattr(original, "__deepcopy__"):
         members["__deepcopy__"] = _deepcopy

@@ -189,7 +189,7 @@ def _fits(pool: MaxPool, input: Tensor, weight: Tensor, stride: Any, padding: An
         + 1
         for axis, voxels in enumerate(input.shape[-3:])
     )
-    return min(pool.output_size(size)) >= 1  # type: ignore[arg-type]
+    return min(pool.output_size(size)) >= 1
 
 
 def _triple(value: Any) -> tuple[int, int, int] | None:
