@@ -30,15 +30,16 @@ from .nn import Conv3d
 
 Link = Literal["convolution", "normalization", "activation", "pool"]
 
-_LINKS: tuple[tuple[type[nn.Module], Link], ...] = (
-    (nn.Conv3d, "convolution"),
-    (nn.BatchNorm3d, "normalization"),
-    (nn.ReLU, "activation"),
-    (nn.LeakyReLU, "activation"),
-    (nn.SiLU, "activation"),
-    (nn.GELU, "activation"),
-    (nn.MaxPool3d, "pool"),
-)
+_LINKS: dict[type[nn.Module], Link] = {
+    Conv3d: "convolution",
+    nn.Conv3d: "convolution",
+    nn.BatchNorm3d: "normalization",
+    nn.ReLU: "activation",
+    nn.LeakyReLU: "activation",
+    nn.SiLU: "activation",
+    nn.GELU: "activation",
+    nn.MaxPool3d: "pool",
+}
 _ORDER: tuple[Link, ...] = ("convolution", "normalization", "activation", "pool")
 
 
@@ -49,7 +50,8 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 def link_of(module: nn.Module) -> Link | None:
     """Which link of a chain a module could be; None for any other module."""
-    return next((link for torch_class, link in _LINKS if isinstance(module, torch_class)), None)
+    link = _LINKS.get(original_class(module))
+    return link or next((link for torch_class, link in _LINKS.items() if isinstance(module, torch_class)), None)
 
 
 def is_plain_sequential(module: nn.Module) -> bool:
@@ -81,13 +83,12 @@ def obstacle(module: nn.Module, in_any_mode: bool = False) -> str:
         in_any_mode: leave out what `train()` and `eval()` change.
     """
     original = original_class(module)
-    name = original.__name__
-    if original is not Conv3d and all(original is not torch_class for torch_class, _ in _LINKS):
-        base = next(torch_class for torch_class, _ in _LINKS if isinstance(module, torch_class))
-        return f"{name} is a subclass of {base.__name__}"
+    if original not in _LINKS:
+        base = next(torch_class for torch_class in _LINKS if isinstance(module, torch_class))
+        return f"{original.__name__} is a subclass of {base.__name__}"
     interference = _interference(module)
     if interference:
-        return f"{name} has {interference}"
+        return f"{original.__name__} has {interference}"
     if isinstance(module, nn.Conv3d) and module.padding_mode != "zeros":
         return f"padding_mode={module.padding_mode!r}"
     if isinstance(module, nn.BatchNorm3d):
