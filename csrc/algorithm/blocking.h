@@ -32,6 +32,7 @@ struct Blocking {
 
     Kernel kernel;
     bool flat;                                  // every segment has length 1
+    bool slabs;                                 // sums are needed for one row of cells at a time, not for a whole tile
     int64_t units, unit_sources, unit_targets;  // channels of a whole unit
     int64_t grain;                              // target channels per accumulator: lanes, or 1 for planar
     int64_t grains, blocks;                     // of target channels in a unit
@@ -154,8 +155,10 @@ Blocking<T> choose_blocking(const Gather& gather) {
 
     const int64_t block_width = ceil_divide(b.grains, b.blocks) * b.grain;
     const int64_t waiting = b.chunks == 1 ? block_width : b.unit_width();  // sums kept per voxel
-    b.tiling = choose_tiling(
-        gather, {kTileValues / b.chunk, larger(kTileValues / waiting, 16), gather.batch * b.units, b.item_voxels()});
+    const CellAxis depths = gather.cells(0);
+    b.slabs = gather.window[0].extent != 0 && b.chunks == 1 && depths.step >= depths.extent;
+    const int64_t voxels = b.slabs ? INT32_MAX : larger(kTileValues / waiting, 16);
+    b.tiling = choose_tiling(gather, {kTileValues / b.chunk, voxels, gather.batch * b.units, b.item_voxels()});
 
     const int64_t run = (b.tiling.axis[2].tap_step == 1 ? gather.axis[2].taps : 1) * b.chunk;
     b.flat = b.kernel != Kernel::broadcast || run < kShortRun;

@@ -24,19 +24,21 @@ class Choice {
   public:
     using vector = typename Vector<T>::type;
     using integers = typename VectorType<T>::integers;
-    typedef uint8_t bytes __attribute__((vector_size(Vector<T>::lanes)));
 
     Choice(vector first, int32_t code, T slope)
-        : first_code_(all(code)), codes_(first_code_), slope_(slope), kept_(first) {
+        : first_code_(all(code)), codes_(first_code_), code_(first_code_), slope_(slope), kept_(first) {
         best_ = compared(first);
     }
 
     inline void offer(vector value, int32_t code) {
-        const vector candidate = compared(value);
-        const integers better = (candidate > best_) | (candidate != candidate);
-        best_ = better ? candidate : best_;
-        codes_ = better ? all(code) : codes_;
-        if constexpr (keeps_preactivation(A)) kept_ = better ? value : kept_;
+        code_ = all(code);
+        compare(value);
+    }
+
+    // The code after that of the value before.
+    inline void offer_next(vector value) {
+        code_ += 1;
+        compare(value);
     }
 
     inline vector value() const {
@@ -45,16 +47,21 @@ class Choice {
         return best_;
     }
 
-    inline bytes codes() const {
-        if constexpr (A == Activation::relu) {
-            return __builtin_convertvector(best_ <= T(0) ? first_code_ : codes_, bytes);
-        } else {
-            return __builtin_convertvector(codes_, bytes);
-        }
+    inline integers codes() const {
+        if constexpr (A == Activation::relu) return best_ <= T(0) ? first_code_ : codes_;
+        return codes_;
     }
 
   private:
     static inline integers all(int32_t code) { return integers{} + code; }
+
+    inline void compare(vector value) {
+        const vector candidate = compared(value);
+        const integers better = (candidate > best_) | (candidate != candidate);
+        best_ = better ? candidate : best_;
+        codes_ = better ? code_ : codes_;
+        if constexpr (keeps_preactivation(A)) kept_ = better ? value : kept_;
+    }
 
     inline vector compared(vector value) const {
         if constexpr (A == Activation::relu) return value;
@@ -62,7 +69,7 @@ class Choice {
     }
 
     const integers first_code_;
-    integers codes_;
+    integers codes_, code_;
     const T slope_;
     vector best_, kept_;
 };
@@ -71,6 +78,8 @@ class Choice {
 // `origin` on.
 struct WindowPart {
     int64_t origin, begin, end;
+
+    int64_t size() const { return end - begin; }
 };
 
 inline WindowPart window_part(const PooledProblem& problem, int axis, int64_t cell) {
@@ -80,7 +89,7 @@ inline WindowPart window_part(const PooledProblem& problem, int axis, int64_t ce
 
 // The scratch memory that one pooled row is computed from: values[(d - first[0]) * stride[0] + ...] for output voxel
 // (d, h, w). Channels are `channel` apart, and so are the results of neighbouring channels (planar) or of neighbouring
-// windows (channels last): `pitch`.
+// windows (channels last): `pitch`, `code_pitch`.
 template <typename T>
 struct PoolRow {
     const T* values;
@@ -90,40 +99,29 @@ struct PoolRow {
     int64_t cell, cells;  // windows along the width
     int64_t pitch;
     T* pooled;
-    uint8_t* codes;
+    int64_t code_pitch;
+    typename VectorType<T>::integer* codes;
 
     const T* at(int64_t d, int64_t h, int64_t w) const {
         return values + (d - first[0]) * stride[0] + (h - first[1]) * stride[1] + (w - first[2]) * stride[2];
     }
 };
 
-// One window position for all lanes: `load(pointer)` gives the lanes' values at a voxel.
+// The window at `width` for all lanes: `load(pointer)` gives the lanes' values at a voxel.
 template <typename T, Activation A, typename Load>
 inline Choice<T, A> choose(const PooledProblem& problem, const PoolRow<T>& row, const WindowPart& width, int64_t channel,
                            const Load& load) {
-    const T slope = static_cast<T>(problem.negative_slope);
     const T* first = row.at(row.depth.begin, row.height.begin, width.begin) + channel;
     const int64_t* window = problem.pool_window;
-    const int64_t counts[3] = {row.depth.end - row.depth.begin, row.height.end - row.height.begin,
-                               width.end - width.begin};
-    if (counts[0] == 2 && counts[1] == 2 && counts[2] == 2 && window[0] * window[1] * window[2] == 8) {
-        Choice<T, A> choice(load(first), 0, slope);
-#pragma GCC unroll 8
-        for (int i = 1; i < 8; ++i) {
-            choice.offer(load(first + (i >> 2) * row.stride[0] + (i >> 1 & 1) * row.stride[1] + (i & 1) * row.stride[2]),
-                         i);
-        }
-        return choice;
-    }
     const int64_t offset =
         ((row.depth.begin - row.depth.origin) * window[1] + row.height.begin - row.height.origin) * window[2] +
         width.begin - width.origin;
-    Choice<T, A> choice(load(first), static_cast<int32_t>(offset), slope);
-    for (int64_t d = 0; d < counts[0]; ++d) {
-        for (int64_t h = 0; h < counts[1]; ++h) {
+    Choice<T, A> choice(load(first), static_cast<int32_t>(offset), static_cast<T>(problem.negative_slope));
+    for (int64_t d = 0; d < row.depth.size(); ++d) {
+        for (int64_t h = 0; h < row.height.size(); ++h) {
             const T* from = first + d * row.stride[0] + h * row.stride[1];
             const int64_t code = offset + (d * window[1] + h) * window[2];
-            for (int64_t w = d + h == 0; w < counts[2]; ++w) {
+            for (int64_t w = d + h == 0; w < width.size(); ++w) {
                 choice.offer(load(from + w * row.stride[2]), static_cast<int32_t>(code + w));
             }
         }
@@ -131,17 +129,54 @@ inline Choice<T, A> choose(const PooledProblem& problem, const PoolRow<T>& row, 
     return choice;
 }
 
+// A whole window of 2 x 2 x 2 voxels of which `first` is the first.
+template <typename T, Activation A, typename Load>
+inline Choice<T, A> choose_of_eight(const T* first, int64_t depth, int64_t height, int64_t width, T slope,
+                                    const Load& load) {
+    Choice<T, A> choice(load(first), 0, slope);
+    choice.offer_next(load(first + width));
+    choice.offer_next(load(first + height));
+    choice.offer_next(load(first + height + width));
+    first += depth;
+    choice.offer_next(load(first));
+    choice.offer_next(load(first + width));
+    choice.offer_next(load(first + height));
+    choice.offer_next(load(first + height + width));
+    return choice;
+}
+
+template <typename T>
+bool eight(const PooledProblem& problem, const PoolRow<T>& row) {
+    const int64_t* window = problem.pool_window;
+    return window[0] == 2 && window[1] == 2 && window[2] == 2 && row.depth.size() == 2 && row.height.size() == 2;
+}
+
+template <typename T, Activation A>
+inline void store_choice(const PoolRow<T>& row, int64_t index, int64_t offset, const Choice<T, A>& choice) {
+    const auto codes = choice.codes();
+    Vector<T>::store(row.pooled + index * row.pitch + offset, choice.value());
+    std::memcpy(row.codes + index * row.code_pitch + offset, &codes, sizeof(codes));
+}
+
 // Lanes are channels.
 template <typename T, Activation A>
 void pool_row_channels_last(const PooledProblem& problem, const PoolRow<T>& row) {
     using V = Vector<T>;
+    const auto load = [](const T* from) { return V::load(from); };
+    const T slope = static_cast<T>(problem.negative_slope);
+    const int64_t depth = row.stride[0], height = row.stride[1], width = row.stride[2], channels = row.channels;
+    const bool of_eight = eight(problem, row);
     for (int64_t i = 0; i < row.cells; ++i) {
-        const WindowPart width = window_part(problem, 2, row.cell + i);
-        for (int64_t c = 0; c < row.channels; c += V::lanes) {
-            const auto choice = choose<T, A>(problem, row, width, c, [](const T* from) { return V::load(from); });
-            const auto codes = choice.codes();
-            V::store(row.pooled + i * row.pitch + c, choice.value());
-            std::memcpy(row.codes + i * row.pitch + c, &codes, V::lanes);
+        const WindowPart part = window_part(problem, 2, row.cell + i);
+        if (of_eight && part.size() == 2) {
+            const T* first = row.at(row.depth.begin, row.height.begin, part.begin);
+            for (int64_t c = 0; c < channels; c += V::lanes) {
+                store_choice(row, i, c, choose_of_eight<T, A>(first + c, depth, height, width, slope, load));
+            }
+        } else {
+            for (int64_t c = 0; c < channels; c += V::lanes) {
+                store_choice(row, i, c, choose<T, A>(problem, row, part, c, load));
+            }
         }
     }
 }
@@ -155,10 +190,10 @@ struct EvenLanes {
 template <typename T, Activation A>
 void pool_row_planar(const PooledProblem& problem, const PoolRow<T>& row) {
     using V = Vector<T>;
+    const T slope = static_cast<T>(problem.negative_slope);
     const int64_t stride = problem.pool_stride[2];
-    const auto whole = [&](const WindowPart& part) {
-        return part.begin == part.origin && part.end == part.origin + problem.pool_window[2];
-    };
+    const bool of_eight = eight(problem, row);
+    const auto whole = [&](const WindowPart& part) { return part.size() == problem.pool_window[2]; };
     for (int64_t i = 0, count = 0; i < row.cells; i += count) {
         const WindowPart width = window_part(problem, 2, row.cell + i);
         count = 1;
@@ -173,11 +208,24 @@ void pool_row_planar(const PooledProblem& problem, const PoolRow<T>& row) {
             for (int64_t lane = 0; lane < count; ++lane) lanes[lane] = from[lane * stride];
             return lanes;
         };
-        for (int64_t c = 0; c < row.channels; ++c) {
-            const auto choice = choose<T, A>(problem, row, width, c * row.channel, load);
+        const auto store = [&](int64_t c, const Choice<T, A>& choice) {
             const auto codes = choice.codes();
+            std::memcpy(row.codes + c * row.code_pitch + i, &codes, static_cast<size_t>(count) * sizeof(codes[0]));
             V::store_partial(row.pooled + c * row.pitch + i, choice.value(), count);
-            std::memcpy(row.codes + c * row.pitch + i, &codes, static_cast<size_t>(count));
+        };
+        if (of_eight && stride == 2 && whole(width)) {
+            const auto load_even = [](const T* from) {
+                return Transpose<T>::template pick<EvenLanes>(V::load(from), V::load(from + V::lanes));
+            };
+            const T* first = row.at(row.depth.begin, row.height.begin, width.begin);
+            for (int64_t c = 0; c < row.channels; ++c) {
+                store(c, choose_of_eight<T, A>(first + c * row.channel, row.stride[0], row.stride[1], 1, slope,
+                                               load_even));
+            }
+        } else {
+            for (int64_t c = 0; c < row.channels; ++c) {
+                store(c, choose<T, A>(problem, row, width, c * row.channel, load));
+            }
         }
     }
 }

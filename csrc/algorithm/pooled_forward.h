@@ -63,6 +63,8 @@ class PooledTileTask {
     }
 
   private:
+    using Integer = typename VectorType<T>::integer;
+
     bool planar() const { return b_.kernel == Kernel::planar; }
 
     // Output positions under `count` windows from `cell` on.
@@ -73,20 +75,21 @@ class PooledTileTask {
 
     void choose_slab() {
         constexpr int64_t kSlabBytes = kL1Bytes / 2;
-        const auto apart = [&](int axis) { return problem_.pool_stride[axis] >= problem_.pool_window[axis]; };
         const int64_t block_values = ceil_divide(b_.grains, b_.blocks) * b_.grain;
-        const WindowPart width = part(2, cell_[2], cells_[2]);
-        const int64_t row_bytes = problem_.pool_window[0] * problem_.pool_window[1] * (width.end - width.begin) *
-                                  block_values * static_cast<int64_t>(sizeof(T));
+        slab_part_[2] = part(2, cell_[2], cells_[2]);
+        const int64_t width = slab_part_[2].size();
+        const int64_t row_bytes = problem_.pool_window[0] * problem_.pool_window[1] * width * block_values *
+                                  static_cast<int64_t>(sizeof(T));
         slab_[0] = cells_[0];
         slab_[1] = cells_[1];
-        if (b_.chunks == 1 && apart(0)) {
+        if (b_.slabs) {
             slab_[0] = 1;
-            if (apart(1)) slab_[1] = larger(smaller(kSlabBytes / row_bytes, cells_[1]), 1);
+            const bool apart = problem_.pool_stride[1] >= problem_.pool_window[1];
+            if (apart) slab_[1] = larger(smaller(kSlabBytes / row_bytes, cells_[1]), 1);
         }
         int64_t rows = problem_.pool_stride[0] * (slab_[0] - 1) + problem_.pool_window[0];
         rows *= problem_.pool_stride[1] * (slab_[1] - 1) + problem_.pool_window[1];
-        pitch_ = planar() ? larger(width.end - width.begin, b_.lanes) : width.end - width.begin;
+        pitch_ = planar() ? larger(width, b_.lanes) : width;
         const int64_t items = rows * ceil_divide(pitch_, b_.item_voxels());
         sums_ = scratch<T>(Scratch::tile_accumulators, items * b_.grains * b_.lanes);
         places_ = static_cast<int64_t*>(
@@ -96,36 +99,41 @@ class PooledTileTask {
         const int64_t planes = planar() ? rows * pitch_ * block_values + 2 * b_.lanes : 0;
         planes_ = scratch<T>(Scratch::tile_rows, planes + cells_[2] * block_values);
         row_pooled_ = planes_ + planes;
-        row_codes_ = static_cast<uint8_t*>(
-            scratch_bytes(Scratch::tile_lists, static_cast<size_t>(cells_[2] * block_values)));
+        row_codes_ = scratch<Integer>(Scratch::tile_lists, cells_[2] * block_values);
     }
 
-    // Where each item of the slab reads, and in the planes of the planar kernel writes.
     void begin_slab(int64_t d, int64_t h) {
         slab_cell_[0] = d;
         slab_cell_[1] = h;
-        for (int a = 0; a < 2; ++a) {
-            slab_cells_[a] = smaller(slab_[a], cells_[a] - slab_cell_[a]);
-            slab_part_[a] = part(a, cell_[a] + slab_cell_[a], slab_cells_[a]);
+        const int64_t voxels[2] = {slab_part_[0].size(), slab_part_[1].size()};
+        slab_source_ = 0;
+        for (int a = 0; a < 3; ++a) {
+            if (a < 2) {
+                slab_cells_[a] = smaller(slab_[a], cells_[a] - slab_cell_[a]);
+                slab_part_[a] = part(a, cell_[a] + slab_cell_[a], slab_cells_[a]);
+            }
+            slab_source_ += (slab_part_[a].begin - first_[a]) * b_.tiling.axis[a].voxel_step * b_.axis_stride(a);
         }
-        slab_part_[2] = part(2, cell_[2], cells_[2]);
+        if (slab_part_[0].size() != voxels[0] || slab_part_[1].size() != voxels[1]) list_items();
+    }
+
+    // Where each item of the slab reads and, in the planes of the planar kernel, writes: the same for slabs of one size.
+    void list_items() {
         int64_t step[3];
         for (int a = 0; a < 3; ++a) step[a] = b_.tiling.axis[a].voxel_step * b_.axis_stride(a);
-        const int64_t width = slab_part_[2].end - slab_part_[2].begin;
+        const int64_t width = slab_part_[2].size();
         items_ = 0;
-        int64_t row = 0;
-        for (int64_t depth = slab_part_[0].begin; depth < slab_part_[0].end; ++depth) {
-            for (int64_t height = slab_part_[1].begin; height < slab_part_[1].end; ++height, ++row) {
-                const int64_t offset = (depth - first_[0]) * step[0] + (height - first_[1]) * step[1] +
-                                       (slab_part_[2].begin - first_[2]) * step[2];
+        for (int64_t d = 0; d < slab_part_[0].size(); ++d) {
+            for (int64_t h = 0; h < slab_part_[1].size(); ++h) {
+                const int64_t row = d * slab_part_[1].size() + h;
                 for (int64_t w = 0; w < width; w += b_.item_voxels(), ++items_) {
                     const int64_t begin = vector_begin(w, width, b_.item_voxels());
-                    offsets_[items_] = static_cast<int32_t>(offset + begin * step[2]);
+                    offsets_[items_] = static_cast<int32_t>(d * step[0] + h * step[1] + begin * step[2]);
                     places_[items_] = row * pitch_ + begin;
                 }
             }
         }
-        plane_ = row * pitch_;
+        plane_ = slab_part_[0].size() * slab_part_[1].size() * pitch_;
     }
 
     void compute_block(int64_t chunk, int64_t block, const T* weights, const T* initial) {
@@ -136,7 +144,7 @@ class PooledTileTask {
         if (channels <= 0) return;  // the last unit of a depthwise problem has fewer channels
 
         TileArguments<T> arguments = {};
-        arguments.source = input_ + (b_.kernel == Kernel::depthwise ? channel : 0);
+        arguments.source = input_ + slab_source_ + (b_.kernel == Kernel::depthwise ? channel : 0);
         arguments.items = offsets_;
         arguments.places = places_;
         arguments.sums = b_.chunks == 1 ? sums_ : sums_ + items_ * b_.block_first(block) * b_.lanes;
@@ -152,12 +160,12 @@ class PooledTileTask {
             compute_part(b_, grains, items_, arguments);
         }
         if (chunk + 1 < b_.chunks) return;
-        PoolRow<T> row = {};
+        PoolRow<T> row;
         row.values = planar() ? planes_ : arguments.sums;
         for (int a = 0; a < 3; ++a) row.first[a] = slab_part_[a].begin;
         row.stride[2] = planar() ? 1 : width;
         row.stride[1] = pitch_ * row.stride[2];
-        row.stride[0] = (slab_part_[1].end - slab_part_[1].begin) * row.stride[1];
+        row.stride[0] = slab_part_[1].size() * row.stride[1];
         row.channel = plane_;
         row.channels = planar() ? channels : width;
         row.cell = cell_[2];
@@ -172,26 +180,42 @@ class PooledTileTask {
     }
 
     // Pools one row into the target, by way of scratch memory where the orders differ.
-    void pool_row(PoolRow<T> row, int64_t d, int64_t h, int64_t channel, int64_t channels, int64_t width) const {
+    void pool_row(PoolRow<T>& row, int64_t d, int64_t h, int64_t channel, int64_t channels, int64_t width) const {
         const VolumeStrides& strides = target_.strides;
         const bool last = gather_.layout == Layout::ndhwc;
         const int64_t place = sample_ * strides.sample + channel * strides.channel + (cell_[0] + d) * strides.axis[0] +
                               (cell_[1] + h) * strides.axis[1] + cell_[2] * strides.axis[2];
-        const bool direct = target_.code != nullptr && (planar() ? !last : last && channels == width);
-        const int64_t own_pitch = planar() ? cells_[2] : width;
-        const int64_t target_pitch = planar() ? strides.channel : strides.axis[2];
-        row.pitch = direct ? target_pitch : own_pitch;
+        const bool direct = planar() ? !last : last && channels == width;
+        const RowStrides own = planar() ? RowStrides{1, cells_[2]} : RowStrides{width, 1};
+        row.code_pitch = planar() ? own.channel : own.voxel;
+        row.codes = row_codes_;
+        row.pitch = !direct ? row.code_pitch : planar() ? strides.channel : strides.axis[2];
         row.pooled = direct ? target_.pooled + place : row_pooled_;
-        row.codes = direct ? target_.code + place : row_codes_;
         pool_kernel<T>(problem_.activation, planar())(problem_, row);
-        if (direct) return;
-        const RowStrides own = planar() ? RowStrides{1, own_pitch} : RowStrides{own_pitch, 1};
-        copy_matrix(row_pooled_, own, target_.pooled + place, {strides.axis[2], strides.channel}, cells_[2], channels);
-        if (target_.code == nullptr) return;
-        for (int64_t w = 0; w < cells_[2]; ++w) {
-            uint8_t* to = target_.code + place + w * strides.axis[2];
-            for (int64_t c = 0; c < channels; ++c) to[c * strides.channel] = row_codes_[w * own.voxel + c * own.channel];
+        const RowStrides to = {strides.axis[2], strides.channel};
+        if (!direct) copy_matrix(row_pooled_, own, target_.pooled + place, to, cells_[2], channels);
+        if (target_.code != nullptr) store_codes(own, target_.code + place, to, cells_[2], channels);
+    }
+
+    void store_codes(RowStrides own, uint8_t* code, RowStrides to, int64_t voxels, int64_t channels) const {
+        if (own.voxel == channels && to.voxel == channels) {
+            narrow(row_codes_, code, voxels * channels);
+        } else if (own.voxel == 1 && to.voxel == 1) {
+            for (int64_t c = 0; c < channels; ++c) {
+                narrow(row_codes_ + c * own.channel, code + c * to.channel, voxels);
+            }
+        } else {
+            for (int64_t v = 0; v < voxels; ++v) {
+                for (int64_t c = 0; c < channels; ++c) {
+                    code[v * to.voxel + c * to.channel] =
+                        static_cast<uint8_t>(row_codes_[v * own.voxel + c * own.channel]);
+                }
+            }
         }
+    }
+
+    static void narrow(const Integer* from, uint8_t* to, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) to[i] = static_cast<uint8_t>(from[i]);
     }
 
     const PooledProblem& problem_;
@@ -203,14 +227,15 @@ class PooledTileTask {
     int64_t first_[3];            // output position of the tile's first window
     int64_t slab_[2];             // windows of a slab
     int64_t slab_cell_[2], slab_cells_[2];
-    WindowPart slab_part_[3];
+    WindowPart slab_part_[3] = {};
+    int64_t slab_source_;  // where its first voxel reads
     int64_t items_, pitch_, plane_;  // elements of a row and of a channel in the planar kernel's planes
     SourceBlock from_ = {};
     T* input_;
     T* sums_;
     T* planes_;
     T* row_pooled_;
-    uint8_t* row_codes_;
+    Integer* row_codes_;
     int64_t* places_;
     int32_t* offsets_;
 };

@@ -59,7 +59,8 @@ class SparseGradInput {
 
   private:
     static constexpr int64_t kTasks = 16, kListBytes = kL2Bytes / 2;
-    static constexpr int64_t kCopy = 8;  // entries that a merge copies at once, whether there are as many or not
+    static constexpr int64_t kCopy = lanes;  // entries that a merge copies at once, whether there are as many or not
+    using Offsets = typename VectorType<T>::offsets;
 
     // Gradients of output voxels first[a] .. first[a] + count[a] - 1 sorted by voxel; those of voxel v are the entries
     // starts[v] .. starts[v + 1] - 1.
@@ -68,6 +69,13 @@ class SparseGradInput {
         int64_t pooled_first, pooled_last;  // windows along the depth
         int32_t* starts;
         int32_t* offsets;  // of the channel's filter in the packed weights
+        T* values;
+    };
+
+    // The same entries in the order of the windows.
+    struct Unsorted {
+        int32_t* voxels;
+        int32_t* offsets;
         T* values;
     };
 
@@ -144,43 +152,59 @@ class SparseGradInput {
         }
         const int64_t voxels = sorted.count[0] * sorted.count[1] * sorted.count[2];
         const int64_t most = windows[0] * windows[1] * windows[2] * out_channels_;
-        sorted.values = scratch<T>(Scratch::tile_accumulators, most + kCopy);
-        sorted.starts = scratch<int32_t>(Scratch::tile_output, voxels + 2 + most + kCopy);
+        sorted.values = scratch<T>(Scratch::tile_accumulators, 2 * most + kCopy);
+        sorted.starts = scratch<int32_t>(Scratch::tile_output, voxels + 2 + 3 * most + kCopy);
         sorted.offsets = sorted.starts + voxels + 2;
-        std::memset(sorted.starts, 0, static_cast<size_t>(voxels + 2) * sizeof(int32_t));
+        const Unsorted list = {sorted.offsets + most + kCopy, sorted.offsets + 2 * most + kCopy,
+                               sorted.values + most + kCopy};
 
         // starts[v + 2] counts voxel v, then starts[v + 1] is where the next entry of v goes: in the end its own end.
+        std::memset(sorted.starts, 0, static_cast<size_t>(voxels + 2) * sizeof(int32_t));
         int32_t* next = sorted.starts + 1;
-        for_each_gradient(sorted, sample, group, [&](int64_t voxel, int64_t, T) { ++next[voxel + 1]; });
+        const int64_t count = list_gradients(sorted, sample, group, list, next + 1);
         for (int64_t v = 0; v < voxels; ++v) next[v + 1] += next[v];
-        for_each_gradient(sorted, sample, group, [&](int64_t voxel, int64_t channel, T gradient) {
-            const int32_t entry = next[voxel]++;
-            sorted.offsets[entry] = static_cast<int32_t>(channel * shape_.rows * run_values_);
-            sorted.values[entry] = gradient;
-        });
+        for (int64_t i = 0; i < count; ++i) {
+            const int32_t entry = next[list.voxels[i]]++;
+            sorted.offsets[entry] = list.offsets[i];
+            sorted.values[entry] = list.values[i];
+        }
         return sorted;
     }
 
-    // Calls body(voxel of `sorted`, channel of the group, gradient) for every non-zero gradient, always in one order.
-    template <typename Body>
-    void for_each_gradient(const Sorted& sorted, int64_t sample, int64_t group, const Body& body) const {
+    // Lists the non-zero gradients window by window and counts those of each voxel; returns how many there are.
+    int64_t list_gradients(const Sorted& sorted, int64_t sample, int64_t group, const Unsorted& list,
+                           int32_t* counts) const {
         const int64_t* stride = problem_.pool_stride;
         const int64_t step[3] = {sorted.count[1] * sorted.count[2], sorted.count[2], 1};
+        const int32_t filter = static_cast<int32_t>(shape_.rows * run_values_);
+        const int64_t channels = out_channels_, channel = pooled_.channel;
         int32_t code_offsets[256];
         list_code_offsets(problem_, step, code_offsets);
+        int64_t length = 0;
         for (int64_t d = sorted.pooled_first; d <= sorted.pooled_last; ++d) {
             for (int64_t h = 0; h < problem_.pooled_size[1]; ++h) {
-                int64_t at = sample * pooled_.sample + group * out_channels_ * pooled_.channel + d * pooled_.axis[0] +
-                             h * pooled_.axis[1];
-                int64_t voxel = (d - sorted.pooled_first) * stride[0] * step[0] + h * stride[1] * step[1];
-                for (int64_t w = 0; w < problem_.pooled_size[2]; ++w, at += pooled_.axis[2], voxel += stride[2]) {
-                    for (int64_t c = 0; c < out_channels_; ++c) {
-                        const T gradient = grad_[at + c * pooled_.channel];
-                        if (gradient != 0) body(voxel + code_offsets[code_[at + c * pooled_.channel]], c, gradient);
+                const int64_t row = sample * pooled_.sample + group * channels * channel + d * pooled_.axis[0] +
+                                    h * pooled_.axis[1];
+                const int64_t first = (d - sorted.pooled_first) * stride[0] * step[0] + h * stride[1] * step[1];
+                for (int64_t w = 0; w < problem_.pooled_size[2]; ++w) {
+                    const T* gradients = grad_ + row + w * pooled_.axis[2];
+                    const uint8_t* codes = code_ + row + w * pooled_.axis[2];
+                    const int32_t window = static_cast<int32_t>(first + w * stride[2]);
+                    int32_t offset = 0;
+                    for (int64_t c = 0; c < channels; ++c, offset += filter) {
+                        const T gradient = gradients[c * channel];
+                        const int32_t voxel = window + code_offsets[codes[c * channel]];
+                        const bool listed = nonzero(gradient);
+                        list.voxels[length] = voxel;
+                        list.offsets[length] = offset;
+                        list.values[length] = gradient;
+                        counts[voxel] += listed;
+                        length += listed;
                     }
                 }
             }
         }
+        return length;
     }
 
     // The output position that tap k joins with input position i, or -1.
@@ -231,6 +255,13 @@ class SparseGradInput {
         }
     }
 
+    static inline void copy_entries(const Sorted& sorted, int64_t from, int32_t weights, const Merged& merged,
+                                    int64_t to) {
+        const Offsets* offsets = reinterpret_cast<const Offsets*>(sorted.offsets + from);
+        *reinterpret_cast<Offsets*>(merged.offsets + to) = *offsets + weights;
+        Vector<T>::store(merged.values + to, Vector<T>::load(sorted.values + from));
+    }
+
     // Copies kCopy entries at a time: lists are short and of any length, a branch for each would be mispredicted.
     Merged merge(const Sorted& sorted, const OutputRow* rows, int64_t row_count, int64_t first, int64_t last) const {
         const int64_t columns = larger(last - first, 0);
@@ -249,14 +280,11 @@ class SparseGradInput {
             for (int64_t r = 0; r < row_count; ++r) {
                 const int32_t* starts = sorted.starts + rows[r].voxel + first - sorted.first[2] + column;
                 const int64_t begin = starts[0], count = starts[1] - starts[0];
-                for (int64_t copied = 0; copied < count; copied += kCopy) {
-                    for (int64_t i = 0; i < kCopy; ++i) {
-                        merged.offsets[end + copied + i] = sorted.offsets[begin + copied + i] + rows[r].weights;
-                    }
-                    for (int64_t i = 0; i < kCopy; ++i) {
-                        merged.values[end + copied + i] = sorted.values[begin + copied + i];
-                    }
-                }
+                int64_t copied = 0;
+                do {
+                    copy_entries(sorted, begin + copied, rows[r].weights, merged, end + copied);
+                    copied += kCopy;
+                } while (copied < count);
                 end += count;
             }
         }

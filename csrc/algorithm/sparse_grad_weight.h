@@ -146,7 +146,7 @@ class SparseGradWeight {
     // The pooled rows h .. h + rows - 1 of slice d of a tile that begins at `cell`.
     void sum_run(const Unit& unit, int64_t sample, const int64_t cell[3], int64_t d, int64_t h, int64_t rows,
                  int64_t width, const T* window, T* sums) const {
-        const int64_t voxels = rows * width;
+        const int64_t voxels = rows * width, voxel = pooled_.axis[2];
         T* values = scratch<T>(Scratch::tile_accumulators, kListChannels * voxels);
         int32_t* offsets = scratch<int32_t>(Scratch::tile_output, kListChannels * voxels);
         const int64_t first = sample * pooled_.sample + (cell[0] + d) * pooled_.axis[0] +
@@ -160,13 +160,15 @@ class SparseGradWeight {
                 int32_t* offset = offsets + c * voxels;
                 int64_t length = 0;
                 for (int64_t row = 0; row < rows; ++row) {
-                    int64_t at = first + row * pooled_.axis[1] + (unit.out_channel + block + c) * pooled_.channel;
+                    const int64_t at = first + row * pooled_.axis[1] + (unit.out_channel + block + c) * pooled_.channel;
                     int64_t place = d * cell_step_[0] + (h + row) * cell_step_[1];
-                    for (int64_t w = 0; w < width; ++w, at += pooled_.axis[2], place += cell_step_[2]) {
-                        const T gradient = grad_[at];
+                    const T* gradients = grad_ + at;
+                    const uint8_t* codes = code_ + at;
+                    for (int64_t w = 0; w < width; ++w, place += cell_step_[2]) {
+                        const T gradient = gradients[w * voxel];
                         value[length] = gradient;
-                        offset[length] = static_cast<int32_t>(place) + code_offsets_[code_[at]];
-                        length += gradient != 0;
+                        offset[length] = static_cast<int32_t>(place) + code_offsets_[codes[w * voxel]];
+                        length += nonzero(gradient);
                     }
                 }
                 lengths[c] = length;
