@@ -27,17 +27,15 @@ class PooledTileTask {
                    const PooledTarget<T>& target, int64_t task)
         : problem_(problem), gather_(gather), b_(b), target_(target) {
         const Tiling& tiling = b.tiling;
+        const PooledTile tile(gather, tiling, task / b.units);
         unit_ = task % b.units;
-        const int64_t tile = task / b.units % tiling.count();
-        sample_ = from_.sample = task / b.units / tiling.count();
+        sample_ = from_.sample = tile.sample;
         from_.width = b.chunk;
-        const int64_t index[3] = {tile / tiling.tiles[2] / tiling.tiles[1], tile / tiling.tiles[2] % tiling.tiles[1],
-                                  tile % tiling.tiles[2]};
         for (int a = 0; a < 3; ++a) {
-            cell_[a] = index[a] * tiling.cells[a];
-            cells_[a] = smaller(tiling.cells[a], problem.pooled_size[a] - cell_[a]);
+            cell_[a] = tile.cell[a];
+            cells_[a] = tile.count[a];
             first_[a] = cell_[a] * problem.pool_stride[a] - problem.pool_padding[a];
-            from_.origin[a] = gather.axis[a].source_start + first_[a] * gather.axis[a].source_step;
+            from_.origin[a] = tile.origin[a];
         }
         input_ = scratch<T>(Scratch::tile_input, tiling.packed_voxels() * b.chunk + b.lanes);
         choose_slab();

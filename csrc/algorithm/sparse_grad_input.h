@@ -10,9 +10,6 @@
 // value has two writers.
 #pragma once
 
-#include "../arena.h"
-#include "../parallel.h"
-#include "pack_source.h"
 #include "sparse_gradient.h"
 
 namespace pvc {

@@ -7,12 +7,11 @@
 // it is packed with its channels innermost; then, run by run of a few pooled rows, each output channel gets the list of
 // its non-zero gradients and sums the segments of x that they point at (microkernel/sparse_sum.h). What one run reads of
 // x for a few segments, and the lists, stay in L1. A split is a range of tiles with sums of its own; the sums of all
-// splits are added in order, so the result does not depend on the number of threads.
+// splits are added in order, so the result does not depend on the number of threads. Few input channels, which would
+// leave lanes of a segment idle, have a kernel of their own (select_grad_weight.h).
 #pragma once
 
-#include "../arena.h"
-#include "../parallel.h"
-#include "pack_source.h"
+#include "select_grad_weight.h"
 #include "sparse_gradient.h"
 
 namespace pvc {
@@ -47,37 +46,22 @@ class SparseGradWeight {
         list_code_offsets(problem, step, code_offsets_);
         row_run_ = even_part(tiling_.cells[1], larger(kRunVoxels / tiling_.cells[2], 1));
 
-        unit_size_ = out_chunk_ * segments_ * shape_.vectors * lanes;
-        const int64_t bytes = units_ * unit_size_ * static_cast<int64_t>(sizeof(T));
-        splits_ = smaller(ceil_divide(kTasks, units_), gather_.batch * tiling_.count());
-        splits_ = larger(smaller(splits_, kPartialSums / bytes), 1);
     }
 
     void run(T* grad_weight) const {
         const int64_t tiles = gather_.batch * tiling_.count();
-        T* partials = scratch<T>(Scratch::shared_partials, splits_ * units_ * unit_size_);
-        parallel_for(splits_ * units_, [&](int64_t task) {
-            const int64_t split = task / units_;
-            sum_tiles(task % units_, split * tiles / splits_, (split + 1) * tiles / splits_,
-                      partials + task * unit_size_);
-        });
-        const int64_t filter = unit_size_ / out_chunk_;
-        parallel_for(units_ * out_chunk_, [&](int64_t task) {
-            const Unit unit = unit_of(task / out_chunk_);
-            T* total = partials + task * filter;
-            for (int64_t split = 1; split < splits_; ++split) {
-                const T* partial = total + split * units_ * unit_size_;
-                for (int64_t i = 0; i < filter; i += lanes) {
-                    Vector<T>::store(total + i, Vector<T>::load(total + i) + Vector<T>::load(partial + i));
-                }
-            }
-            if (task % out_chunk_ < unit.out_count) store_filter(unit, task % out_chunk_, total, grad_weight);
-        });
+        const SplitSums sums(units_, out_chunk_, segments_ * shape_.vectors * lanes, tiles, sizeof(T));
+        sums.run<T>(
+            tiles,
+            [&](int64_t unit, int64_t first, int64_t last, T* to) { sum_tiles(unit_of(unit), first, last, to); },
+            [&](int64_t index, int64_t out, const T* from) {
+                const Unit unit = unit_of(index);
+                if (out < unit.out_count) store_filter(unit, out, from, grad_weight);
+            });
     }
 
   private:
-    static constexpr int64_t kChannels = 64, kTasks = 32, kRunVoxels = 32, kListChannels = 32;
-    static constexpr int64_t kPartialSums = 16 << 20;  // bytes
+    static constexpr int64_t kChannels = 64, kRunVoxels = 32, kListChannels = 32;
 
     struct Unit {
         int64_t in_channel, in_count, out_channel, out_count;  // counted over all groups
@@ -113,44 +97,37 @@ class SparseGradWeight {
         }
     }
 
-    // Adds the share of the tiles [first, last) of all samples to sums that start at zero.
-    void sum_tiles(int64_t index, int64_t first, int64_t last, T* sums) const {
-        const Unit unit = unit_of(index);
+    // Adds the share of the tiles [first, last) of all samples.
+    void sum_tiles(const Unit& unit, int64_t first, int64_t last, T* sums) const {
         const int64_t window_values = tiling_.packed_voxels() * in_chunk_;
         const int64_t beyond = shape_.pieces * shape_.vectors * lanes;  // a segment reads up to its last lane
         T* window = scratch<T>(Scratch::tile_input, window_values + beyond);
         fill_zero(window + window_values, beyond);
-        fill_zero(sums, unit_size_);
         for (int64_t t = first; t < last; ++t) {
-            SourceBlock block = {t / tiling_.count(), unit.in_channel, unit.in_count, in_chunk_, {}};
-            const int64_t tile = t % tiling_.count(), in_slice = tile % (tiling_.tiles[1] * tiling_.tiles[2]);
-            const int64_t place[3] = {tile / (tiling_.tiles[1] * tiling_.tiles[2]), in_slice / tiling_.tiles[2],
-                                      in_slice % tiling_.tiles[2]};
-            int64_t cell[3], count[3];
-            for (int a = 0; a < 3; ++a) {
-                cell[a] = place[a] * tiling_.cells[a];
-                count[a] = smaller(tiling_.cells[a], problem_.pooled_size[a] - cell[a]);
-                const int64_t voxel = gather_.window[a].first + cell[a] * gather_.window[a].step;
-                block.origin[a] = gather_.axis[a].source_start + voxel * gather_.axis[a].source_step;
-            }
+            const PooledTile tile(gather_, tiling_, t);
+            const SourceBlock block = {tile.sample,
+                                       unit.in_channel,
+                                       unit.in_count,
+                                       in_chunk_,
+                                       {tile.origin[0], tile.origin[1], tile.origin[2]}};
             pack_source(gather_, tiling_.axis, false, block, x_, window);
-            for (int64_t d = 0; d < count[0]; ++d) {
-                for (int64_t h = 0; h < count[1]; h += row_run_) {
-                    const int64_t rows = smaller(row_run_, count[1] - h);
-                    sum_run(unit, block.sample, cell, d, h, rows, count[2], window, sums);
+            for (int64_t d = 0; d < tile.count[0]; ++d) {
+                for (int64_t h = 0; h < tile.count[1]; h += row_run_) {
+                    sum_run(unit, tile, d, h, smaller(row_run_, tile.count[1] - h), window, sums);
                 }
             }
         }
     }
 
-    // The pooled rows h .. h + rows - 1 of slice d of a tile that begins at `cell`.
-    void sum_run(const Unit& unit, int64_t sample, const int64_t cell[3], int64_t d, int64_t h, int64_t rows,
-                 int64_t width, const T* window, T* sums) const {
+    // The pooled rows h .. h + rows - 1 of slice d of a tile.
+    void sum_run(const Unit& unit, const PooledTile& tile, int64_t d, int64_t h, int64_t rows, const T* window,
+                 T* sums) const {
+        const int64_t width = tile.count[2];
         const int64_t voxels = rows * width, voxel = pooled_.axis[2];
         T* values = scratch<T>(Scratch::tile_accumulators, kListChannels * voxels);
         int32_t* offsets = scratch<int32_t>(Scratch::tile_output, kListChannels * voxels);
-        const int64_t first = sample * pooled_.sample + (cell[0] + d) * pooled_.axis[0] +
-                              (cell[1] + h) * pooled_.axis[1] + cell[2] * pooled_.axis[2];
+        const int64_t first = tile.sample * pooled_.sample + (tile.cell[0] + d) * pooled_.axis[0] +
+                              (tile.cell[1] + h) * pooled_.axis[1] + tile.cell[2] * pooled_.axis[2];
         const int64_t tile_values = shape_.vectors * lanes;
         for (int64_t block = 0; block < unit.out_count; block += kListChannels) {
             const int64_t channels = smaller(kListChannels, unit.out_count - block);
@@ -215,13 +192,16 @@ class SparseGradWeight {
     int64_t cell_step_[3];  // from one pooled voxel to the next in the packed window
     int32_t code_offsets_[256];
     int64_t row_run_;  // pooled rows of one run
-    int64_t unit_size_, splits_;
 };
 
 template <typename T>
 void sparse_grad_weight(const PooledProblem& problem, const T* grad_pooled, const uint8_t* code, const T* x,
                         T* grad_weight) {
-    SparseGradWeight<T>(problem, grad_pooled, code, x).run(grad_weight);
+    if (SelectGradWeight<T>::suits(problem)) {
+        SelectGradWeight<T>(problem, grad_pooled, code, x).run(grad_weight);
+    } else {
+        SparseGradWeight<T>(problem, grad_pooled, code, x).run(grad_weight);
+    }
 }
 
 }  // namespace

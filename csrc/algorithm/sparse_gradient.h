@@ -7,6 +7,8 @@
 
 #include "../microkernel/grad_weight_pack.h"
 #include "../microkernel/sparse_sum.h"
+#include "../parallel.h"
+#include "pack_source.h"
 
 namespace pvc {
 namespace {
@@ -45,6 +47,62 @@ inline Gather gather_windows(const PooledProblem& problem) {
     }
     return gather;
 }
+
+// Tile `index` of all samples: its windows, and the source position of its first voxel and tap.
+struct PooledTile {
+    int64_t sample, cell[3], count[3], origin[3];
+
+    PooledTile(const Gather& gather, const Tiling& tiling, int64_t index) {
+        sample = index / tiling.count();
+        int64_t rest = index % tiling.count();
+        for (int a = 2; a >= 0; --a) {
+            const CellAxis& cells = gather.window[a];
+            cell[a] = rest % tiling.tiles[a] * tiling.cells[a];
+            rest /= tiling.tiles[a];
+            count[a] = smaller(tiling.cells[a], cells.count - cell[a]);
+            origin[a] = gather.axis[a].source_start + (cells.first + cell[a] * cells.step) * gather.axis[a].source_step;
+        }
+    }
+};
+
+// How the sums of a weight gradient are shared out: `units` of `parts` of `part_size` values each, once per split of
+// all tiles.
+struct SplitSums {
+    int64_t units, parts, part_size, splits;
+
+    SplitSums(int64_t units, int64_t parts, int64_t part_size, int64_t tiles, size_t value_bytes)
+        : units(units), parts(parts), part_size(part_size) {
+        constexpr int64_t kTasks = 32, kPartialBytes = 16 << 20;
+        const int64_t bytes = units * parts * part_size * static_cast<int64_t>(value_bytes);
+        splits = smaller(smaller(ceil_divide(kTasks, units), tiles), kPartialBytes / bytes);
+        splits = larger(splits, 1);
+    }
+
+    // Calls sum(unit, first tile, last tile, sums that are zero), adds the splits in order, and calls store(unit, part,
+    // sums of the part).
+    template <typename T, typename Sum, typename Store>
+    void run(int64_t tiles, const Sum& sum, const Store& store) const {
+        constexpr int64_t lanes = Vector<T>::lanes;
+        const int64_t all = units * parts * part_size;
+        T* partials = scratch<T>(Scratch::shared_partials, splits * all);
+        parallel_for(splits * units, [&](int64_t task) {
+            const int64_t split = task / units;
+            T* sums = partials + task * parts * part_size;
+            fill_zero(sums, parts * part_size);
+            sum(task % units, split * tiles / splits, (split + 1) * tiles / splits, sums);
+        });
+        parallel_for(units * parts, [&](int64_t task) {
+            T* total = partials + task * part_size;
+            for (int64_t split = 1; split < splits; ++split) {
+                const T* partial = total + split * all;
+                for (int64_t i = 0; i < part_size; i += lanes) {
+                    Vector<T>::store(total + i, Vector<T>::load(total + i) + Vector<T>::load(partial + i));
+                }
+            }
+            store(task / parts, task % parts, total);
+        });
+    }
+};
 
 // Runs of consecutive values under the taps of one kernel row: along the width and the channels where the taps are
 // neighbours in memory, else along the channels of one tap. Runs are cut into segments of `vectors` vectors each.

@@ -48,6 +48,19 @@ struct Transpose {
         }
     };
 
+    typedef T Part __attribute__((vector_size(16), aligned(sizeof(T)), may_alias));
+    using PartIndices = typename Count<parts>::type;
+
+    template <int P, int... I>
+    static inline Part part_of(type value, Indices<I...>) {
+        return __builtin_shufflevector(value, value, (P * part + I)...);
+    }
+
+    template <int... P>
+    static inline void store_each(type value, T* to, int64_t stride, Indices<P...>) {
+        ((*reinterpret_cast<Part*>(to + P * stride) = part_of<P>(value, typename Count<part>::type{})), ...);
+    }
+
     template <typename Pick>
     static inline type pick(type a, type b) {
         return shuffle<Pick>(a, b, typename Count<lanes>::type{});
@@ -89,6 +102,9 @@ struct Transpose {
             among_parts<Distance * 2>(rows);
         }
     }
+
+    // Writes each 128-bit part of a register, `stride` elements apart.
+    static inline void store_parts(type value, T* to, int64_t stride) { store_each(value, to, stride, PartIndices{}); }
 
     static inline void block(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
         type rows[lanes];

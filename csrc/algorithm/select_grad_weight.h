@@ -1,0 +1,224 @@
+// Gradient of the weight behind a max-pool, for few input channels (a network's first layer). The lanes are output
+// channels: all of them need, for a tap, one voxel each of the same small window of x.
+//
+// Of the packed window of x, the rows that one pooling window spans are interleaved, voxel by voxel: a block is the
+// window_w * rows values from one voxel on, and the block of the next tap along the width begins `rows` values later. A
+// block fits one vector, out of which each lane permutes its chosen voxel (microkernel/select_sum.h). Gradients that are
+// zero are multiplied like any other.
+#pragma once
+
+#include "../microkernel/select_sum.h"
+#include "sparse_gradient.h"
+
+namespace pvc {
+namespace {
+
+template <typename T>
+class SelectGradWeight {
+  public:
+    static constexpr int64_t lanes = Vector<T>::lanes;
+
+    // Vectors are long enough for a block, permutations of 8 lanes are one instruction, and lists would be slower.
+    static bool suits(const PooledProblem& problem) {
+        const int64_t* window = problem.pool_window;
+        const int64_t voxels = (window[2] - 1) * problem.conv.stride[2] + 1;
+        const int64_t in = problem.conv.in_channels / problem.conv.groups;
+        const int64_t out = problem.conv.out_channels / problem.conv.groups;
+        if (lanes < 8 || in > 4 || 2 * out < lanes || voxels * window[0] * window[1] > lanes) return false;
+        const Tiling tiling = tile(gather_windows(problem));
+        return tiling.axis[0].dense && tiling.axis[1].dense && tiling.axis[2].dense;
+    }
+
+    SelectGradWeight(const PooledProblem& problem, const T* grad, const uint8_t* code, const T* x)
+        : problem_(problem),
+          conv_(problem.conv),
+          grad_(grad),
+          code_(code),
+          x_(x),
+          pooled_(volume_strides(conv_.layout, conv_.out_channels, problem.pooled_size)),
+          gather_(gather_windows(problem)),
+          tiling_(tile(gather_)),
+          in_channels_(gather_.source_channels),
+          out_channels_(gather_.target_channels),
+          taps_(conv_.kernel_size[0] * conv_.kernel_size[1] * conv_.kernel_size[2]),
+          columns_(in_channels_ * taps_),
+          vectors_(ceil_divide(out_channels_, lanes)),
+          rows_(problem.pool_window[0] * problem.pool_window[1]),
+          row_run_(even_part(tiling_.cells[1], larger(kRunVoxels / tiling_.cells[2], 1))),
+          column_offsets_(scratch<int32_t>(Scratch::tables, columns_)) {
+        for (int a = 0; a < 2; ++a) {
+            block_rows_[a] = tiling_.axis[a].rows - (problem.pool_window[a] - 1) * conv_.stride[a];
+        }
+        block_stride_[2] = rows_;
+        block_stride_[1] = tiling_.axis[2].rows * rows_;
+        block_stride_[0] = block_rows_[1] * block_stride_[1];
+        const int64_t* kernel = conv_.kernel_size;
+        for (int64_t column = 0; column < columns_; ++column) {
+            const int64_t tap = column % taps_;
+            const int64_t position[3] = {tap / (kernel[1] * kernel[2]), tap / kernel[2] % kernel[1], tap % kernel[2]};
+            int64_t offset = column / taps_ * block_rows_[0] * block_stride_[0];
+            for (int a = 0; a < 3; ++a) offset += position[a] * conv_.dilation[a] * block_stride_[a];
+            column_offsets_[column] = static_cast<int32_t>(offset);
+        }
+        const int64_t* window = problem.pool_window;
+        for (int64_t code = 0; code < 256; ++code) {
+            lane_of_code_[code] = static_cast<int32_t>(code % window[2] * conv_.stride[2] * rows_ + code / window[2]);
+        }
+    }
+
+    void run(T* grad_weight) const {
+        const int64_t tiles = gather_.batch * tiling_.count();
+        const SplitSums sums(gather_.groups, vectors_, columns_ * lanes, tiles, sizeof(T));
+        sums.run<T>(
+            tiles, [&](int64_t group, int64_t first, int64_t last, T* to) { sum_tiles(group, first, last, to); },
+            [&](int64_t group, int64_t vector, const T* from) { store(group, vector * lanes, from, grad_weight); });
+    }
+
+  private:
+    using Integer = typename VectorType<T>::integer;
+    static constexpr int64_t kRunVoxels = 32;
+
+    static Tiling tile(const Gather& gather) {
+        const int64_t values = kL2Bytes / 2 / static_cast<int64_t>(sizeof(T)) / gather.source_channels;
+        const int64_t copies = gather.window[0].extent * gather.window[1].extent + 1;
+        return choose_tiling(gather, {values / copies, INT32_MAX, gather.batch * gather.groups, 1});
+    }
+
+    void sum_tiles(int64_t group, int64_t first, int64_t last, T* sums) const {
+        const int64_t window_values = tiling_.packed_voxels() * in_channels_;
+        const int64_t block_values = block_rows_[0] * block_stride_[0] * in_channels_;
+        T* window = scratch<T>(Scratch::tile_input, window_values + lanes);
+        T* blocks = scratch<T>(Scratch::tile_output, block_values + lanes);
+        for (int64_t t = first; t < last; ++t) {
+            const PooledTile tile(gather_, tiling_, t);
+            const SourceBlock block = {tile.sample,
+                                       group * in_channels_,
+                                       in_channels_,
+                                       in_channels_,
+                                       {tile.origin[0], tile.origin[1], tile.origin[2]}};
+            pack_source(gather_, tiling_.axis, true, block, x_, window);
+            interleave(window, blocks);
+            for (int64_t d = 0; d < tile.count[0]; ++d) {
+                for (int64_t h = 0; h < tile.count[1]; h += row_run_) {
+                    sum_run(group, tile, d, h, smaller(row_run_, tile.count[1] - h), blocks, sums);
+                }
+            }
+        }
+    }
+
+    // [channel][block row 0][block row 1][voxel][row of the pooling window]
+    void interleave(const T* window, T* blocks) const {
+        const PackedAxis* axis = tiling_.axis;
+        const int64_t width = axis[2].rows;
+        for (int64_t c = 0; c < in_channels_; ++c) {
+            for (int64_t d = 0; d < block_rows_[0]; ++d) {
+                for (int64_t h = 0; h < block_rows_[1]; ++h, blocks += width * rows_) {
+                    const T* from[lanes] = {};
+                    for (int64_t r = 0; r < rows_; ++r) {
+                        const int64_t depth = d + r / problem_.pool_window[1] * conv_.stride[0];
+                        const int64_t height = h + r % problem_.pool_window[1] * conv_.stride[1];
+                        from[r] = window + ((c * axis[0].rows + depth) * axis[1].rows + height) * width;
+                    }
+                    interleave_rows(from, width, blocks);
+                }
+            }
+        }
+    }
+
+    void interleave_rows(const T* const* from, int64_t width, T* to) const {
+        int64_t w = 0;
+        if constexpr (Transpose<T>::part == 4) {
+            if (rows_ == 4) {
+                for (; w + lanes <= width; w += lanes) {
+                    typename Vector<T>::type rows[4];
+                    for (int r = 0; r < 4; ++r) rows[r] = Vector<T>::load(from[r] + w);
+                    Transpose<T>::inside_parts(rows);
+                    for (int r = 0; r < 4; ++r) Transpose<T>::store_parts(rows[r], to + (w + r) * 4, 16);
+                }
+            }
+        }
+        for (; w < width; ++w) {
+            for (int64_t r = 0; r < rows_; ++r) to[w * rows_ + r] = from[r][w];
+        }
+    }
+
+    // The pooled rows h .. h + rows - 1 of slice d of a tile.
+    void sum_run(int64_t group, const PooledTile& tile, int64_t d, int64_t h, int64_t rows, const T* blocks,
+                 T* sums) const {
+        const int64_t width = tile.count[2], pitch = vectors_ * lanes, count = rows * width;
+        T* values = scratch<T>(Scratch::tile_accumulators, count * pitch);
+        Integer* choices = scratch<Integer>(Scratch::tile_rows, count * pitch);
+        int32_t* places = scratch<int32_t>(Scratch::tile_lists, count);
+        int64_t step[3];
+        for (int a = 0; a < 3; ++a) step[a] = problem_.pool_stride[a] * conv_.stride[a] * block_stride_[a];
+        for (int64_t row = 0; row < rows; ++row) {
+            for (int64_t w = 0; w < width; ++w) {
+                places[row * width + w] = static_cast<int32_t>(d * step[0] + (h + row) * step[1] + w * step[2]);
+            }
+            const int64_t first = tile.sample * pooled_.sample + group * out_channels_ * pooled_.channel +
+                                  (tile.cell[0] + d) * pooled_.axis[0] + (tile.cell[1] + h + row) * pooled_.axis[1] +
+                                  tile.cell[2] * pooled_.axis[2];
+            T* value = values + row * width * pitch;
+            if (pitch > out_channels_) fill_zero(value, width * pitch);
+            copy_matrix(grad_ + first, {pooled_.axis[2], pooled_.channel}, value, {pitch, 1}, width, out_channels_);
+            list_choices(code_ + first, width, choices + row * width * pitch);
+        }
+        const int64_t tile_columns = even_part(columns_, kSelectColumns);
+        for (int64_t vector = 0; vector < vectors_; ++vector) {
+            const SelectArguments<T> arguments = {blocks, places, values + vector * lanes, choices + vector * lanes,
+                                                  pitch, count};
+            for (int64_t c = 0; c < columns_; c += tile_columns) {
+                select_kernel<T>(smaller(tile_columns, columns_ - c))(arguments, column_offsets_ + c,
+                                                                      sums + (vector * columns_ + c) * lanes);
+            }
+        }
+    }
+
+    // The lane of its block that each code names, for one pooled row.
+    void list_choices(const uint8_t* code, int64_t width, Integer* choices) const {
+        const int64_t pitch = vectors_ * lanes;
+        if (pooled_.channel == 1 && out_channels_ == pitch && problem_.pool_window[2] == 2) {
+            const Integer step = static_cast<Integer>(conv_.stride[2] * rows_);
+            for (int64_t w = 0; w < width; ++w, code += pooled_.axis[2], choices += pitch) {
+                for (int64_t c = 0; c < pitch; ++c) choices[c] = code[c] / 2 + code[c] % 2 * step;
+            }
+            return;
+        }
+        for (int64_t w = 0; w < width; ++w) {
+            for (int64_t c = 0; c < out_channels_; ++c) {
+                choices[w * pitch + c] = lane_of_code_[code[w * pooled_.axis[2] + c * pooled_.channel]];
+            }
+            for (int64_t c = out_channels_; c < pitch; ++c) choices[w * pitch + c] = 0;
+        }
+    }
+
+    void store(int64_t group, int64_t first, const T* sums, T* grad_weight) const {
+        const bool last = conv_.layout == Layout::ndhwc;
+        for (int64_t o = 0; o < smaller(lanes, out_channels_ - first); ++o) {
+            T* filter = grad_weight + (group * out_channels_ + first + o) * columns_;
+            for (int64_t column = 0; column < columns_; ++column) {
+                const int64_t channel = column / taps_, tap = column % taps_;
+                filter[last ? tap * in_channels_ + channel : column] = sums[column * lanes + o];
+            }
+        }
+    }
+
+    const PooledProblem& problem_;
+    const ConvProblem& conv_;
+    const T* grad_;
+    const uint8_t* code_;
+    const T* x_;
+    const VolumeStrides pooled_;
+    const Gather gather_;
+    const Tiling tiling_;
+    const int64_t in_channels_, out_channels_;  // of a group
+    const int64_t taps_, columns_, vectors_;
+    const int64_t rows_;     // of x that one pooling window spans, interleaved
+    const int64_t row_run_;  // pooled rows of one run
+    int32_t* column_offsets_;
+    int64_t block_rows_[2], block_stride_[3];
+    int32_t lane_of_code_[256];
+};
+
+}  // namespace
+}  // namespace pvc
