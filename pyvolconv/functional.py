@@ -178,6 +178,9 @@ def conv3d_max_pool(
     y: Tensor = fused_ops.conv3d_max_pool(batched, weight, bias, *sizes)[0]
     if activation in KEEPS_PREACTIVATION:
         y = fused_ops.APPLY[activation](y, negative_slope)
+    if y.device.type == "cpu" and torch.is_autocast_enabled("cpu") and y.dtype in (torch.bfloat16, torch.float16):
+        # On the CPU, autocast has max_pool3d computed and returned in float32; choosing rounds nothing.
+        y = y.float()
     return y if input.dim() == 5 else y.squeeze(0)
 
 
