@@ -37,7 +37,7 @@ RADIUS_X = (8.0, 21.0)
 TURNS = (0.6, 1.2)
 """Revolutions during the 29 frames."""
 BRIGHTNESS = (0.7, 1.0)
-NOISE = 0.05
+NOISE = 0.03
 """Standard deviation of the noise as a share of the brightest ink."""
 BLACK, INK = 40.0, 180.0
 """Grey value of the empty field, and what the brightest ink adds to it."""
@@ -47,7 +47,7 @@ VIDEOS_AT_ONCE = 64
 NAME = "scanned handwritten digits (scikit-learn) going round clockwise or counter-clockwise, with noise"
 
 
-def moving_digits(train: int = 640, validation: int = 320, test: int = 320, seed: int = 0) -> Splits:
+def moving_digits(train: int = 800, validation: int = 320, test: int = 320, seed: int = 0) -> Splits:
     """Videos of digits that go round clockwise (class 0) or counter-clockwise (class 1), 29 x 30 x 60, uint8.
 
     The digit images are divided first: no image of a test video appears in a training or validation video. The two
