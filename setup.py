@@ -68,21 +68,18 @@ class BuildPerIsa(build_ext):
         self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), target_lang="c++")
 
     def _check_compiler(self) -> None:
+        self._check("none was found that works", "int main() { return 0; }\n", [])
+        without_openmp = "the one found does not support OpenMP"
+        self._check(without_openmp, "#include <omp.h>\nint n = omp_get_max_threads();\n", OPENMP_FLAGS)
+
+    def _check(self, problem: str, text: str, flags: list[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            for problem, text, flags in (
-                ("none was found that works", "int main() { return 0; }\n", []),
-                (
-                    "the one found does not support OpenMP",
-                    "#include <omp.h>\nint n = omp_get_max_threads();\n",
-                    OPENMP_FLAGS,
-                ),
-            ):
-                source = Path(folder, "check.cpp")
-                source.write_text(text)
-                try:
-                    self.compiler.compile([str(source)], output_dir=folder, extra_postargs=["-std=c++17", *flags])
-                except CompileError as error:
-                    raise PlatformError(INSTALL_HINT.format(problem=problem)) from error
+            source = Path(folder, "check.cpp")
+            source.write_text(text)
+            try:
+                self.compiler.compile([str(source)], output_dir=folder, extra_postargs=["-std=c++17", *flags])
+            except CompileError as error:
+                raise PlatformError(INSTALL_HINT.format(problem=problem)) from error
 
 
 without_extension = os.environ.get("PYVOLCONV_NO_EXTENSION", "") not in ("", "0")

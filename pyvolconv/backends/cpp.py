@@ -1,8 +1,8 @@
 """`cpp.direct`: register-tiled direct convolution in C++ and OpenMP, from csrc/.
 
 The compiled module is loaded at the first question about it. A pass is one call into it: pointers in, the interpreter
-lock released, work shared over `torch.get_num_threads()` threads of the OpenMP pool that torch uses. The instruction set
-is the fastest that the machine supports, capped by the environment variable PYVOLCONV_ISA (avx512, avx2 or baseline).
+lock released, work shared over `torch.get_num_threads()` threads of the OpenMP pool that torch uses. The instruction
+set is the fastest that the machine supports, capped by the environment variable PYVOLCONV_ISA (avx512, avx2, baseline).
 """
 
 from __future__ import annotations
