@@ -37,7 +37,7 @@ from .steps import LSTM_PATH, TORCH_PATHS, Candidate, PathSpec, fitted, gradient
 CNN_WORDS = (
     "Conv3d 1-16-24-32 (3×3×3, stride 1, padding 1), each with ReLU and 2×2×2 max-pool; dense 16, dense {classes}"
 )
-LSTM_WORDS = "{frames} frames of {values} values: LSTM {values}-16-16{directions}, dense {classes}"
+LSTM_WORDS = "{frames} frames of {values} values: LSTM {values}-16-16{directions}, dense {classes}{variant}"
 DIGITS_WORDS = (
     "Scanned handwritten digits that move round a field, clockwise or counter-clockwise, in noise. How hard that is "
     "was set on purpose, so that both networks come near 100%: in the full run with batches of 32 the CNN "
@@ -252,11 +252,13 @@ class _Comparison:
 
     def _words(self, name: NetworkName, data: Splits) -> str:
         frames, height, width = data.input_size
+        bidirectional = parameter_count(build("bilstm", data.input_size, data.classes))
         return (CNN_WORDS if name == "cnn" else LSTM_WORDS).format(
             classes=data.classes,
             frames=frames,
             values=height * width,
             directions=" in both directions" if name == "bilstm" else "",
+            variant="" if name == "bilstm" else f" (with --bidirectional: {bidirectional:,} parameters)",
         )
 
     def _note(self, text: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +21,7 @@ from ..cost.machine import Machine, measure_machine
 from ..cost.pages import keep_pages, page_faults, pages_kept
 from ..cost.profiler import profile_step
 from ..cost.results import PathTiming
-from ..cost.timing import alternate
+from ..cost.timing import alternate, now
 from ..dispatch import use_backend
 from ..problem import Layout
 from .loop import make_optimizer, training_step
@@ -249,6 +248,6 @@ def _counted(one: Candidate, faults: list[int]) -> Callable[[], None]:
 
 
 def _seconds(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
+    start = now()
     step()
-    return time.perf_counter() - start
+    return now() - start
