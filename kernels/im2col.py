@@ -192,11 +192,12 @@ def _windows(source: Tensor, axes: Sequence[Axis], tile: Sequence[slice]) -> Ten
     pads: list[int] = []
     for dimension, (axis, part) in enumerate(zip(axes, tile, strict=True), start=2):
         first = part.start * axis.stride - axis.padding
-        last = (part.stop - 1) * axis.stride - axis.padding + (axis.taps - 1) * axis.dilation
+        length = (part.stop - 1 - part.start) * axis.stride + (axis.taps - 1) * axis.dilation + 1
         begin = min(max(first, 0), source.shape[dimension])
-        end = max(min(last + 1, source.shape[dimension]), begin)
+        end = min(max(first + length, begin), source.shape[dimension])
         source = source.narrow(dimension, begin, end - begin)
-        pads = [begin - first, last + 1 - end, *pads]
+        before = min(max(-first, 0), length)
+        pads = [before, length - before - (end - begin), *pads]
     source = F.pad(source, pads) if any(pads) else source
     for dimension, axis in enumerate(axes, start=2):
         source = source.unfold(dimension, (axis.taps - 1) * axis.dilation + 1, axis.stride)
