@@ -94,6 +94,8 @@ def compare(
         _fail(str(error))
     print_result(console, result)
     console.print(f"Report: {page}", soft_wrap=True)
+    if result.error:
+        _fail(result.error)
     if result.interrupted:
         console.print("Interrupted: the report holds what was measured until then; --resume goes on with the training.")
         raise typer.Exit(INTERRUPTED)

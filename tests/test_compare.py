@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import pyvolconv
 from pyvolconv.cli import app
+from pyvolconv.cost.results import PathTiming
 from pyvolconv.problem import PASSES, ConvProblem
 from pyvolconv.train.models import build
 from pyvolconv.train.paths import our_paths
@@ -85,6 +86,24 @@ def test_ctrl_c_writes_what_was_measured(volumes, tmp_path, monkeypatch):
     assert plain["interrupted"] is True
     assert plain["machine"]["peak_flops"] > 0
     assert "Interrupted" in (tmp_path / "report.html").read_text()
+
+
+def test_a_checkpoint_of_another_run_costs_no_measurement(volumes, tmp_path, monkeypatch):
+    monkeypatch.setattr("pyvolconv.train.compare.time_paths", lambda candidates, *rest, **named: ([step_of_lstm()], []))
+    arguments = ["compare", "--quick", "--data", volumes, "--out", tmp_path, "--backends", "im2col", "--epochs", 1]
+    first = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert first.exit_code == 0, first.output
+    second = CliRunner().invoke(app, [str(argument) for argument in (*arguments, "--resume", "--batch-size", 4)])
+    assert second.exit_code == 2
+    assert "batch_size=8" in second.stderr
+    assert len(second.stderr.strip().splitlines()) == 1
+    plain = json.loads((tmp_path / "results.json").read_text())
+    assert "batch_size=8" in plain["error"]
+    assert plain["paths"]
+
+
+def step_of_lstm():
+    return PathTiming("LSTM", "lstm", "torch", None, False, "kept", 5.0, None, None, None, None, 3, 8, 8)
 
 
 def test_ctrl_c_in_training_ends_the_comparison(volumes, tmp_path, monkeypatch):

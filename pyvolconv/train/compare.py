@@ -24,6 +24,7 @@ from ..cost.machine import Machine, measure_machine, versions
 from ..cost.pages import keep_pages, pages_kept
 from ..cost.results import ComparisonResult, DataFacts, NetworkFacts, PathTiming, TrainingRun
 from ..problem import PASSES, ConvProblem, Layout, Pass
+from .checkpoint import CheckpointError
 from .data import Splits, batches
 from .digits import moving_digits
 from .loop import TrainConfig
@@ -48,13 +49,14 @@ DIGITS_WORDS = (
 def compare(settings: Settings, console: Console) -> ComparisonResult:
     """Measure everything, or as much as there is time for before Ctrl-C.
 
+    A checkpoint that cannot be written or continued ends the training, not the comparison: `result.error` says so.
+
     Args:
         settings: what was asked for.
         console: where progress is drawn.
 
     Raises:
         DataError: the user's volumes cannot be used.
-        CheckpointError: a checkpoint cannot be written or continued.
         ValueError: a path was asked for that does not exist.
     """
     comparison = _Comparison(settings, console)
@@ -98,7 +100,10 @@ class _Comparison:
         with self._section("difficulty"):
             self._judge_difficulty(data)
         with self._section("training"):
-            self._train(data, {one.spec.path: one.spec for one in candidates})
+            try:
+                self._train(data, {one.spec.path: one.spec for one in candidates})
+            except CheckpointError as error:
+                self.update(error=str(error))
 
     def update(self, **changes: Any) -> None:
         """Add to the result."""
