@@ -33,7 +33,7 @@ from .npz import load_npz
 from .paths import our_paths
 from .plan import FULL, LSTM_SHARE, OURS_SHARE, QUICK, QUICK_VIDEOS, Settings
 from .runs import Trainer, frame_average_accuracy, projected
-from .steps import LSTM_PATH, TORCH_PATHS, Candidate, PathSpec, fitted, gradient_difference, time_paths, turns_per_round
+from .steps import LSTM_PATH, TORCH_PATHS, Candidate, PathSpec, fitted, gradient_difference, time_paths
 
 CNN_WORDS = (
     "Conv3d 1-16-24-32 (3×3×3, stride 1, padding 1), each with ReLU and 2×2×2 max-pool; dense 16, dense {classes}"
@@ -164,15 +164,13 @@ class _Comparison:
 
     def _time_steps(self, candidates: list[Candidate], machine: Machine) -> None:
         """Time every path in both allocator states. Pages stay kept from here on."""
-        turns = turns_per_round(candidates)
-        rounds = self.budget.affordable_rounds(sum(turns[one.spec.path] * one.expected_seconds for one in candidates))
         if self.settings.device == "cuda" or pages_kept():
-            self._time_in_state(candidates, "kept", machine, rounds)
+            self._time_in_state(candidates, "kept", machine)
             return
-        self._time_in_state(candidates, "returned", machine, rounds)
+        self._time_in_state(candidates, "returned", machine)
         kept = keep_pages()
         if kept.active:
-            self._time_in_state(candidates, "kept", machine, rounds)
+            self._time_in_state(candidates, "kept", machine)
         else:
             self._note(f"Pages could not be kept here: {kept.reason}.")
 
@@ -196,10 +194,10 @@ class _Comparison:
             found.append(fitted([spec], lambda: build(self._lstm, size, classes, seed), x, y, longest))
         return found
 
-    def _time_in_state(self, candidates: list[Candidate], pages: Pages, machine: Machine, rounds: int) -> None:
+    def _time_in_state(self, candidates: list[Candidate], pages: Pages, machine: Machine) -> None:
         with self._saying(f"Timing every path, pages {pages}") as say:
             timings, profiles = time_paths(
-                candidates, pages, machine, rounds=rounds, repeats=self.budget.repeats, say=say
+                candidates, pages, machine, seconds=self.budget.turns, repeats=self.budget.repeats, say=say
             )
         timings = [replace(timing, gradient_difference=self.differences.get(timing.path)) for timing in timings]
         self.update(paths=[*self.result.paths, *timings])
