@@ -86,6 +86,9 @@ class _BilinearFunction(_SingleLevelFunction):
             return (None,) * 9
         first, second = ctx.saved_tensors
         _, _, needs_first, needs_second, needs_bias, *_ = ctx.needs_input_grad
+        # The operators multiply complex numbers as they are; only cotangents meet conjugates (PyTorch's
+        # convention for complex autograd). A real tensor is its own conjugate.
+        first, second = first.conj(), second.conj()
         with use_backend_of_forward(ctx.forced_backend):
             return (
                 None,

@@ -110,7 +110,7 @@ def conv_transpose3d(
     if any(missing):
         y = F.pad(y, missing)
     if bias is not None:
-        y = y + bias.view(-1, 1, 1, 1)
+        y = y + bias.to(y.dtype).view(-1, 1, 1, 1)
     return y if input.dim() == 5 else y.squeeze(0)
 
 
