@@ -172,11 +172,11 @@ def _identity(item: Factors) -> str:
 
 
 def _removal(item: Removal) -> str:
-    verb = "takes away" if item.milliseconds >= 0 else "adds"
+    verb, of = ("takes away", "of") if item.milliseconds >= 0 else ("adds", "to")
     sign = 1 if item.milliseconds >= 0 else -1
     largest = max(item.parts, key=lambda part: sign * item.parts[part], default=None)
     text = (
-        f"{item.change} {verb} {wording.milliseconds(abs(item.milliseconds))} of "
+        f"{item.change} {verb} {wording.milliseconds(abs(item.milliseconds))} {of} "
         f"{wording.milliseconds(item.before.milliseconds)}"
     )
     if largest is None:

@@ -261,7 +261,7 @@ class _Comparison:
             frames=frames,
             values=height * width,
             directions=" in both directions" if name == "bilstm" else "",
-            variant="" if name == "bilstm" else f" (with --bidirectional: {bidirectional:,} parameters)",
+            variant="" if name == "bilstm" else f" (its bidirectional variant has {bidirectional:,} parameters)",
         )
 
     def _note(self, text: str) -> None:
