@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .dispatch import logger
+from .problem import DTYPE_BYTES
 
 Sizes = int | Sequence[int]
 
@@ -48,8 +52,7 @@ def conv3d(
     """
     args = _conv3d_arguments(input, weight, bias, stride, padding, dilation, groups)
     if args is None:
-        # torch is the contract for arguments that make no convolution: it words the error.
-        return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
+        return _leave_to_torch(F.conv3d, input, weight, bias, stride, padding, dilation, groups)
     batched = input if input.dim() == 5 else input.unsqueeze(0)
     y: Tensor = ops.conv3d(batched, weight, bias, *args)
     return y if input.dim() == 5 else y.squeeze(0)
@@ -94,15 +97,8 @@ def conv_transpose3d(
     """
     sizes = _conv_transpose3d_sizes(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if sizes is None:
-        return F.conv_transpose3d(
-            input,
-            weight,
-            bias,
-            stride,
-            padding,
-            output_padding,
-            groups,
-            dilation,
+        return _leave_to_torch(
+            F.conv_transpose3d, input, weight, bias, stride, padding, output_padding, groups, dilation
         )
     result_size, args, missing = sizes
     batched = input if input.dim() == 5 else input.unsqueeze(0)
@@ -114,21 +110,39 @@ def conv_transpose3d(
     return y if input.dim() == 5 else y.squeeze(0)
 
 
+def _leave_to_torch(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """torch's answer to arguments that make no convolution of ours, most often an error, which it words."""
+    y = function(*args)
+    if not torch.compiler.is_compiling():
+        _log_once(f"a call with result {tuple(y.shape)} of {y.dtype} runs in torch: no backend takes such arguments")
+    return y
+
+
+@cache
+def _log_once(message: str) -> None:
+    logger.warning(message)
+
+
 def _triple(value: Any) -> tuple[int, int, int] | None:
     """Three ints out of what torch accepts for them, or None."""
-    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        return (value, value, value)  # type: ignore[return-value]
-    if isinstance(value, (tuple, list)) and all(isinstance(size, (int, torch.SymInt)) for size in value):
-        if len(value) == 1:
-            return (value[0],) * 3
-        if len(value) == 3:
-            return tuple(value)
-    return None
+    sizes = value if isinstance(value, (tuple, list)) else (value,)
+    sizes = tuple(int(size) if isinstance(size, np.integer) else size for size in sizes)
+    if not all(isinstance(size, (int, torch.SymInt)) and not isinstance(size, bool) for size in sizes):
+        return None
+    if len(sizes) == 1:
+        return sizes * 3
+    return sizes if len(sizes) == 3 else None
 
 
 def _are_operands(input: Any, weight: Any, bias: Any, out_channels_axis: int, groups: Any) -> bool:
     """Whether tensors and groups fit one another; what does not is left to torch to name."""
-    if not isinstance(input, Tensor) or not isinstance(weight, Tensor) or not isinstance(groups, int):
+    if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
+        return False
+    if (
+        not isinstance(groups, int)
+        or isinstance(groups, bool)
+        or str(input.dtype).removeprefix("torch.") not in DTYPE_BYTES
+    ):
         return False
     if input.dim() not in (4, 5) or weight.dim() != 5 or groups < 1 or input.device.type not in ("cpu", "cuda", "meta"):
         return False
