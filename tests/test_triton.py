@@ -194,7 +194,8 @@ launches = [
 for launch in launches:
     code = compiled(launch)
     assert len(code.asm["cubin"]) > 0
-    print(launch.kernel.__name__, "wgmma" in code.asm["ptx"], code.metadata.shared)
+    tensor_core = any(name in code.asm["ptx"] for name in ("wgmma.mma_async", "mma.sync"))
+    print(launch.kernel.__name__, tensor_core, code.metadata.shared)
 """
 
 

@@ -98,7 +98,7 @@ def _run_parallel(pass_: Pass, arguments: tuple[Any, ...]) -> None:
     torch_threads = torch.get_num_threads()
     with _parallel_region:
         numba_threads = numba.get_num_threads()
-        numba.set_num_threads(min(torch_threads, numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(min(torch_threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         try:
             reference.compiled(pass_, parallel=True)(*arguments)
         finally:
