@@ -90,13 +90,14 @@ def test_partial_sums_are_split_by_the_problem_and_added_in_order(
     assert_within_bound(first, problem, "grad_weight", args, BACKEND.accuracy(problem, "grad_weight"))
 
 
-def test_offsets_are_64_bit(require):
+def test_offsets_are_64_bit():
     """A view whose strides pass 2**31 values: only its few used pages exist."""
     from pyvolconv.kernels.triton_forward import forward
 
     problem = PROBLEM.with_(batch=2)
-    if BACKEND.unsupported_reasons(problem, "forward"):
-        pytest.skip("without the interpreter the two voxels would need 8 GiB of the GPU's memory")
+    reasons = BACKEND.unsupported_reasons(problem, "forward")
+    if reasons:
+        pytest.skip(f"in the interpreter only, a GPU would have to hold all 12 GiB: {'; '.join(reasons)}")
     channel_stride, sample_stride = 2**30 + 64, 2**31 + 128
     memory = torch.UntypedStorage(4 * (sample_stride + channel_stride + 64))
     x = torch.empty(0).set_(memory, 0, problem.input_shape, (sample_stride, channel_stride, 16, 4, 1))
@@ -129,6 +130,19 @@ def test_says_that_the_interpreter_came_too_late(monkeypatch):
     monkeypatch.setattr(triton_common, "INTERPRETED", False)
     (reason,) = BACKEND.unsupported_reasons(PROBLEM, "forward")
     assert "after the kernels were loaded" in reason
+
+
+def test_says_that_an_old_interpreter_needs_an_old_numpy(monkeypatch):
+    import numpy
+    import triton
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(numpy, "__version__", "2.4.1")
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    (reason,) = BACKEND.unsupported_reasons(PROBLEM, "forward")
+    assert reason == "the interpreter of Triton 3.6.0 needs NumPy < 2.4, this is 2.4.1"
+    monkeypatch.setattr(triton, "__version__", "3.10.0+git")
+    assert BACKEND.unsupported_reasons(PROBLEM, "forward") == []
 
 
 def test_tf32_follows_torchs_switch_on_cuda_only():
