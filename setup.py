@@ -44,24 +44,25 @@ To choose a compiler set CXX. To install without the compiled kernels set PYVOLC
 """
 
 
-class BuildPerIsa(build_ext):
+class BuildPerIsa(build_ext):  # type: ignore[misc]  # setuptools has no types
     """Compiles every source of the extension, and the ISA source once per instruction set, side by side."""
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         self._check_compiler()
-        jobs = [(source, "common", []) for source in ext.sources]
+        jobs: list[tuple[str, str, list[str]]] = [(source, "common", []) for source in ext.sources]
         jobs += [
             (ISA_SOURCE, isa, [*ISA_COMPILE_FLAGS, *flags, f"-DPVC_ISA={isa}"]) for isa, flags in ISA_FLAGS.items()
         ]
 
         def compile_one(job: tuple[str, str, list[str]]) -> list[str]:
             source, folder, flags = job
-            return self.compiler.compile(
+            objects: list[str] = self.compiler.compile(
                 [source],
                 output_dir=str(Path(self.build_temp, folder)),
                 include_dirs=["csrc", *ext.include_dirs],
                 extra_postargs=[*COMPILE_FLAGS, *OPENMP_FLAGS, *flags],
             )
+            return objects
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             objects = [path for paths in pool.map(compile_one, jobs) for path in paths]

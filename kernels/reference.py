@@ -133,8 +133,9 @@ def compiled(pass_: Literal["forward", "grad_input", "grad_weight"], parallel: b
     file does not say whether the code is parallel, so the serial code is compiled anew in each process that
     asks for it: read from that file it would be the parallel one.
     """
-    options = {"nogil": True, "parallel": parallel}
+    options: dict[str, Any] = {"nogil": True, "parallel": parallel}
     try:
-        return numba.njit(cache=parallel, **options)(LOOPS[pass_])
+        compiled_loops: Callable[..., None] = numba.njit(cache=parallel, **options)(LOOPS[pass_])
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        return numba.njit(**options)(LOOPS[pass_])
+        compiled_loops = numba.njit(**options)(LOOPS[pass_])
+    return compiled_loops
