@@ -32,8 +32,8 @@ from .data import Splits, make_splits
 
 FIELD: Size3 = (29, 30, 60)
 ENLARGEMENT = 2
-RADIUS_Y = (3.0, 6.4)
-RADIUS_X = (8.0, 21.0)
+RADIUS_Y = (3.5, 6.4)
+RADIUS_X = (10.0, 21.0)
 TURNS = (0.6, 1.2)
 """Revolutions during the 29 frames."""
 BRIGHTNESS = (0.7, 1.0)
