@@ -17,8 +17,9 @@ The class is in products of two places at two times only: which way the digit mo
 The difficulty was set, on purpose, so that both networks behave as in the published comparison that this package
 repeats: both end near 100 %, the CNN reaches 99 % validation accuracy in about 10 epochs and the LSTM in 50 to 70, with
 one optimiser, one learning rate and one batch size. What was set is in the constants below, the number of training
-samples and `TrainConfig.learning_rate`. Louder noise or smaller digits keep the LSTM from ever reaching 99 % (it learns
-the noise by heart); plain motion to the left or to the right is learnt by it in three epochs.
+videos and `TrainConfig.learning_rate`. Measured with these: the CNN 8 and 11 epochs (seeds 0 and 1), the LSTM 47, 56,
+66, 71, 76 and 52 (seeds 0 to 5), test accuracy 98.8 to 100 %. Fewer videos, smaller digits or louder noise keep the
+LSTM from ever reaching 99 %: it learns the noise by heart.
 """
 
 from __future__ import annotations
