@@ -1,11 +1,11 @@
 """Hand-written 3-D convolution for PyTorch, and the instrument that shows where its cost goes.
 
-    conv3d, conv_transpose3d        functions, as in torch.nn.functional
-    Conv3d, ConvTranspose3d         modules, as in torch.nn
-    accelerate(model), revert       swap a model's convolutions in place, and back
-    use_backend(name), backends()   choose who computes
-    ConvProblem                     one convolution as a value
-    keep_pages()                    stop glibc from returning freed pages between steps
+conv3d, conv_transpose3d        functions, as in torch.nn.functional
+Conv3d, ConvTranspose3d         modules, as in torch.nn
+accelerate(model), revert       swap a model's convolutions in place, and back
+use_backend(name), backends()   choose who computes
+ConvProblem                     one convolution as a value
+keep_pages()                    stop glibc from returning freed pages between steps
 """
 
 from __future__ import annotations

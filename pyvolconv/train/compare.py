@@ -25,14 +25,14 @@ from ..cost.pages import keep_pages, pages_kept
 from ..cost.results import ComparisonResult, DataFacts, NetworkFacts, PathTiming, TrainingRun
 from ..problem import PASSES, ConvProblem, Layout, Pass
 from .checkpoint import CheckpointError
-from .data import Splits, batches
+from .data import Splits, batches, frame_average_accuracy
 from .digits import moving_digits
 from .loop import TrainConfig
 from .models import NetworkName, build, parameter_count
 from .npz import load_npz
 from .paths import our_paths
 from .plan import FULL, LSTM_SHARE, OURS_SHARE, QUICK, QUICK_VIDEOS, Settings
-from .runs import Trainer, frame_average_accuracy, projected
+from .runs import Trainer, projected
 from .steps import LSTM_PATH, TORCH_PATHS, Candidate, PathSpec, fitted, gradient_difference, time_paths
 
 CNN_WORDS = (
@@ -216,7 +216,9 @@ class _Comparison:
     def _train(self, data: Splits, steps: dict[str, PathSpec]) -> None:
         settings, pages = self.settings, self.result.after
         unlimited = settings.epochs is not None
-        config = TrainConfig(batch_size=settings.batch_size, seed=settings.seed)
+        config = TrainConfig(
+            batch_size=settings.batch_size, learning_rate=settings.chosen_learning_rate, seed=settings.seed
+        )
         trainer = Trainer(
             data=data,
             config=replace(config, max_epochs=settings.epochs) if settings.epochs is not None else config,

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .loop import TrainConfig
+
+USER_LEARNING_RATE = 1e-3
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -14,13 +18,21 @@ class Settings:
     quick: bool = False
     out: Path = Path("pyvolconv-report")
     data: Path | None = None
-    seed: int = 0
+    seed: int = 1
     epochs: int | None = None
     batch_size: int = 32
+    learning_rate: float | None = None
     bidirectional: bool = False
     device: str = "cpu"
     resume: bool = False
     backends: tuple[str, ...] | None = None
+
+    @property
+    def chosen_learning_rate(self) -> float:
+        """Of Adam: what was asked for, else the digits' own for the digits and a usual one for a user's volumes."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return TrainConfig.learning_rate if self.data is None else USER_LEARNING_RATE
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the report; the folder is left out, because a report may be moved."""
@@ -30,6 +42,7 @@ class Settings:
             "seed": self.seed,
             "epochs": self.epochs,
             "batch_size": self.batch_size,
+            "learning_rate": self.chosen_learning_rate,
             "bidirectional": self.bidirectional,
             "device": self.device,
             "backends": ",".join(self.backends) if self.backends else None,
