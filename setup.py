@@ -44,45 +44,43 @@ To choose a compiler set CXX. To install without the compiled kernels set PYVOLC
 """
 
 
-class BuildPerIsa(build_ext):
+class BuildPerIsa(build_ext):  # type: ignore[misc]  # setuptools has no types
     """Compiles every source of the extension, and the ISA source once per instruction set, side by side."""
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         self._check_compiler()
-        jobs = [(source, "common", []) for source in ext.sources]
+        jobs: list[tuple[str, str, list[str]]] = [(source, "common", []) for source in ext.sources]
         jobs += [
             (ISA_SOURCE, isa, [*ISA_COMPILE_FLAGS, *flags, f"-DPVC_ISA={isa}"]) for isa, flags in ISA_FLAGS.items()
         ]
 
         def compile_one(job: tuple[str, str, list[str]]) -> list[str]:
             source, folder, flags = job
-            return self.compiler.compile(
+            objects: list[str] = self.compiler.compile(
                 [source],
                 output_dir=str(Path(self.build_temp, folder)),
                 include_dirs=["csrc", *ext.include_dirs],
                 extra_postargs=[*COMPILE_FLAGS, *OPENMP_FLAGS, *flags],
             )
+            return objects
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             objects = [path for paths in pool.map(compile_one, jobs) for path in paths]
         self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), target_lang="c++")
 
     def _check_compiler(self) -> None:
+        self._check("none was found that works", "int main() { return 0; }\n", [])
+        without_openmp = "the one found does not support OpenMP"
+        self._check(without_openmp, "#include <omp.h>\nint n = omp_get_max_threads();\n", OPENMP_FLAGS)
+
+    def _check(self, problem: str, text: str, flags: list[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            for problem, text, flags in (
-                ("none was found that works", "int main() { return 0; }\n", []),
-                (
-                    "the one found does not support OpenMP",
-                    "#include <omp.h>\nint n = omp_get_max_threads();\n",
-                    OPENMP_FLAGS,
-                ),
-            ):
-                source = Path(folder, "check.cpp")
-                source.write_text(text)
-                try:
-                    self.compiler.compile([str(source)], output_dir=folder, extra_postargs=["-std=c++17", *flags])
-                except CompileError as error:
-                    raise PlatformError(INSTALL_HINT.format(problem=problem)) from error
+            source = Path(folder, "check.cpp")
+            source.write_text(text)
+            try:
+                self.compiler.compile([str(source)], output_dir=folder, extra_postargs=["-std=c++17", *flags])
+            except CompileError as error:
+                raise PlatformError(INSTALL_HINT.format(problem=problem)) from error
 
 
 without_extension = os.environ.get("PYVOLCONV_NO_EXTENSION", "") not in ("", "0")

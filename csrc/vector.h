@@ -53,6 +53,25 @@ struct Vector {
 
     static inline void store(T* to, type value) { *reinterpret_cast<typename VectorType<T>::unaligned*>(to) = value; }
 
+    // Like store, but past the caches where the processor can: no line is read before it is overwritten. For results
+    // too large to be found in a cache again. `to` is aligned to the vector; `finish_stream` comes before others may
+    // read.
+    static inline void stream(T* to, type value) {
+#if defined(__AVX512F__) && PVC_VECTOR_BYTES == 64
+        asm volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<type*>(to)) : "v"(value));
+#elif defined(__AVX__) && PVC_VECTOR_BYTES == 32
+        asm volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<type*>(to)) : "x"(value));
+#else
+        store(to, value);
+#endif
+    }
+
+    static inline void finish_stream() {
+#if defined(__AVX__)
+        asm volatile("sfence" : : : "memory");
+#endif
+    }
+
     // The first `count` (0 to lanes) elements, the rest zero; reads nothing beyond them.
     static inline type load_partial(const T* from, int64_t count) {
         type value = {};

@@ -24,6 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from types import EllipsisType
 from typing import NamedTuple
 
 import torch
@@ -106,7 +107,7 @@ def grad_weight(
     group, out_channels, channels, *taps = by_group.shape
     total = grad_w.new_zeros(group, out_channels, channels * math.prod(taps))
     for tile, columns in _columns(x, axes, groups):
-        total.baddbmm_(_by_group(grad_output, groups)[(..., *tile)].flatten(2), columns.transpose(1, 2))
+        total.baddbmm_(_part(_by_group(grad_output, groups), tile).flatten(2), columns.transpose(1, 2))
     if _channel_runs(x, groups):
         by_group.copy_(total.view(group, out_channels, *taps, channels).movedim(-1, 2))
     else:
@@ -120,7 +121,7 @@ def _convolve(source: Tensor, weight: Tensor, bias: Tensor | None, axes: Sequenc
     by_group = _by_group(result, groups)
     addend, beta = (matrix.new_zeros(1, 1, 1), 0) if bias is None else (bias, 1)
     for tile, columns in _columns(source, axes, groups):
-        target = by_group[(..., *tile)]
+        target = _part(by_group, tile)
         out = _as_matrices(target)
         # beta=0 ignores what is added to, which stands in for a bias that is not there.
         product = torch.baddbmm(addend, matrix, columns, beta=beta, out=out)
@@ -130,7 +131,13 @@ def _convolve(source: Tensor, weight: Tensor, bias: Tensor | None, axes: Sequenc
 
 def _by_group(activation: Tensor, groups: int) -> Tensor:
     """(N, C, D, H, W) as (G, C / G, N, D, H, W), a view."""
-    return activation.unflatten(1, (groups, -1)).movedim(0, 2)
+    return torch.unflatten(activation, 1, (groups, -1)).movedim(0, 2)
+
+
+def _part(tensor: Tensor, slices: Sequence[slice]) -> Tensor:
+    """The last axes of a tensor cut to one slice each, a view."""
+    index: tuple[EllipsisType | slice, ...] = (..., *slices)
+    return tensor[index]
 
 
 def _as_matrices(target: Tensor) -> Tensor | None:
@@ -192,12 +199,13 @@ def _windows(source: Tensor, axes: Sequence[Axis], tile: Sequence[slice]) -> Ten
     pads: list[int] = []
     for dimension, (axis, part) in enumerate(zip(axes, tile, strict=True), start=2):
         first = part.start * axis.stride - axis.padding
-        last = (part.stop - 1) * axis.stride - axis.padding + (axis.taps - 1) * axis.dilation
+        length = (part.stop - 1 - part.start) * axis.stride + (axis.taps - 1) * axis.dilation + 1
         begin = min(max(first, 0), source.shape[dimension])
-        end = max(min(last + 1, source.shape[dimension]), begin)
+        end = min(max(first + length, begin), source.shape[dimension])
         source = source.narrow(dimension, begin, end - begin)
-        pads = [begin - first, last + 1 - end, *pads]
+        before = min(max(-first, 0), length)
+        pads = [before, length - before - (end - begin), *pads]
     source = F.pad(source, pads) if any(pads) else source
     for dimension, axis in enumerate(axes, start=2):
         source = source.unfold(dimension, (axis.taps - 1) * axis.dilation + 1, axis.stride)
-    return source[(..., *(slice(None, None, axis.dilation) for axis in axes))]
+    return _part(source, [slice(None, None, axis.dilation) for axis in axes])

@@ -44,20 +44,25 @@ def forward(
                     total = bias[o]
                     for c in range(channels_per_group):
                         for i in range(kernel_depth):
+                            d_in = d * stride[0] - padding[0] + i * dilation[0]
+                            if d_in < 0 or d_in >= depth:
+                                continue
                             for j in range(kernel_height):
+                                h_in = h * stride[1] - padding[1] + j * dilation[1]
+                                if h_in < 0 or h_in >= height:
+                                    continue
                                 for k in range(kernel_width):
-                                    d_in = d * stride[0] - padding[0] + i * dilation[0]
-                                    h_in = h * stride[1] - padding[1] + j * dilation[1]
                                     w_in = w * stride[2] - padding[2] + k * dilation[2]
-                                    if 0 <= d_in < depth and 0 <= h_in < height and 0 <= w_in < width:
-                                        total += x[n, first_channel + c, d_in, h_in, w_in] * weight[o, c, i, j, k]
+                                    if w_in < 0 or w_in >= width:
+                                        continue
+                                    total += x[n, first_channel + c, d_in, h_in, w_in] * weight[o, c, i, j, k]
                     y[n, o, d, h, w] = total
 
 
 def grad_input(
     grad_output: Array, weight: Array, stride: Triple, padding: Triple, dilation: Triple, groups: int, grad_x: Array
 ) -> None:
-    """grad_x[n, c, d, h, w] = sum of grad_output * weight over (o, i, j, k) wherever a stride leads to a voxel."""
+    """grad_x[n, c, d, h, w] = sum of grad_output * weight over (o, i, j, k), where a tap leads to a whole voxel."""
     _, _, depth_out, height_out, width_out = grad_output.shape
     out_channels, channels_per_group, kernel_depth, kernel_height, kernel_width = weight.shape
     batch, in_channels, depth, height, width = grad_x.shape
@@ -71,15 +76,18 @@ def grad_input(
                     total = grad_x.dtype.type(0)
                     for o in range(first_output, first_output + out_channels // groups):
                         for i in range(kernel_depth):
+                            d_out, rest = divmod(d + padding[0] - i * dilation[0], stride[0])
+                            if rest != 0 or d_out < 0 or d_out >= depth_out:
+                                continue
                             for j in range(kernel_height):
+                                h_out, rest = divmod(h + padding[1] - j * dilation[1], stride[1])
+                                if rest != 0 or h_out < 0 or h_out >= height_out:
+                                    continue
                                 for k in range(kernel_width):
-                                    d_out, d_rest = divmod(d + padding[0] - i * dilation[0], stride[0])
-                                    h_out, h_rest = divmod(h + padding[1] - j * dilation[1], stride[1])
-                                    w_out, w_rest = divmod(w + padding[2] - k * dilation[2], stride[2])
-                                    if d_rest or h_rest or w_rest:
+                                    w_out, rest = divmod(w + padding[2] - k * dilation[2], stride[2])
+                                    if rest != 0 or w_out < 0 or w_out >= width_out:
                                         continue
-                                    if 0 <= d_out < depth_out and 0 <= h_out < height_out and 0 <= w_out < width_out:
-                                        total += grad_output[n, o, d_out, h_out, w_out] * weight[o, c, i, j, k]
+                                    total += grad_output[n, o, d_out, h_out, w_out] * weight[o, c, i, j, k]
                     grad_x[n, channel, d, h, w] = total
 
 
@@ -99,13 +107,18 @@ def grad_weight(
                     total = grad_w.dtype.type(0)
                     for n in range(batch):
                         for d in range(depth_out):
+                            d_in = d * stride[0] - padding[0] + i * dilation[0]
+                            if d_in < 0 or d_in >= depth:
+                                continue
                             for h in range(height_out):
+                                h_in = h * stride[1] - padding[1] + j * dilation[1]
+                                if h_in < 0 or h_in >= height:
+                                    continue
                                 for w in range(width_out):
-                                    d_in = d * stride[0] - padding[0] + i * dilation[0]
-                                    h_in = h * stride[1] - padding[1] + j * dilation[1]
                                     w_in = w * stride[2] - padding[2] + k * dilation[2]
-                                    if 0 <= d_in < depth and 0 <= h_in < height and 0 <= w_in < width:
-                                        total += grad_output[n, o, d, h, w] * x[n, channel, d_in, h_in, w_in]
+                                    if w_in < 0 or w_in >= width:
+                                        continue
+                                    total += grad_output[n, o, d, h, w] * x[n, channel, d_in, h_in, w_in]
                     grad_w[o, c, i, j, k] = total
 
 
@@ -120,8 +133,9 @@ def compiled(pass_: Literal["forward", "grad_input", "grad_weight"], parallel: b
     file does not say whether the code is parallel, so the serial code is compiled anew in each process that
     asks for it: read from that file it would be the parallel one.
     """
-    options = {"nogil": True, "parallel": parallel}
+    options: dict[str, Any] = {"nogil": True, "parallel": parallel}
     try:
-        return numba.njit(cache=parallel, **options)(LOOPS[pass_])
+        compiled_loops: Callable[..., None] = numba.njit(cache=parallel, **options)(LOOPS[pass_])
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        return numba.njit(**options)(LOOPS[pass_])
+        compiled_loops = numba.njit(**options)(LOOPS[pass_])
+    return compiled_loops

@@ -27,6 +27,13 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 MIN_DOT_SIDE = 16
 """Least extent of each side of `tl.dot`."""
 
+GPU_BLOCKS = {2: (128, 128, 64), 4: (128, 64, 32)}
+"""Largest BLOCK_M, BLOCK_N, BLOCK_K by bytes of a value. The first keeps a tensor core fed in 16 bits; 32-bit
+operands take twice the shared memory and, in IEEE precision, the registers of ordinary FMA units."""
+
+LARGEST_BLOCKS = dict.fromkeys(GPU_BLOCKS, (1024, 1024, 1024)) if INTERPRETED else GPU_BLOCKS
+"""In the interpreter an operation takes a tenth of a millisecond whatever its extent: few and large blocks."""
+
 
 class Launch(NamedTuple):
     """A kernel with everything it is started with."""
@@ -50,16 +57,12 @@ def power_of_2(size: int, least: int, most: int) -> int:
 
 
 def block_sizes(rows: int, columns: int, summed: int, item_bytes: int) -> dict[str, int]:
-    """BLOCK_M, BLOCK_N, BLOCK_K for a product (rows x summed) (summed x columns).
-
-    128 x 128 x 64 keeps a tensor core fed in 16 bits; 32-bit operands take twice the shared memory and, in
-    IEEE precision, ordinary FMA units with their registers, hence half of it each way.
-    """
-    wide = item_bytes > 2
+    """BLOCK_M, BLOCK_N, BLOCK_K for a product (rows x summed) (summed x columns)."""
+    largest_m, largest_n, largest_k = LARGEST_BLOCKS[item_bytes]
     return {
-        "BLOCK_M": power_of_2(rows, MIN_DOT_SIDE, 128),
-        "BLOCK_N": power_of_2(columns, MIN_DOT_SIDE, 64 if wide else 128),
-        "BLOCK_K": power_of_2(summed, MIN_DOT_SIDE, 32 if wide else 64),
+        "BLOCK_M": power_of_2(rows, MIN_DOT_SIDE, largest_m),
+        "BLOCK_N": power_of_2(columns, MIN_DOT_SIDE, largest_n),
+        "BLOCK_K": power_of_2(summed, MIN_DOT_SIDE, largest_k),
     }
 
 

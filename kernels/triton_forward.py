@@ -124,6 +124,9 @@ def forward_kernel(
     x_rows = x_ptr + n * x_n + group * channels * x_c  # (M, 1)
     weight_rows = weight_ptr + (group * out_channels + o[:, None]) * weight_o  # (N, 1)
 
+    voxel_valid = voxel < voxels
+    o_valid = o[:, None] < out_channels
+
     total = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     taps = KERNEL[0] * KERNEL[1] * KERNEL[2]
     for step in range(0, tap_steps(channels, taps, BLOCK_K, FLAT)):
@@ -134,12 +137,10 @@ def forward_kernel(
         inside = (d_in >= 0) & (d_in < depth) & (h_in >= 0) & (h_in < height) & (w_in >= 0) & (w_in < width)
         x = tl.load(
             x_rows + d_in * x_d + h_in * x_h + w_in * x_w + c * x_c,
-            mask=inside & (voxel < voxels) & c_valid,
+            mask=inside & voxel_valid & c_valid,
             other=0.0,
         )  # (M, K)
-        weight = tl.load(
-            weight_rows + c * weight_c + tap * weight_t, mask=(o[:, None] < out_channels) & c_valid, other=0.0
-        )  # (N, K)
+        weight = tl.load(weight_rows + c * weight_c + tap * weight_t, mask=o_valid & c_valid, other=0.0)  # (N, K)
         if WIDEN:
             x = x.to(tl.float32)
             weight = weight.to(tl.float32)
@@ -151,5 +152,5 @@ def forward_kernel(
     tl.store(
         y_ptr + n * y_n + d * y_d + h * y_h + w * y_w + (group * out_channels + o) * y_c,
         total.to(y_ptr.dtype.element_ty),
-        mask=(voxel < voxels) & (o < out_channels),
+        mask=voxel_valid & (o < out_channels),
     )

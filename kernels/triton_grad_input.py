@@ -151,6 +151,9 @@ def grad_input_kernel(
     grad_output_rows = grad_output_ptr + n * grad_output_n + group * out_channels * grad_output_c  # (M, 1)
     weight_rows = weight_ptr + group * out_channels * weight_o + c[:, None] * weight_c  # (N, 1)
 
+    voxel_valid = voxel < voxels
+    c_valid = c[:, None] < channels
+
     total = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     taps = d_taps * h_taps * w_taps
     for step in range(0, tap_steps(out_channels, taps, BLOCK_K, FLAT)):
@@ -169,14 +172,12 @@ def grad_input_kernel(
             + h_out * grad_output_h
             + w_out * grad_output_w
             + o * grad_output_c,
-            mask=inside & (voxel < voxels) & o_valid,
+            mask=inside & voxel_valid & o_valid,
             other=0.0,
         )  # (M, K)
         tap = (d_tap + d_nth * TAP_STEP[0]) * KERNEL[1] + h_tap + h_nth * TAP_STEP[1]
         tap = tap * KERNEL[2] + w_tap + w_nth * TAP_STEP[2]
-        weight = tl.load(
-            weight_rows + o * weight_o + tap * weight_t, mask=(c[:, None] < channels) & o_valid, other=0.0
-        )  # (N, K)
+        weight = tl.load(weight_rows + o * weight_o + tap * weight_t, mask=c_valid & o_valid, other=0.0)  # (N, K)
         if WIDEN:
             grad_output = grad_output.to(tl.float32)
             weight = weight.to(tl.float32)
@@ -189,5 +190,5 @@ def grad_input_kernel(
     tl.store(
         grad_x_ptr + n * grad_x_n + d * grad_x_d + h * grad_x_h + w * grad_x_w + (group * channels + c) * grad_x_c,
         total.to(grad_x_ptr.dtype.element_ty),
-        mask=(voxel < voxels) & (d < depth) & (h < height) & (w < width) & (c < channels),
+        mask=voxel_valid & (d < depth) & (h < height) & (w < width) & (c < channels),
     )

@@ -59,7 +59,7 @@ def grad_weight(
     blocks_n = ceil_div(columns, blocks["BLOCK_N"]) * repeats
     programs = ceil_div(out_channels, blocks["BLOCK_M"]) * blocks_n * groups
     steps = ceil_div(voxels, blocks["BLOCK_K"])
-    steps_per_split = max(MIN_STEPS, ceil_div(steps * programs, PROGRAMS))
+    steps_per_split = min(steps, max(MIN_STEPS, ceil_div(steps * programs, PROGRAMS)))
     splits = ceil_div(steps, steps_per_split)
     partials = torch.empty(splits, grad_w.numel(), dtype=torch.float32, device=grad_w.device)
     arguments = {
@@ -149,14 +149,17 @@ def grad_weight_kernel(
     grad_output_columns = grad_output_ptr + (group * out_channels + o[None, :]) * grad_output_c  # (1, M)
     x_columns = x_ptr + (group * channels + c) * x_c  # (1, N)
 
+    o_valid = o[None, :] < out_channels
+
     total = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     first_voxel = split.to(tl.int64) * steps_per_split * BLOCK_K
     for step in range(0, steps_per_split):
         voxel = first_voxel + step * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]  # (K, 1)
+        voxel_valid = voxel < voxels
         n, d, h, w = split_voxel(voxel, depth_out, height_out, width_out)
         grad_output = tl.load(
             grad_output_columns + n * grad_output_n + d * grad_output_d + h * grad_output_h + w * grad_output_w,
-            mask=(voxel < voxels) & (o[None, :] < out_channels),
+            mask=voxel_valid & o_valid,
             other=0.0,
         )  # (K, M)
         d_in = d * STRIDE[0] + d_first
@@ -165,7 +168,7 @@ def grad_weight_kernel(
         inside = (d_in >= 0) & (d_in < depth) & (h_in >= 0) & (h_in < height) & (w_in >= 0) & (w_in < width)
         x = tl.load(
             x_columns + n * x_n + d_in * x_d + h_in * x_h + w_in * x_w,
-            mask=inside & (voxel < voxels) & c_valid,
+            mask=inside & voxel_valid & c_valid,
             other=0.0,
         )  # (K, N)
         if WIDEN:

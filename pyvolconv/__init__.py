@@ -1,13 +1,13 @@
 """Hand-written 3-D convolution for PyTorch, and the instrument that shows where its cost goes.
 
-    conv3d, conv_transpose3d        functions, as in torch.nn.functional
-    conv3d_max_pool                 convolution, activation and max-pool in one pass
-    Conv3d, ConvTranspose3d         modules, as in torch.nn
-    accelerate(model), revert       swap a model's convolutions in place, and back
-    fusion_report(model)            what became of each convolution, and why no more
-    use_backend(name), backends()   choose who computes
-    ConvProblem                     one convolution as a value
-    keep_pages()                    stop glibc from returning freed pages between steps
+conv3d, conv_transpose3d        functions, as in torch.nn.functional
+conv3d_max_pool                 convolution, activation and max-pool in one pass
+Conv3d, ConvTranspose3d         modules, as in torch.nn
+accelerate(model), revert       swap a model's convolutions in place, and back
+fusion_report(model)            what became of each convolution, and why no more
+use_backend(name), backends()   choose who computes
+ConvProblem                     one convolution as a value
+keep_pages()                    stop glibc from returning freed pages between steps
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from .accelerate import accelerate, revert
 from .cost.pages import keep_pages
 from .dispatch import backends, use_backend
 from .errors import UnsupportedProblemError
-from .functional import conv3d, conv3d_max_pool, conv_transpose3d
+from .functional import conv3d, conv_transpose3d
+from .fused_functional import conv3d_max_pool
 from .fusion_report import fusion_report
 from .nn import Conv3d, ConvTranspose3d
 from .problem import ConvProblem

@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from .chains import original_class
 from .fusion import find
 from .nn import Conv3d, ConvTranspose3d
 
@@ -67,18 +67,19 @@ def accelerate(model: Model, example_input: Any = None, *, fuse: bool = True) ->
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate() takes a torch.nn.Module, got {type(model).__name__}")
     if example_input is None:
-        return _swap(model, fuse)
+        _swap(model, fuse)
+        return model
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
     before = _describe(model, arguments)
-    _swap(model, fuse)
+    swapped = _swap(model, fuse)
     try:
         after = _describe(model, arguments)
+        if after != before:
+            raise RuntimeError(f"accelerate() changed the result on example_input from {before} to {after}; undone")
     except BaseException:
-        revert(model)
+        for module in swapped:
+            _revert(module)
         raise
-    if after != before:
-        revert(model)
-        raise RuntimeError(f"accelerate() changed the result on example_input from {before} to {after}; undone")
     return model
 
 
@@ -89,20 +90,46 @@ def revert(model: Model) -> Model:
         The same `model`.
     """
     for module in model.modules():
-        module.__class__ = original_class(module)
+        _revert(module)
     return model
 
 
-def _swap(model: Model, fuse: bool) -> Model:
-    revert(model)
+def _swap(model: nn.Module, fuse: bool) -> list[nn.Module]:
+    """Swaps what is not ours yet and returns it; chains are looked for anew."""
+    swapped = []
     for module in model.modules():
+        if not isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
+            _revert(module)
         for torch_class, our_class in _REPLACEMENTS:
             if isinstance(module, torch_class) and not isinstance(module, our_class):
-                module.__class__ = _derived(type(module), our_class)  # type: ignore[arg-type]
-    for path, (ours, members) in find(model).classes.items() if fuse else ():
+                # A parametrized module has a class of its own, made at run time, which its removal expects to find.
+                original = type(module).__bases__[0] if is_parametrized(module) else type(module)
+                _replace_class(module, original, _derived(original, our_class))  # type: ignore[arg-type]
+                swapped.append(module)
+    for path, (base, members) in find(model).classes.items() if fuse else ():
         module = model.get_submodule(path)
-        module.__class__ = _derive(type(module), ours, members)
-    return model
+        module.__class__ = _derive(type(module), base, members)
+        swapped.append(module)
+    return swapped
+
+
+def _revert(module: nn.Module) -> None:
+    derived = _derived_class_of(module)
+    if derived is not None:
+        _replace_class(module, derived, derived._pyvolconv_original)
+
+
+def _derived_class_of(module: nn.Module) -> Any:
+    """The class that `_derived` made for this module, also under one made later on top of it, or None."""
+    return next((kind for kind in type(module).__mro__ if "_pyvolconv_original" in vars(kind)), None)
+
+
+def _replace_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
+    if type(module) is old:
+        module.__class__ = new
+    else:
+        kind = type(module)
+        kind.__bases__ = tuple(new if base is old else base for base in kind.__bases__)
 
 
 @cache
@@ -129,12 +156,15 @@ def _derive(original: type[nn.Module], ours: type[nn.Module] | None, own: dict[s
 
 
 def _reduce_as_original(self: Any, protocol: Any) -> Any:
-    original = type(self)._pyvolconv_original
-    constructor, arguments, *state = super(type(self), self).__reduce_ex__(protocol)
+    derived = _derived_class_of(self)
+    constructor, arguments, *state = super(derived, self).__reduce_ex__(protocol)
+    if type(self) is not derived:
+        return (constructor, arguments, *state)
+    original = derived._pyvolconv_original
     if constructor is copyreg.__newobj__:  # type: ignore[attr-defined]
         # pickle insists that this constructor's class is the object's own, so name it another way.
         constructor, arguments = original.__new__, (original, *arguments[1:])
-    return (constructor, tuple(original if part is type(self) else part for part in arguments), *state)
+    return (constructor, tuple(original if part is derived else part for part in arguments), *state)
 
 
 def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:

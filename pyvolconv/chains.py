@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from .epilogue import LARGEST_WINDOW, Activation
-from .functional import conv3d, conv3d_max_pool
+from .epilogue import LARGEST_WINDOW, Activation, Size3
+from .functional import conv3d, triple
+from .fused_functional import conv3d_max_pool
 from .nn import Conv3d
 
 Link = Literal["convolution", "normalization", "activation", "pool"]
@@ -45,7 +46,8 @@ _ORDER: tuple[Link, ...] = ("convolution", "normalization", "activation", "pool"
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that the module has when `accelerate` is undone."""
-    return getattr(type(module), "_pyvolconv_original", type(module))
+    original: type[nn.Module] = vars(type(module)).get("_pyvolconv_original", type(module))
+    return original
 
 
 def link_of(module: nn.Module) -> Link | None:
@@ -109,9 +111,10 @@ def _obstacle_of_norm(module: nn.BatchNorm3d, in_any_mode: bool) -> str:
 def _obstacle_of_pool(module: nn.MaxPool3d) -> str:
     if module.return_indices:
         return "MaxPool3d has return_indices=True"
-    window, stride, padding, dilation = map(
-        _triple, (module.kernel_size, module.stride, module.padding, module.dilation)
-    )
+    sizes = [triple(size) for size in (module.kernel_size, module.stride, module.padding, module.dilation)]
+    if None in sizes:
+        return "MaxPool3d has sizes that torch refuses"
+    window, stride, padding, dilation = cast("list[Size3]", sizes)
     if dilation != (1, 1, 1):
         return f"MaxPool3d has dilation={module.dilation}"
     if math.prod(window) > LARGEST_WINDOW:
@@ -119,10 +122,6 @@ def _obstacle_of_pool(module: nn.MaxPool3d) -> str:
     if min(*window, *stride) < 1 or any(not 0 <= 2 * pad <= size for pad, size in zip(padding, window, strict=True)):
         return "MaxPool3d has sizes that torch refuses"
     return ""
-
-
-def _triple(value: Any) -> tuple[int, ...]:
-    return (value, value, value) if isinstance(value, int) else tuple(value)
 
 
 def _interference(module: nn.Module) -> str:
@@ -201,9 +200,9 @@ def _run_chain(chain: Sequence[nn.Module], x: Tensor) -> Tensor:
             *geometry,
             activation=activation_name(activation),
             negative_slope=activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.01,
-            pool_size=_triple(pool.kernel_size),
-            pool_stride=_triple(pool.stride),
-            pool_padding=_triple(pool.padding),
+            pool_size=pool.kernel_size,
+            pool_stride=pool.stride,
+            pool_padding=pool.padding,
             ceil_mode=pool.ceil_mode,
         )
     y = conv3d(x, weight, bias, *geometry)

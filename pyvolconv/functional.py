@@ -1,16 +1,19 @@
-"""`conv3d` and `conv_transpose3d` as in `torch.nn.functional`, results and errors included, and the fused pass."""
+"""`conv3d` and `conv_transpose3d` with the signatures, results and errors of `torch.nn.functional`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import fused_ops, ops
-from .epilogue import KEEPS_PREACTIVATION, NEGATIVE_SLOPE, Activation, MaxPool, check_activation
+from . import ops
+from .dispatch import logger
+from .problem import DTYPE_BYTES
 
 Sizes = int | Sequence[int]
 
@@ -47,10 +50,9 @@ def conv3d(
         >>> pyvolconv.conv3d(x, w, padding="same").shape
         torch.Size([2, 4, 8, 8, 8])
     """
-    args = _conv3d_arguments(input, weight, bias, stride, padding, dilation, groups)
+    args = conv3d_arguments(input, weight, bias, stride, padding, dilation, groups)
     if args is None:
-        # torch is the contract for arguments that make no convolution: it words the error.
-        return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
+        return _leave_to_torch(F.conv3d, input, weight, bias, stride, padding, dilation, groups)
     batched = input if input.dim() == 5 else input.unsqueeze(0)
     y: Tensor = ops.conv3d(batched, weight, bias, *args)
     return y if input.dim() == 5 else y.squeeze(0)
@@ -95,15 +97,8 @@ def conv_transpose3d(
     """
     sizes = _conv_transpose3d_sizes(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if sizes is None:
-        return F.conv_transpose3d(
-            input,
-            weight,
-            bias,
-            stride,
-            padding,
-            output_padding,
-            groups,
-            dilation,
+        return _leave_to_torch(
+            F.conv_transpose3d, input, weight, bias, stride, padding, output_padding, groups, dilation
         )
     result_size, args, missing = sizes
     batched = input if input.dim() == 5 else input.unsqueeze(0)
@@ -111,105 +106,43 @@ def conv_transpose3d(
     if any(missing):
         y = F.pad(y, missing)
     if bias is not None:
-        y = y + bias.view(-1, 1, 1, 1)
+        y = y + bias.to(y.dtype).view(-1, 1, 1, 1)
     return y if input.dim() == 5 else y.squeeze(0)
 
 
-def conv3d_max_pool(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Sizes = 1,
-    padding: str | Sizes = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
-    *,
-    activation: Activation = "none",
-    negative_slope: float = NEGATIVE_SLOPE,
-    pool_size: Sizes = 2,
-    pool_stride: Sizes | None = None,
-    pool_padding: Sizes = 0,
-    ceil_mode: bool = False,
-) -> Tensor:
-    """`max_pool3d(activation(conv3d(input, weight, bias)))` in one pass; what is pooled never exists in memory.
-
-    Kept for the backward pass: operands, result, and one byte per pooled value that says which voxel was chosen.
-    The gradients run over chosen voxels alone, with a pool of 2x2x2 an eighth of the dense ones. Ties and NaN choose
-    as in `torch.nn.functional.max_pool3d`. Derivatives of every order, in both modes.
-
-    Args:
-        input, weight, bias, stride, padding, dilation, groups: as for `conv3d`.
-        activation: "none", "relu", "leaky_relu", "silu", "gelu" or "gelu_tanh" (gelu with approximate="tanh").
-        negative_slope: of leaky_relu, not negative.
-        pool_size, pool_stride, pool_padding: one number or one per axis, as of `max_pool3d`; the stride is
-            `pool_size` unless given. A window has at most 255 voxels.
-        ceil_mode: whether the number of windows is rounded up.
-
-    Returns:
-        (N, C_out, D_pooled, H_pooled, W_pooled), in channels_last_3d when `input` or `weight` is.
-
-    Raises:
-        RuntimeError, TypeError, ValueError: those of `torch.nn.functional.conv3d` for its arguments.
-        ValueError: activation, slope or pool are impossible, in words that say what is expected.
-
-    Example:
-        >>> import torch, pyvolconv
-        >>> x, w = torch.randn(2, 3, 9, 8, 8), torch.randn(4, 3, 3, 3, 3)
-        >>> y = pyvolconv.conv3d_max_pool(x, w, padding=1, activation="relu", ceil_mode=True)
-        >>> y.shape
-        torch.Size([2, 4, 5, 4, 4])
-    """
-    window, steps, pad = _triple(pool_size), _triple(pool_stride or pool_size), _triple(pool_padding)
-    if window is None or steps is None or pad is None:
-        raise ValueError(
-            f"pool_size={pool_size!r}, pool_stride={pool_stride!r} and pool_padding={pool_padding!r} must each be "
-            "one int or three, (depth, height, width)"
-        )
-    pool = MaxPool(window, steps, pad, ceil_mode)
-    check_activation(activation, negative_slope)
-    args = _conv3d_arguments(input, weight, bias, stride, padding, dilation, groups)
-    if args is None:
-        return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
-    if not _fits(pool, input, weight, *args[:3]):
-        dense = conv3d(input, weight, bias, stride, padding, dilation, groups)
-        return F.max_pool3d(dense, pool.window, pool.stride, pool.padding, 1, ceil_mode)
-    batched = input if input.dim() == 5 else input.unsqueeze(0)
-    sizes = (*args, activation, negative_slope, pool.window, pool.stride, pool.padding, pool.ceil_mode)
-    y: Tensor = fused_ops.conv3d_max_pool(batched, weight, bias, *sizes)[0]
-    if activation in KEEPS_PREACTIVATION:
-        y = fused_ops.APPLY[activation](y, negative_slope)
-    if y.device.type == "cpu" and torch.is_autocast_enabled("cpu") and y.dtype in (torch.bfloat16, torch.float16):
-        # On the CPU, autocast has max_pool3d computed and returned in float32; choosing rounds nothing.
-        y = y.float()
-    return y if input.dim() == 5 else y.squeeze(0)
+def _leave_to_torch(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """torch's answer to arguments that make no convolution of ours, most often an error, which it words."""
+    y = function(*args)
+    if not torch.compiler.is_compiling():
+        _log_once(f"a call with result {tuple(y.shape)} of {y.dtype} runs in torch: no backend takes such arguments")
+    return y
 
 
-def _fits(pool: MaxPool, input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> bool:
-    """Whether a pool finds a window in the convolution's result; what does not is left to torch to name."""
-    size = tuple(
-        (voxels + padding[2 * axis] + padding[2 * axis + 1] - dilation[axis] * (weight.shape[2 + axis] - 1) - 1)
-        // stride[axis]
-        + 1
-        for axis, voxels in enumerate(input.shape[-3:])
-    )
-    return min(pool.output_size(size)) >= 1
+@cache
+def _log_once(message: str) -> None:
+    logger.warning(message)
 
 
-def _triple(value: Any) -> tuple[int, int, int] | None:
+def triple(value: Any) -> tuple[int, int, int] | None:
     """Three ints out of what torch accepts for them, or None."""
-    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        return (value, value, value)  # type: ignore[return-value]
-    if isinstance(value, (tuple, list)) and all(isinstance(size, (int, torch.SymInt)) for size in value):
-        if len(value) == 1:
-            return (value[0],) * 3
-        if len(value) == 3:
-            return tuple(value)
-    return None
+    sizes = value if isinstance(value, (tuple, list)) else (value,)
+    sizes = tuple(int(size) if isinstance(size, np.integer) else size for size in sizes)
+    if not all(isinstance(size, (int, torch.SymInt)) and not isinstance(size, bool) for size in sizes):
+        return None
+    if len(sizes) == 1:
+        return sizes * 3
+    return sizes if len(sizes) == 3 else None
 
 
 def _are_operands(input: Any, weight: Any, bias: Any, out_channels_axis: int, groups: Any) -> bool:
     """Whether tensors and groups fit one another; what does not is left to torch to name."""
-    if not isinstance(input, Tensor) or not isinstance(weight, Tensor) or not isinstance(groups, int):
+    if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
+        return False
+    if (
+        not isinstance(groups, int)
+        or isinstance(groups, bool)
+        or str(input.dtype).removeprefix("torch.") not in DTYPE_BYTES
+    ):
         return False
     if input.dim() not in (4, 5) or weight.dim() != 5 or groups < 1 or input.device.type not in ("cpu", "cuda", "meta"):
         return False
@@ -227,11 +160,11 @@ def _are_operands(input: Any, weight: Any, bias: Any, out_channels_axis: int, gr
     return input.dtype == weight.dtype and (bias is None or bias.dtype == input.dtype)
 
 
-def _conv3d_arguments(
+def conv3d_arguments(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: Any
 ) -> tuple[Any, ...] | None:
     """(stride, padding as six numbers, dilation, groups), or None for arguments that torch refuses."""
-    stride, dilation = _triple(stride), _triple(dilation)
+    stride, dilation = triple(stride), triple(dilation)
     if stride is None or dilation is None or not _are_operands(input, weight, bias, 0, groups):
         return None
     if min(stride) < 1 or min(dilation) < 1 or input.shape[-4] != weight.shape[1] * groups or weight.shape[1] == 0:
@@ -241,7 +174,7 @@ def _conv3d_arguments(
         totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
         pairs = [side for total in totals for side in (total // 2, total - total // 2)]
     else:
-        sides = (0, 0, 0) if padding == "valid" else _triple(padding)
+        sides = (0, 0, 0) if padding == "valid" else triple(padding)
         if sides is None or min(sides) < 0:
             return None
         pairs = [side for both in sides for side in (both, both)]
@@ -268,8 +201,8 @@ def _conv_transpose3d_sizes(
     away from the padding at the end, then uses the remainder that a stride discards; what is still left
     (output_padding >= stride + padding) no tap reaches, and it is appended.
     """
-    stride, padding, dilation = _triple(stride), _triple(padding), _triple(dilation)
-    extra = _triple(output_padding)
+    stride, padding, dilation = triple(stride), triple(padding), triple(dilation)
+    extra = triple(output_padding)
     if stride is None or padding is None or dilation is None or extra is None:
         return None
     if not _are_operands(input, weight, bias, 1, groups) or input.shape[-4] != weight.shape[0] or weight.shape[1] == 0:

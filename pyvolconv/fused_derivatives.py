@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
-from .derivatives import autograd_kernel, inside_node
+from .derivatives import autograd_kernel, grad_bias, inside_node
 from .dispatch import forced_backend, use_backend_of_forward
 from .fused_ops import (
     conv3d_max_pool,
@@ -77,7 +77,7 @@ class _MaxPoolFunction(_SingleLevelFunction):
                 None,
                 conv3d_max_pool_grad_input(grad, code, weight, x.shape[2:], *sizes) if needs_x else None,
                 conv3d_max_pool_grad_weight(grad, code, x, weight.shape[2:], *sizes) if needs_weight else None,
-                grad.sum((0, 2, 3, 4)) if needs_bias else None,
+                grad_bias(grad) if needs_bias else None,
                 *nothing,
             )
 

@@ -40,7 +40,9 @@ def _max_pool3d(
     ceil_mode: Any = False,
     return_indices: Any = False,
 ) -> nn.Module:
-    return nn.MaxPool3d(kernel_size, stride or kernel_size, padding, dilation, return_indices, ceil_mode)
+    return nn.MaxPool3d(
+        kernel_size, kernel_size if stride in (None, [], ()) else stride, padding, dilation, return_indices, ceil_mode
+    )
 
 
 def _relu(input: Any, inplace: Any = False) -> nn.Module:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .chains import (
     chain_length,
@@ -91,9 +92,16 @@ def find(model: nn.Module) -> Findings:
     """Every chain of a model, in whatever mode its modules are; the model is only looked at."""
     findings = Findings({}, {}, {}, {}, _shared(model))
     for path, module in model.named_modules():
+        if is_parametrized(module):
+            # Its class was made for it at run time, and what made it expects to find it.
+            continue
         if is_plain_sequential(module):
             _find_in_sequential(path, module, findings)
-        elif _has_code_of_its_own(module) and any(link_of(inner) == "convolution" for inner in module.modules()):
+        elif (
+            link_of(module) is None
+            and _has_code_of_its_own(module)
+            and any(link_of(inner) == "convolution" for inner in module.modules())
+        ):
             try:
                 _find_in_forward(path, module, findings)
             except UnprovenError as error:

@@ -10,12 +10,22 @@ from typer.testing import CliRunner
 
 import pyvolconv
 from pyvolconv.cli import app
+from pyvolconv.cost.machine import measure_machine
+from pyvolconv.cost.results import PathTiming
 from pyvolconv.problem import PASSES, ConvProblem
 from pyvolconv.train.models import build
 from pyvolconv.train.paths import our_paths
-from pyvolconv.train.plan import FULL, MIN_ROUNDS, QUICK, STATES
+from pyvolconv.train.plan import FIXED_STEPS, FULL, QUICK, STATES
 from pyvolconv.train.runs import Trainer, projected
-from pyvolconv.train.steps import PathSpec, candidate, fitted, gradient_difference
+from pyvolconv.train.steps import (
+    MOST_ROUNDS,
+    ROUNDS_AT_ONCE,
+    PathSpec,
+    candidate,
+    fitted,
+    gradient_difference,
+    time_paths,
+)
 
 SIZE = (6, 8, 10)
 
@@ -57,6 +67,7 @@ def test_compare_end_to_end(volumes, tmp_path):
         if timing["network"] == "cnn":
             parts = sum(timing[part] for part in ("forward", "grad_input", "grad_weight", "other"))
             assert parts == pytest.approx(timing["milliseconds"])
+            assert min(timing[part] for part in ("forward", "grad_input", "grad_weight", "other")) > 0
         if timing["ours"]:
             assert timing["gradient_difference"] < 1e-4
     assert [len(run["epochs"]) for run in plain["training"] if run["stopped"] == "max_epochs"]
@@ -85,6 +96,24 @@ def test_ctrl_c_writes_what_was_measured(volumes, tmp_path, monkeypatch):
     assert plain["interrupted"] is True
     assert plain["machine"]["peak_flops"] > 0
     assert "Interrupted" in (tmp_path / "report.html").read_text()
+
+
+def test_a_checkpoint_of_another_run_costs_no_measurement(volumes, tmp_path, monkeypatch):
+    monkeypatch.setattr("pyvolconv.train.compare.time_paths", lambda candidates, *rest, **named: ([step_of_lstm()], []))
+    arguments = ["compare", "--quick", "--data", volumes, "--out", tmp_path, "--backends", "im2col", "--epochs", 1]
+    first = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert first.exit_code == 0, first.output
+    second = CliRunner().invoke(app, [str(argument) for argument in (*arguments, "--resume", "--batch-size", 4)])
+    assert second.exit_code == 2
+    assert "batch_size=8" in second.stderr
+    assert len(second.stderr.strip().splitlines()) == 1
+    plain = json.loads((tmp_path / "results.json").read_text())
+    assert "batch_size=8" in plain["error"]
+    assert plain["paths"]
+
+
+def step_of_lstm():
+    return PathTiming("LSTM", "lstm", "torch", None, False, "kept", 5.0, None, None, None, None, 3, 8, 8)
 
 
 def test_ctrl_c_in_training_ends_the_comparison(volumes, tmp_path, monkeypatch):
@@ -157,13 +186,20 @@ def test_unknown_path_names_those_that_exist():
 
 
 @pytest.mark.parametrize("budget", [QUICK, FULL], ids=["quick", "full"])
-def test_timing_steps_keeps_to_its_time(budget):
+def test_longest_steps_of_all_paths_fit_into_the_time_for_steps(budget):
     paths = 6
-    step = budget.longest_step(paths)
-    for per_round in (paths * step, paths * step / 3, 1e-3):
-        rounds = budget.affordable_rounds(per_round)
-        assert MIN_ROUNDS <= rounds <= budget.rounds
-        assert STATES * per_round * (budget.fixed_turns + rounds) <= budget.steps * 1.001
+    steps_per_path = FIXED_STEPS + 2 * budget.repeats
+    assert STATES * paths * steps_per_path * budget.longest_step(paths) <= budget.steps * 1.001
+    assert budget.steps < budget.total
+
+
+def test_turns_end_with_the_time(batch):
+    one = candidate(PathSpec("torch contiguous", "cnn", None, "ncdhw"), make_cnn, *batch, 4)
+    machine = measure_machine()
+    (short,), _ = time_paths([one], "returned", machine, seconds=0.0, repeats=1, say=str)
+    (long,), profiles = time_paths([one], "returned", machine, seconds=60.0, repeats=1, say=str)
+    assert (short.steps, long.steps) == (ROUNDS_AT_ONCE, MOST_ROUNDS)
+    assert profiles[0].batch_size == 4
 
 
 def test_a_run_that_came_to_its_own_end_is_not_projected():

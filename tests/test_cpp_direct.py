@@ -176,6 +176,15 @@ def test_a_nan_reaches_its_own_outputs_only(run, operands):
         assert hit.sum() == hit[0, channels, 0:3, 0:3, 8:11].numel()
 
 
+def test_results_larger_than_caches(run, operands, reference, poisoned):
+    """From 64 MiB on, whole lines of an ndhwc result are written past the caches; 70 MB of an aligned result here."""
+    shapes = {"forward": "n1ic1oc16-i65x130x130-k1x1x2-p0x0x1+0-bias", "grad_input": "n1ic16oc1-i65x130x130-k1x2x1"}
+    for pass_, text in shapes.items():
+        problem = ConvProblem.parse(f"cpu-float32-ndhwc-{text}")
+        args = operands(problem, pass_, integers=True)
+        assert torch.equal(run(problem, pass_, args).double(), reference(problem, pass_, args)), pass_
+
+
 axis_size = st.integers(1, 19)
 small = st.integers(1, 3)
 

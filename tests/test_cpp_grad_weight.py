@@ -52,6 +52,11 @@ CUT = (
     "n1ic64oc8-i2x3x203-k3x3x7-p1x1x3",
     "n1ic8oc16-i13x14x50-k2x3x3-s3x2x1-p1-d5x3x4",
     "n1ic4oc4-i2x2x1500-k1x1x3-p0x0x1",
+    # Dilations wider than a slab and strides larger than the kernel: x is packed tap by tap.
+    "n1ic8oc16-i70x60x90-k3x2x3-s2x3x3-d30x29x40",
+    "n1ic1oc7-i5x6x60-k1x1x2-s3x2x3-p0x0x1",
+    "n1ic3oc5-i20x6x40-k2-s1x1x2-p3-d17x3x25",
+    "n2ic12oc9-i7x8x9-k1-s3",
 )  # fmt: skip
 
 

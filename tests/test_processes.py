@@ -17,7 +17,7 @@ from pyvolconv.problem import PASSES, ConvProblem
 ON_EVERY_CPU = ("cpp.direct", "im2col", "numba", "aten")
 
 FORK = """
-    import os, sys
+    import os, signal, sys
     import torch, pyvolconv
 
     backend, threads_in_child = sys.argv[1], int(sys.argv[2])
@@ -36,6 +36,7 @@ FORK = """
     before = passes()
     child = os.fork()
     if child == 0:
+        signal.alarm(100)  # Ends a child that hangs, which the time limit of its parent would leave behind.
         status = 1
         try:
             if threads_in_child:

@@ -226,6 +226,15 @@ def test_removals_add_up_to_the_whole_saving():
         assert sum(item.parts.values()) == pytest.approx(item.milliseconds)
 
 
+def test_every_other_path_is_set_against_torch_in_its_layout():
+    others = answer(complete_result()).other_paths
+    assert [item.change for item in others] == [
+        "im2col instead of torch contiguous",
+        "numba instead of torch contiguous",
+    ]
+    assert others[0].milliseconds == pytest.approx(0.65 * (700 - 900))
+
+
 def test_speed_up_is_against_torch_in_the_same_allocator_state():
     rows = {(pages, row.timing.path): row for pages, group in path_rows(complete_result()).items() for row in group}
     assert rows["kept", "cpp"].speed_up == pytest.approx(700 / 230)

@@ -27,7 +27,7 @@ def data():
     rng = np.random.default_rng(0)
     labels = np.arange(44) % 2
     volumes = rng.standard_normal((44, *SIZE)).astype(np.float32)
-    volumes[:, 2:] += labels[:, None, None, None] * 2
+    volumes[:, 2:] += labels[:, None, None, None] * 3
     return make_splits(volumes, labels, np.split(np.arange(44), [28, 36]), "made up")
 
 

@@ -64,17 +64,19 @@ struct Blocking {
     }
 };
 
+// The allowances are measured: in ncdhw, transposing tiles costs less than the planar kernel's unaligned loads and row
+// ends unless there are too few channels to transpose by vectors; in ndhwc the planar kernel has to transpose.
 template <typename T>
 Kernel choose_kernel(const Gather& gather) {
+    constexpr int64_t lanes = Vector<T>::lanes;
     const auto used = [](int64_t count) {
-        return static_cast<double>(count) /
-               static_cast<double>(ceil_divide(count, Vector<T>::lanes) * Vector<T>::lanes);
+        return static_cast<double>(count) / static_cast<double>(ceil_divide(count, lanes) * lanes);
     };
     const bool depthwise = gather.groups > 1 && gather.source_channels == 1 && gather.target_channels == 1;
-    const double width = used(gather.axis[2].count);
     const double channels = used(depthwise ? gather.groups : gather.target_channels);
-    const bool planar = gather.layout == Layout::ncdhw ? width > 0.8 * channels : 0.6 * width > channels;
-    return planar ? Kernel::planar : depthwise ? Kernel::depthwise : Kernel::broadcast;
+    const double allowance = gather.layout == Layout::ndhwc ? 0.6 : gather.source_channels < lanes ? 2.0 : 0.85;
+    if (allowance * used(gather.axis[2].count) > channels) return Kernel::planar;
+    return depthwise ? Kernel::depthwise : Kernel::broadcast;
 }
 
 // Writes the segments of one chunk, runs cut to at most `longest` elements; returns how many.

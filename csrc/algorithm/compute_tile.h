@@ -86,6 +86,7 @@ class TileTask {
                               initial + unit_ * b_.unit_width(), target);
             }
         }
+        Vector<T>::finish_stream();
     }
 
   private:
@@ -116,6 +117,18 @@ class TileTask {
         const bool last = gather_.layout == Layout::ndhwc;
         if (b_.kernel != Kernel::planar) return last && to_.channels == to_.width;
         return (!last || all_targets == 1) && gather_.axis[2].target_step == 1 && to_.count[2] >= b_.lanes;
+    }
+
+    // Whether the target is too large to stay in a cache, and a block writes whole cache lines of it.
+    bool streams(const T* target) const {
+        constexpr int64_t kLargeBytes = int64_t{64} << 20, kLine = 64;
+        const GatherAxis* axis = gather_.axis;
+        const int64_t voxel_bytes = gather_.groups * gather_.target_channels * static_cast<int64_t>(sizeof(T));
+        const int64_t voxels = axis[0].target_size * axis[1].target_size * axis[2].target_size;
+        const int64_t block_bytes = to_.width * static_cast<int64_t>(sizeof(T));
+        const int64_t begin = reinterpret_cast<intptr_t>(target) + to_.channel * static_cast<int64_t>(sizeof(T));
+        return b_.kernel != Kernel::planar && gather_.batch * voxels * voxel_bytes >= kLargeBytes &&
+               voxel_bytes % kLine == 0 && block_bytes % kLine == 0 && begin % kLine == 0;
     }
 
     T* tile_target(T* target) const {
@@ -154,6 +167,7 @@ class TileTask {
             arguments.weights = block_weights + b_.parts[p].element * to_.width;
             arguments.initial = chunk == 0 && p == 0 ? initial + channel : nullptr;
             arguments.target = last && direct() ? tile_target(target) : nullptr;
+            arguments.stream = arguments.target != nullptr && streams(target);
             compute_part(b_, grains, items_, arguments);
         }
         if (chunk + 1 < b_.chunks || direct()) return;

@@ -115,6 +115,31 @@ void pack_rows(const Gather& gather, const PackedAxis packed[3], const SourceBlo
     }
 }
 
+// One channel of the ncdhw layout as one plane: rows are copied, nothing else, and what is the same for every row is
+// found once.
+template <typename T>
+void pack_plane(const Gather& gather, const PackedAxis packed[3], const SourceBlock& block, const T* channel, T* to) {
+    const GatherAxis* axis = gather.axis;
+    const int64_t rows = packed[2].rows, size = axis[2].source_size;
+    const int64_t begin = smaller(larger(-block.origin[2], 0), rows);
+    const int64_t end = larger(smaller(size - block.origin[2], rows), begin);
+    for (int64_t d = 0; d < packed[0].rows; ++d) {
+        const int64_t depth = block.origin[0] + source_position(axis[0], packed[0], d);
+        const bool depth_inside = depth >= 0 && depth < axis[0].source_size;
+        for (int64_t h = 0; h < packed[1].rows; ++h, to += rows) {
+            const int64_t height = block.origin[1] + source_position(axis[1], packed[1], h);
+            if (!depth_inside || height < 0 || height >= axis[1].source_size) {
+                fill_zero(to, rows);
+                continue;
+            }
+            const T* row = channel + (depth * axis[1].source_size + height) * size + block.origin[2];
+            for (int64_t w = 0; w < begin; ++w) to[w] = 0;
+            copy_values(row + begin, to + begin, end - begin);
+            for (int64_t w = end; w < rows; ++w) to[w] = 0;
+        }
+    }
+}
+
 // `to` is [axis 0 rows][axis 1 rows][axis 2 rows][width], or when planar [width][axis 0 rows][axis 1 rows][axis 2
 // rows].
 template <typename T>
@@ -132,11 +157,9 @@ void pack_source(const Gather& gather, const PackedAxis packed[3], bool planar, 
         const int64_t kept = planar ? block.channels * packed_voxels : 0;
         fill_zero(to + kept, block.width * packed_voxels - kept);
     }
-    if (planar && !last) {  // one plane after another: the order of memory on both sides
-        SourceBlock plane = block;
-        plane.channels = plane.width = 1;
+    if (planar && !last && packed[2].dense) {
         for (int64_t c = 0; c < block.channels; ++c) {
-            pack_rows(gather, packed, plane, first + c * from.channel, from, to + c * strides.channel, strides);
+            pack_plane(gather, packed, block, first + c * voxels, to + c * packed_voxels);
         }
     } else {
         pack_rows(gather, packed, block, first, from, to, strides);

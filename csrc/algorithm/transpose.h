@@ -118,19 +118,32 @@ struct Transpose {
     }
 };
 
-// to[c][r] = from[r][c] for r < rows, c < columns.
+// to[c][r] = from[r][c] for r < rows, c < columns. `from` and `to` do not overlap.
+//
+// The side whose lines are further apart (planes of a tensor, often a power of two apart, so that their lines compete
+// for the same cache sets) is walked along its lines, lanes of them at a time. A size that is no multiple of the lanes
+// ends with an overlapping block.
 template <typename T>
 void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows, int64_t columns) {
     constexpr int64_t lanes = Vector<T>::lanes;
-    const int64_t whole_rows = rows / lanes * lanes, whole_columns = columns / lanes * lanes;
-    for (int64_t c = 0; c < whole_columns; c += lanes) {
-        for (int64_t r = 0; r < whole_rows; r += lanes) {
-            Transpose<T>::block(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+    if (rows < lanes || columns < lanes) {
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
         }
+        return;
     }
-    for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) {
-            to[c * to_stride + r] = from[r * from_stride + c];
+    const auto block = [&](int64_t r, int64_t c) {
+        r = smaller(r, rows - lanes);
+        c = smaller(c, columns - lanes);
+        Transpose<T>::block(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+    };
+    if (from_stride > to_stride) {
+        for (int64_t r = 0; r < rows; r += lanes) {
+            for (int64_t c = 0; c < columns; c += lanes) block(r, c);
+        }
+    } else {
+        for (int64_t c = 0; c < columns; c += lanes) {
+            for (int64_t r = 0; r < rows; r += lanes) block(r, c);
         }
     }
 }

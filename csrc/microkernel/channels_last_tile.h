@@ -21,6 +21,14 @@ inline void begin_channels_last(const TileArguments<T>& a, typename Vector<T>::t
 template <typename T, int MR, int NR>
 inline void end_channels_last(const TileArguments<T>& a, const typename Vector<T>::type (&sum)[MR][NR]) {
     using V = Vector<T>;
+    if (a.stream) {
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+            for (int n = 0; n < NR; ++n) V::stream(a.target + a.places[m] + n * V::lanes, sum[m][n]);
+        }
+        return;
+    }
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
         T* to = a.target != nullptr ? a.target + a.places[m] : a.sums + m * NR * V::lanes;

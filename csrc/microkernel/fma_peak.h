@@ -19,7 +19,11 @@ double measure_fma_peak(double seconds) {
     for (;;) {
         const double start = omp_get_wtime();
         parallel_for(threads, [rounds](int64_t) {
-            V::type sum[kChains] = {};
+            V::type sum[kChains];
+#pragma GCC unroll 16
+            for (int chain = 0; chain < kChains; ++chain) {
+                sum[chain] = V::type{} + static_cast<float>(chain);  // equal chains would be computed once
+            }
             const V::type factor = V::type{} + 0.5f, addend = V::type{} + 1.0f;
             for (int64_t step = 0; step < rounds * kSteps; ++step) {
 #pragma GCC unroll 16

@@ -27,7 +27,8 @@ struct TileArguments {
     int64_t segment_count;
     const T* weights;
     const T* initial;
-    T* sums;  // MR rows of NR vectors
+    bool stream;  // channels-last: `target` is written past the caches
+    T* sums;      // MR rows of NR vectors
     T* target;
     const int64_t* places;   // places[m]: where the item begins in target
     int64_t channel_stride;  // planar: from one channel to the next in target

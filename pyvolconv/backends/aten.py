@@ -1,11 +1,13 @@
 """torch's own convolution: the peer that every path is compared with, and the last resort.
 
 ATen pads both ends of an axis alike; what an asymmetric problem adds on one end only is padded
-beforehand and cut from the gradient afterwards.
+beforehand and cut from the gradient afterwards. Its kernels know real numbers only, so a complex
+convolution is made of four real ones, as all three passes are linear in both operands.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -24,9 +26,14 @@ class AtenBackend(Backend):
     ours: ClassVar[bool] = False
 
     def unsupported_reasons(self, problem: ConvProblem, pass_: Pass) -> list[str]:
+        if pass_ == "grad_weight" and "int" in problem.dtype:
+            return [f"torch has no weight gradient of {problem.dtype}"]
         return []
 
     def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if x.is_complex():
+            y = _complex(lambda x, weight: self.forward(problem, x, weight, None), x, weight)
+            return y if bias is None else y.add_(bias.view(-1, 1, 1, 1))
         padding, excess = _split_padding(problem)
         if any(excess):
             x = F.pad(x, excess)
@@ -36,24 +43,31 @@ class AtenBackend(Backend):
         return _dense(y, problem)
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
+        if grad_output.is_complex():
+            return _complex(lambda grad, weight: self.grad_input(problem, grad, weight), grad_output, weight)
         padding, excess = _split_padding(problem)
         size = [
             size + begin + end
             for size, begin, end in zip(problem.input_size, excess[4::-2], excess[5::-2], strict=True)
         ]
-        # Only the sizes of the input are read; its pages are never touched.
-        x = torch.empty(
-            (problem.batch, problem.in_channels, *size),
-            dtype=grad_output.dtype,
-            device=grad_output.device,
-            memory_format=MEMORY_FORMAT[problem.layout],
-        )
-        grad = _backward(problem, grad_output, x, weight, padding, (True, False, False))[0]
+        if grad_output.is_floating_point():
+            # Only the sizes of the input are read; its pages are never touched.
+            x = torch.empty(
+                (problem.batch, problem.in_channels, *size),
+                dtype=grad_output.dtype,
+                device=grad_output.device,
+                memory_format=MEMORY_FORMAT[problem.layout],
+            )
+            grad = _backward(problem, grad_output, x, weight, padding, (True, False, False))[0]
+        else:
+            grad = _transposed(problem, grad_output, weight, padding, size)
         if any(excess):
             grad = F.pad(grad, [-amount for amount in excess])
         return _dense(grad, problem)
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
+        if grad_output.is_complex():
+            return _complex(lambda grad, x: self.grad_weight(problem, grad, x), grad_output, x)
         padding, excess = _split_padding(problem)
         if any(excess):
             x = F.pad(x, excess)
@@ -85,6 +99,28 @@ def _split_padding(problem: ConvProblem) -> tuple[list[int], list[int]]:
     for (begin, end), both in zip(reversed(problem.padding), reversed(shared), strict=True):
         excess += [begin - both, end - both]
     return shared, excess
+
+
+def _complex(product: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor) -> Tensor:
+    """(a + ib)(c + id) = (ac - bd) + i(ad + bc) for a bilinear `product` of real tensors."""
+    real = product(first.real, second.real) - product(first.imag, second.imag)
+    imaginary = product(first.real, second.imag) + product(first.imag, second.real)
+    return torch.complex(real, imaginary)
+
+
+def _transposed(
+    problem: ConvProblem, grad_output: Tensor, weight: Tensor, padding: list[int], size: list[int]
+) -> Tensor:
+    """grad_input as a transposed convolution, which ATen has for integers too."""
+    # What the stride leaves over at the end of the input.
+    remainder = [
+        (size[axis] + 2 * padding[axis] - problem.dilation[axis] * (problem.kernel_size[axis] - 1) - 1)
+        % problem.stride[axis]
+        for axis in range(3)
+    ]
+    return torch.ops.aten.convolution(  # type: ignore[no-any-return]
+        grad_output, weight, None, problem.stride, padding, problem.dilation, True, remainder, problem.groups
+    )
 
 
 def _backward(

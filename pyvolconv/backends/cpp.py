@@ -1,8 +1,8 @@
 """`cpp.direct`: register-tiled direct convolution in C++ and OpenMP, from csrc/.
 
 The compiled module is loaded at the first question about it. A pass is one call into it: pointers in, the interpreter
-lock released, work shared over `torch.get_num_threads()` threads of the OpenMP pool that torch uses. The instruction set
-is the fastest that the machine supports, capped by the environment variable PYVOLCONV_ISA (avx512, avx2 or baseline).
+lock released, work shared over `torch.get_num_threads()` threads of the OpenMP pool that torch uses. The instruction
+set is the fastest that the machine supports, capped by the environment variable PYVOLCONV_ISA (avx512, avx2, baseline).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..problem import ConvProblem, Pass
+from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from .base import Accuracy, Backend, empty
 
 if TYPE_CHECKING:
@@ -45,6 +45,13 @@ def load_extension() -> tuple[ModuleType | None, str]:
     except ValueError as error:
         return None, str(error)
     return _C, ""
+
+
+@cache
+def _kernels() -> ModuleType:
+    from .. import _C
+
+    return _C
 
 
 @lru_cache(maxsize=1024)
@@ -108,29 +115,23 @@ class CppDirect(Backend):
         return reasons
 
     def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        from .. import _C
-
         y = empty(problem, "output", x)
         _follow_torch_threads()
-        _C.forward(
+        _kernels().forward(
             _plan(problem), x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
         )
         return y
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
-        from .. import _C
-
         result = empty(problem, "input", grad_output)
         _follow_torch_threads()
-        _C.grad_input(_plan(problem), grad_output.data_ptr(), weight.data_ptr(), result.data_ptr())
+        _kernels().grad_input(_plan(problem), grad_output.data_ptr(), weight.data_ptr(), result.data_ptr())
         return result
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
-        from .. import _C
-
         result = empty(problem, "weight", x)
         _follow_torch_threads()
-        _C.grad_weight(_plan(problem), grad_output.data_ptr(), x.data_ptr(), result.data_ptr())
+        _kernels().grad_weight(_plan(problem), grad_output.data_ptr(), x.data_ptr(), result.data_ptr())
         return result
 
     def forward_max_pool(
@@ -174,7 +175,19 @@ class CppDirect(Backend):
         return Accuracy(constant=1.0, accumulate_dtype=problem.dtype, bitwise_reproducible=True)
 
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
-        return 0.6
+        """Share of lanes in use, times 0.9, with the time of 12 FLOPs for every byte that must be moved.
+
+        Both numbers are fitted to measurements on an AVX2 machine: 0.85 to 0.91 of peak at 16 channels and more, 0.47
+        for one input channel (whose output is most of its work), 0.28 for depthwise.
+        """
+        lanes = {"avx512": 64, "avx2": 32}.get(_kernels().current_isa(), 16) // DTYPE_BYTES[problem.dtype]
+        channels = problem.out_channels if pass_ == "forward" else problem.in_channels
+        if 1 < problem.groups < problem.in_channels:
+            channels //= problem.groups
+        width = problem.output_size[2] if pass_ == "forward" else problem.input_size[2]
+        used = max(size / (-(-size // lanes) * lanes) for size in (channels, width))
+        moved = problem.min_bytes(pass_) / problem.flops(pass_)
+        return 1 / (1 / (0.9 * used) + 12 * moved)
 
 
 def _follow_torch_threads() -> None:

@@ -128,7 +128,7 @@ def _call_parallel(loops: Callable[..., None], arguments: tuple[Any, ...]) -> No
     torch_threads = torch.get_num_threads()
     with _parallel_region:
         numba_threads = numba.get_num_threads()
-        numba.set_num_threads(min(torch_threads, numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(min(torch_threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         try:
             loops(*arguments)
         finally:

@@ -38,8 +38,8 @@ class TritonBackend(Backend):
             reasons.append(f"runs on cuda tensors, not on {problem.device}")
         elif not _interpreter_asked():
             reasons.append("no CUDA tensors, and TRITON_INTERPRET=1 is not set (for tests on the CPU)")
-        elif _COMMON in sys.modules and not sys.modules[_COMMON].INTERPRETED:
-            reasons.append("TRITON_INTERPRET=1 was set after the kernels were loaded; set it before the process starts")
+        else:
+            reasons += _missing_in_interpreter()
         if problem.dtype not in ("float32", "float16", "bfloat16"):
             reasons.append(f"computes in float32, float16 or bfloat16, not in {problem.dtype}")
         return reasons
@@ -100,6 +100,25 @@ def _geometry(
 
 def _interpreter_asked() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _missing_in_interpreter() -> list[str]:
+    if _COMMON in sys.modules and not sys.modules[_COMMON].INTERPRETED:
+        return ["TRITON_INTERPRET=1 was set after the kernels were loaded; set it before the process starts"]
+    if importlib.util.find_spec("triton") is None:
+        return []
+    import numpy
+    import triton
+
+    # Loop bounds: triton.runtime.interpreter calls int() on an array of one value, which NumPy 2.4 refuses.
+    if _major_minor(triton.__version__) < (3, 7) and _major_minor(numpy.__version__) >= (2, 4):
+        return [f"the interpreter of Triton {triton.__version__} needs NumPy < 2.4, this is {numpy.__version__}"]
+    return []
+
+
+def _major_minor(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _missing_on_cuda(dtype: str) -> list[str]:

@@ -55,15 +55,24 @@ class Removal:
         """The whole saving of a step."""
         return self.before.milliseconds - self.after.milliseconds
 
+    def to_dict(self) -> dict[str, Any]:
+        """The change and what it takes away, as plain values for JSON."""
+        return {"change": self.change, "milliseconds": self.milliseconds, "parts": self.parts}
+
 
 @dataclass(frozen=True)
 class Answer:
-    """The report's first and last words, and the numbers that they rest on."""
+    """The report's first and last words, and the numbers that they rest on.
+
+    `removals` lead step by step from torch as installed to our fastest path, so they add up; `other_paths` set each of
+    our other paths against torch in the same layout.
+    """
 
     headline: str
     paragraphs: list[str]
     factors: list[Factors]
     removals: list[Removal]
+    other_paths: list[Removal]
 
     def to_dict(self) -> dict[str, Any]:
         """Words and numbers as plain values for JSON."""
@@ -71,10 +80,8 @@ class Answer:
             "headline": self.headline,
             "paragraphs": self.paragraphs,
             "factors": [asdict(item) for item in self.factors],
-            "removals": [
-                {"change": item.change, "milliseconds": item.milliseconds, "parts": item.parts}
-                for item in self.removals
-            ],
+            "removals": [item.to_dict() for item in self.removals],
+            "other_paths": [item.to_dict() for item in self.other_paths],
         }
 
 
@@ -82,7 +89,8 @@ def answer(result: ComparisonResult) -> Answer:
     """Put a result into words. What was not measured is left out, so a partial result has a shorter answer."""
     factors = [found for path, pages in _landmarks(result) if (found := factors_of(result, path, pages)) is not None]
     removals = _removals(result)
-    return Answer(_headline(result), _paragraphs(result, factors, removals), factors, removals)
+    paragraphs = _paragraphs(result, factors, removals)
+    return Answer(_headline(result), paragraphs, factors, removals, _other_paths(result))
 
 
 def factors_of(result: ComparisonResult, path: PathTiming, pages: Pages) -> Factors | None:
@@ -164,11 +172,11 @@ def _identity(item: Factors) -> str:
 
 
 def _removal(item: Removal) -> str:
-    verb = "takes away" if item.milliseconds >= 0 else "adds"
+    verb, of = ("takes away", "of") if item.milliseconds >= 0 else ("adds", "to")
     sign = 1 if item.milliseconds >= 0 else -1
     largest = max(item.parts, key=lambda part: sign * item.parts[part], default=None)
     text = (
-        f"{item.change} {verb} {wording.milliseconds(abs(item.milliseconds))} of "
+        f"{item.change} {verb} {wording.milliseconds(abs(item.milliseconds))} {of} "
         f"{wording.milliseconds(item.before.milliseconds)}"
     )
     if largest is None:
@@ -189,6 +197,17 @@ def _removals(result: ComparisonResult) -> list[Removal]:
         for change, before, after in chain
         if before is not None and after is not None and before is not after
     ]
+
+
+def _other_paths(result: ComparisonResult) -> list[Removal]:
+    fastest = result.best(result.after, ours=True)
+    found = []
+    for timing in result.cnn_paths(result.after):
+        peers = [one for one in result.cnn_paths(result.after) if not one.ours and one.layout == timing.layout]
+        if timing.ours and timing is not fastest and peers:
+            change = f"{timing.path} instead of {peers[0].path}"
+            found.append(Removal(change, peers[0], timing, _parts(peers[0], timing)))
+    return found
 
 
 def _parts(before: PathTiming, after: PathTiming) -> dict[str, float]:

@@ -166,7 +166,11 @@ class PathTiming:
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """One run of `pyvolconv compare`, complete or as far as it got; `sections` says how many seconds each part took."""
+    """One run of `pyvolconv compare`, complete or as far as it got.
+
+    `sections` says how many seconds each part took, `error` why the training could not be done after the measurements
+    had been.
+    """
 
     date: str
     versions: dict[str, str]
@@ -180,6 +184,7 @@ class ComparisonResult:
     unavailable: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
+    error: str | None = None
     sections: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 NOT_MEASURED = "–"
+MINUS = "\N{MINUS SIGN}"
 
 
 def significant(value: float | None, digits: int = 3) -> str:
@@ -23,7 +24,7 @@ def significant(value: float | None, digits: int = 3) -> str:
     magnitude = math.floor(math.log10(abs(value)))
     rounded = round(value, digits - 1 - magnitude)
     magnitude = math.floor(math.log10(abs(rounded)))
-    return f"{rounded:,.{max(0, digits - 1 - magnitude)}f}"
+    return f"{rounded:,.{max(0, digits - 1 - magnitude)}f}".replace("-", MINUS)
 
 
 def milliseconds(value: float | None) -> str:

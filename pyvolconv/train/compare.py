@@ -24,20 +24,21 @@ from ..cost.machine import Machine, measure_machine, versions
 from ..cost.pages import keep_pages, pages_kept
 from ..cost.results import ComparisonResult, DataFacts, NetworkFacts, PathTiming, TrainingRun
 from ..problem import PASSES, ConvProblem, Layout, Pass
-from .data import Splits, batches
+from .checkpoint import CheckpointError
+from .data import Splits, batches, frame_average_accuracy
 from .digits import moving_digits
 from .loop import TrainConfig
 from .models import NetworkName, build, parameter_count
 from .npz import load_npz
 from .paths import our_paths
 from .plan import FULL, LSTM_SHARE, OURS_SHARE, QUICK, QUICK_VIDEOS, Settings
-from .runs import Trainer, frame_average_accuracy, projected
-from .steps import LSTM_PATH, TORCH_PATHS, Candidate, PathSpec, fitted, gradient_difference, time_paths, turns_per_round
+from .runs import Trainer, projected
+from .steps import LSTM_PATH, TORCH_PATHS, Candidate, PathSpec, fitted, gradient_difference, time_paths
 
 CNN_WORDS = (
     "Conv3d 1-16-24-32 (3×3×3, stride 1, padding 1), each with ReLU and 2×2×2 max-pool; dense 16, dense {classes}"
 )
-LSTM_WORDS = "{frames} frames of {values} values: LSTM {values}-16-16{directions}, dense {classes}"
+LSTM_WORDS = "{frames} frames of {values} values: LSTM {values}-16-16{directions}, dense {classes}{variant}"
 DIGITS_WORDS = (
     "Scanned handwritten digits that move round a field, clockwise or counter-clockwise, in noise. How hard that is "
     "was set on purpose, so that both networks come near 100%: in the full run with batches of 32 the CNN "
@@ -48,13 +49,14 @@ DIGITS_WORDS = (
 def compare(settings: Settings, console: Console) -> ComparisonResult:
     """Measure everything, or as much as there is time for before Ctrl-C.
 
+    A checkpoint that cannot be written or continued ends the training, not the comparison: `result.error` says so.
+
     Args:
         settings: what was asked for.
         console: where progress is drawn.
 
     Raises:
         DataError: the user's volumes cannot be used.
-        CheckpointError: a checkpoint cannot be written or continued.
         ValueError: a path was asked for that does not exist.
     """
     comparison = _Comparison(settings, console)
@@ -98,7 +100,10 @@ class _Comparison:
         with self._section("difficulty"):
             self._judge_difficulty(data)
         with self._section("training"):
-            self._train(data, {one.spec.path: one.spec for one in candidates})
+            try:
+                self._train(data, {one.spec.path: one.spec for one in candidates})
+            except CheckpointError as error:
+                self.update(error=str(error))
 
     def update(self, **changes: Any) -> None:
         """Add to the result."""
@@ -159,15 +164,13 @@ class _Comparison:
 
     def _time_steps(self, candidates: list[Candidate], machine: Machine) -> None:
         """Time every path in both allocator states. Pages stay kept from here on."""
-        turns = turns_per_round(candidates)
-        rounds = self.budget.affordable_rounds(sum(turns[one.spec.path] * one.expected_seconds for one in candidates))
         if self.settings.device == "cuda" or pages_kept():
-            self._time_in_state(candidates, "kept", machine, rounds)
+            self._time_in_state(candidates, "kept", machine)
             return
-        self._time_in_state(candidates, "returned", machine, rounds)
+        self._time_in_state(candidates, "returned", machine)
         kept = keep_pages()
         if kept.active:
-            self._time_in_state(candidates, "kept", machine, rounds)
+            self._time_in_state(candidates, "kept", machine)
         else:
             self._note(f"Pages could not be kept here: {kept.reason}.")
 
@@ -191,10 +194,10 @@ class _Comparison:
             found.append(fitted([spec], lambda: build(self._lstm, size, classes, seed), x, y, longest))
         return found
 
-    def _time_in_state(self, candidates: list[Candidate], pages: Pages, machine: Machine, rounds: int) -> None:
+    def _time_in_state(self, candidates: list[Candidate], pages: Pages, machine: Machine) -> None:
         with self._saying(f"Timing every path, pages {pages}") as say:
             timings, profiles = time_paths(
-                candidates, pages, machine, rounds=rounds, repeats=self.budget.repeats, say=say
+                candidates, pages, machine, seconds=self.budget.turns, repeats=self.budget.repeats, say=say
             )
         timings = [replace(timing, gradient_difference=self.differences.get(timing.path)) for timing in timings]
         self.update(paths=[*self.result.paths, *timings])
@@ -213,7 +216,9 @@ class _Comparison:
     def _train(self, data: Splits, steps: dict[str, PathSpec]) -> None:
         settings, pages = self.settings, self.result.after
         unlimited = settings.epochs is not None
-        config = TrainConfig(batch_size=settings.batch_size, seed=settings.seed)
+        config = TrainConfig(
+            batch_size=settings.batch_size, learning_rate=settings.chosen_learning_rate, seed=settings.seed
+        )
         trainer = Trainer(
             data=data,
             config=replace(config, max_epochs=settings.epochs) if settings.epochs is not None else config,
@@ -252,11 +257,13 @@ class _Comparison:
 
     def _words(self, name: NetworkName, data: Splits) -> str:
         frames, height, width = data.input_size
+        bidirectional = parameter_count(build("bilstm", data.input_size, data.classes))
         return (CNN_WORDS if name == "cnn" else LSTM_WORDS).format(
             classes=data.classes,
             frames=frames,
             values=height * width,
             directions=" in both directions" if name == "bilstm" else "",
+            variant="" if name == "bilstm" else f" (its bidirectional variant has {bidirectional:,} parameters)",
         )
 
     def _note(self, text: str) -> None:

@@ -17,8 +17,9 @@ The class is in products of two places at two times only: which way the digit mo
 The difficulty was set, on purpose, so that both networks behave as in the published comparison that this package
 repeats: both end near 100 %, the CNN reaches 99 % validation accuracy in about 10 epochs and the LSTM in 50 to 70, with
 one optimiser, one learning rate and one batch size. What was set is in the constants below, the number of training
-samples and `TrainConfig.learning_rate`. Louder noise or smaller digits keep the LSTM from ever reaching 99 % (it learns
-the noise by heart); plain motion to the left or to the right is learnt by it in three epochs.
+videos and `TrainConfig.learning_rate`. Measured with these: the CNN 8 and 11 epochs (seeds 0 and 1), the LSTM 47, 56,
+66, 71, 76 and 52 (seeds 0 to 5), test accuracy 98.8 to 100 %. Fewer videos, smaller digits or louder noise keep the
+LSTM from ever reaching 99 %: it learns the noise by heart.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from .data import Splits, make_splits
 
 FIELD: Size3 = (29, 30, 60)
 ENLARGEMENT = 2
-RADIUS_Y = (3.0, 6.4)
-RADIUS_X = (8.0, 21.0)
+RADIUS_Y = (3.5, 6.4)
+RADIUS_X = (10.0, 21.0)
 TURNS = (0.6, 1.2)
 """Revolutions during the 29 frames."""
 BRIGHTNESS = (0.7, 1.0)
-NOISE = 0.05
+NOISE = 0.03
 """Standard deviation of the noise as a share of the brightest ink."""
 BLACK, INK = 40.0, 180.0
 """Grey value of the empty field, and what the brightest ink adds to it."""
@@ -47,7 +48,7 @@ VIDEOS_AT_ONCE = 64
 NAME = "scanned handwritten digits (scikit-learn) going round clockwise or counter-clockwise, with noise"
 
 
-def moving_digits(train: int = 640, validation: int = 320, test: int = 320, seed: int = 0) -> Splits:
+def moving_digits(train: int = 800, validation: int = 320, test: int = 320, seed: int = 0) -> Splits:
     """Videos of digits that go round clockwise (class 0) or counter-clockwise (class 1), 29 x 30 x 60, uint8.
 
     The digit images are divided first: no image of a test video appears in a training or validation video. The two

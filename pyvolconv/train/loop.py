@@ -47,7 +47,7 @@ class TrainConfig:
     """
 
     batch_size: int = 32
-    learning_rate: float = 5e-5
+    learning_rate: float = 2.2e-5
     seed: int = 0
     target_accuracy: float = 0.99
     max_epochs: int = 120

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ..dispatch import backends
 from ..problem import LAYOUTS, ConvProblem, Layout, Pass
-
-if TYPE_CHECKING:
-    from ..backends.base import Backend
 
 Need = tuple[ConvProblem, Pass]
 
@@ -31,11 +27,10 @@ def our_paths(asked: Sequence[str] | None, needs: Sequence[Need]) -> tuple[dict[
     able: dict[str, list[Layout]] = {}
     refused = {}
     for name in dict.fromkeys(asked if asked is not None else [backend.family for backend in ours]):
-        members = [backend for backend in ours if name in (backend.name, backend.family)]
-        if not members:
+        if not any(name in (backend.name, backend.family) for backend in ours):
             known = ", ".join(dict.fromkeys(part for backend in ours for part in (backend.family, backend.name)))
             raise ValueError(f"--backends: {name!r} is no hand-written path; expected some of: {known}")
-        reasons = {layout: _first_reason(members, needs, layout) for layout in LAYOUTS}
+        reasons = {layout: _first_reason(name, needs, layout) for layout in LAYOUTS}
         layouts = [layout for layout in LAYOUTS if not reasons[layout]]
         if layouts:
             able[name] = layouts
@@ -44,8 +39,9 @@ def our_paths(asked: Sequence[str] | None, needs: Sequence[Need]) -> tuple[dict[
     return able, refused
 
 
-def _first_reason(members: Sequence[Backend], needs: Sequence[Need], layout: Layout) -> str:
+def _first_reason(family: str, needs: Sequence[Need], layout: Layout) -> str:
     """Why no member of a family runs some pass of some convolution; "" when every pass has a member that runs it."""
+    members = [backend for backend in backends() if family in (backend.name, backend.family)]
     for problem, pass_ in needs:
         reasons = [member.unsupported_reasons(problem.with_(layout=layout), pass_) for member in members]
         if all(reasons):

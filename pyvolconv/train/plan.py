@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .loop import TrainConfig
+
+USER_LEARNING_RATE = 1e-3
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -14,13 +18,21 @@ class Settings:
     quick: bool = False
     out: Path = Path("pyvolconv-report")
     data: Path | None = None
-    seed: int = 0
+    seed: int = 1
     epochs: int | None = None
     batch_size: int = 32
+    learning_rate: float | None = None
     bidirectional: bool = False
     device: str = "cpu"
     resume: bool = False
     backends: tuple[str, ...] | None = None
+
+    @property
+    def chosen_learning_rate(self) -> float:
+        """Of Adam: what was asked for, else the digits' own for the digits and a usual one for a user's volumes."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return TrainConfig.learning_rate if self.data is None else USER_LEARNING_RATE
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the report; the folder is left out, because a report may be moved."""
@@ -30,6 +42,7 @@ class Settings:
             "seed": self.seed,
             "epochs": self.epochs,
             "batch_size": self.batch_size,
+            "learning_rate": self.chosen_learning_rate,
             "bidirectional": self.bidirectional,
             "device": self.device,
             "backends": ",".join(self.backends) if self.backends else None,
@@ -43,34 +56,28 @@ class Budget:
     Attributes:
         total: seconds of the whole run, report included.
         steps: seconds of timing single steps, all paths and both allocator states together.
-        rounds: timed turns of every path, where there is time for so many.
         repeats: profiled runs of every path.
     """
 
     total: float
     steps: float
-    rounds: int
     repeats: int
 
     @property
-    def fixed_turns(self) -> int:
-        """Steps of a path beside its timed turns: one to warm up, and what `profile_step` needs."""
-        return 1 + 2 * self.repeats + 2
+    def turns(self) -> float:
+        """Seconds for timed turns in one allocator state: half of its time; the rest is for taking steps apart."""
+        return self.steps / STATES / 2
 
     def longest_step(self, paths: int) -> float:
         """Seconds that a step of one of so many paths may take; a slower one gets fewer samples."""
-        return self.steps / (STATES * paths * (self.fixed_turns + MIN_ROUNDS))
-
-    def affordable_rounds(self, seconds_per_round: float) -> int:
-        """Timed turns for which there is time when one turn of all paths takes this long."""
-        turns = int(self.steps / (STATES * seconds_per_round)) - self.fixed_turns
-        return max(MIN_ROUNDS, min(self.rounds, turns))
+        return self.steps / (STATES * paths * (FIXED_STEPS + 2 * self.repeats))
 
 
 STATES = 2
-MIN_ROUNDS = 3
-QUICK = Budget(total=48.0, steps=20.0, rounds=7, repeats=1)
-FULL = Budget(total=270.0, steps=110.0, rounds=9, repeats=2)
+FIXED_STEPS = 5
+"""Steps that a path takes however short the time is: a warm-up, two turns, and two of `profile_step`'s own."""
+QUICK = Budget(total=46.0, steps=18.0, repeats=1)
+FULL = Budget(total=270.0, steps=110.0, repeats=2)
 QUICK_VIDEOS = (256, 128, 128)
 """Videos to train on, to validate and to test in a quick run, which is too short for as many as the full one has."""
 LSTM_SHARE, OURS_SHARE = 0.3, 0.65

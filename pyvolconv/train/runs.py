@@ -93,19 +93,6 @@ def projected(run: TrainingRun, complete: TrainingRun | None) -> TrainingRun:
     return replace(run, projected_epochs_to_target=complete.measured_epochs_to_target)
 
 
-def frame_average_accuracy(data: Splits) -> float:
-    """Test accuracy of logistic regression on each volume's average over its frames, H * W values: near chance where
-    the classes need space and time together."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200))
-    (x, y), (x_test, y_test) = (part[list(range(len(part)))] for part in (data.train, data.test))
-    model.fit(x.mean(2).flatten(1).numpy(), y.numpy())
-    return float(model.score(x_test.mean(2).flatten(1).numpy(), y_test.numpy()))
-
-
 def _epoch(record: EpochRecord) -> Epoch:
     return Epoch(
         number=record.epoch,

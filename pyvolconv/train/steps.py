@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +21,7 @@ from ..cost.machine import Machine, measure_machine
 from ..cost.pages import keep_pages, page_faults, pages_kept
 from ..cost.profiler import profile_step
 from ..cost.results import PathTiming
-from ..cost.timing import alternate
+from ..cost.timing import alternate, now
 from ..dispatch import use_backend
 from ..problem import Layout
 from .loop import make_optimizer, training_step
@@ -31,7 +30,7 @@ from .models import MISSION_SIZE, NetworkName, build
 MEMORY_FORMAT = {"ncdhw": torch.contiguous_format, "ndhwc": torch.channels_last_3d}
 LSTM_PATH = "LSTM"
 PROBE_SAMPLES = 4
-MOST_TURNS = 4
+ROUNDS_AT_ONCE, MOST_ROUNDS = 2, 10
 SLACK = 2.0
 """How much longer than allowed a step may be on trial, which is noisy, before it gets fewer samples."""
 TORCH_PATHS: dict[str, Layout] = {"torch contiguous": "ncdhw", "torch channels_last_3d": "ndhwc"}
@@ -54,17 +53,18 @@ class PathSpec:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A path ready to be timed on a batch.
-
-    `samples` of the batch's `batch_size` samples are in the step; `expected_seconds` is what a trial says about it.
-    """
+    """A path ready to be timed: `samples` of a batch's `batch_size` samples are in its step."""
 
     spec: PathSpec
     model: nn.Module
     step: Callable[[], None]
     samples: int
     batch_size: int
-    expected_seconds: float = 0.0
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the step is too slow for the whole batch."""
+        return self.samples < self.batch_size
 
 
 def prepare(spec: PathSpec, model: nn.Module) -> nn.Module:
@@ -121,7 +121,7 @@ def fitted(
     samples = x.shape[0]
     if tried[best] * samples > SLACK * longest_step:
         samples = min(samples, max(1, int(longest_step / tried[best])))
-    return replace(candidate(best, make_model, x, y, samples), expected_seconds=tried[best] * samples)
+    return candidate(best, make_model, x, y, samples)
 
 
 def gradient_difference(one: Candidate, make_model: Callable[[], nn.Module], x: Tensor, y: Tensor) -> float:
@@ -135,54 +135,44 @@ def gradient_difference(one: Candidate, make_model: Callable[[], nn.Module], x: 
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def turns_per_round(candidates: Sequence[Candidate]) -> dict[str, int]:
-    """How often each path has its turn in a round: cheap steps oftener, because they suffer most from noise."""
-    longest = max(one.expected_seconds for one in candidates)
-    return {one.spec.path: min(MOST_TURNS, max(1, int(longest / one.expected_seconds / 2))) for one in candidates}
-
-
 def time_paths(
     candidates: Sequence[Candidate],
     pages: Pages,
     machine: Machine,
     *,
-    rounds: int,
+    seconds: float,
     repeats: int,
     say: Callable[[str], None],
 ) -> tuple[list[PathTiming], list[PathProfile]]:
     """Time every candidate in turn, then take each apart.
 
+    A path that is too slow for whole batches has no turns: the runs between its profiled ones are its timing.
+
     Args:
         candidates: the paths, at most one per name.
         pages: the state that the C allocator is in.
         machine: ceilings for the profiles' roofline.
-        rounds: timed turns of each candidate.
+        seconds: how long turns are taken, but everyone has `ROUNDS_AT_ONCE` at the least and `MOST_ROUNDS` at the most.
         repeats: profiled runs of each candidate.
         say: told what is going on, for a person who waits.
 
     Returns:
         Times and profiles in the order of `candidates`, milliseconds scaled to whole batches.
     """
-    turns = turns_per_round(candidates)
-    faults: dict[str, list[int]] = {path: [] for path in turns}
-    runs = alternate(
-        {
-            f"{one.spec.path} {turn}": _counted(one, faults[one.spec.path])
-            for turn in range(MOST_TURNS)
-            for one in candidates
-            if turn < turns[one.spec.path]
-        },
-        rounds=rounds,
-    )
+    faults: dict[str, list[int]] = {one.spec.path: [] for one in candidates}
+    steps = {one.spec.path: _counted(one, faults[one.spec.path]) for one in candidates}
+    turns = _take_turns({one.spec.path: steps[one.spec.path] for one in candidates if not one.scaled}, seconds)
     times, profiles = [], []
     for one in candidates:
         say(f"Taking {one.spec.path} apart, pages {pages}")
         scale = one.batch_size / one.samples
-        timed = [run for turn in range(turns[one.spec.path]) for run in runs[f"{one.spec.path} {turn}"].seconds]
+        profile = profile_step(steps[one.spec.path], one.model, repeats=repeats, warmup=0, machine=machine)
+        timed = turns.get(one.spec.path, profile.step.seconds)
         total = statistics.median(timed) * 1e3 * scale
-        profile = profile_step(one.step, one.model, repeats=repeats, warmup=0, machine=machine)
-        split = profile.split()
-        share = total / split.total
+        # Shares of one profiled run, without the instrument: parts of two different runs could leave less than nothing.
+        split = profile.profiled_split()
+        instrument = profile.instrument_seconds * 1e3
+        share = total / (split.total - instrument)
         conv = one.spec.network == "cnn"
         times.append(
             PathTiming(
@@ -196,11 +186,11 @@ def time_paths(
                 forward=split.forward * share if conv else None,
                 grad_input=split.grad_input * share if conv else None,
                 grad_weight=split.grad_weight * share if conv else None,
-                other=split.other * share if conv else None,
+                other=(split.other - instrument) * share if conv else None,
                 steps=len(timed),
                 samples=one.samples,
                 batch_size=one.batch_size,
-                page_faults=statistics.median(faults[one.spec.path][-len(timed) :]) * scale,
+                page_faults=statistics.median(faults[one.spec.path]) * scale,
             )
         )
         profiles.append(PathProfile(one.spec.path, one.spec.ours, pages, one.samples, profile))
@@ -239,6 +229,19 @@ def profile_built_in(
         return PathProfile(spec.path, spec.ours, "kept" if pages_kept() else "returned", batch_size, profile)
 
 
+def _take_turns(steps: dict[str, Callable[[], None]], seconds: float) -> dict[str, tuple[float, ...]]:
+    """Times of every step, which take turns until the seconds are over."""
+    runs: dict[str, tuple[float, ...]] = dict.fromkeys(steps, ())
+    began, warmup = now(), 1
+    for _ in range(0, MOST_ROUNDS, ROUNDS_AT_ONCE):
+        for path, timing in alternate(steps, rounds=ROUNDS_AT_ONCE, warmup=warmup).items():
+            runs[path] += timing.seconds
+        warmup = 0
+        if now() - began > seconds:
+            break
+    return runs
+
+
 def _counted(one: Candidate, faults: list[int]) -> Callable[[], None]:
     def step() -> None:
         before = page_faults()
@@ -249,6 +252,6 @@ def _counted(one: Candidate, faults: list[int]) -> Callable[[], None]:
 
 
 def _seconds(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
+    start = now()
     step()
-    return time.perf_counter() - start
+    return now() - start

@@ -1,0 +1,98 @@
+"""`conv3d_max_pool`: convolution, activation and max-pool as one function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import fused_ops
+from .epilogue import KEEPS_PREACTIVATION, NEGATIVE_SLOPE, Activation, MaxPool, check_activation
+from .functional import Sizes, conv3d, conv3d_arguments, triple
+
+
+def conv3d_max_pool(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: str | Sizes = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    *,
+    activation: Activation = "none",
+    negative_slope: float = NEGATIVE_SLOPE,
+    pool_size: Sizes = 2,
+    pool_stride: Sizes | None = None,
+    pool_padding: Sizes = 0,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """`max_pool3d(activation(conv3d(input, weight, bias)))` in one pass; what is pooled never exists in memory.
+
+    Kept for the backward pass: operands, result, and one byte per pooled value that says which voxel was chosen.
+    The gradients run over chosen voxels alone, with a pool of 2x2x2 an eighth of the dense ones. Ties and NaN choose
+    as in `torch.nn.functional.max_pool3d`. Derivatives of every order, in both modes.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups: as for `conv3d`.
+        activation: "none", "relu", "leaky_relu", "silu", "gelu" or "gelu_tanh" (gelu with approximate="tanh").
+        negative_slope: of leaky_relu, not negative.
+        pool_size, pool_stride, pool_padding: one number or one per axis, as of `max_pool3d`; the stride is
+            `pool_size` unless given. A window has at most 255 voxels.
+        ceil_mode: whether the number of windows is rounded up.
+
+    Returns:
+        (N, C_out, D_pooled, H_pooled, W_pooled), in channels_last_3d when `input` or `weight` is.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: those of `torch.nn.functional.conv3d` for its arguments.
+        ValueError: activation, slope or pool are impossible, in words that say what is expected.
+
+    Example:
+        >>> import torch, pyvolconv
+        >>> x, w = torch.randn(2, 3, 9, 8, 8), torch.randn(4, 3, 3, 3, 3)
+        >>> y = pyvolconv.conv3d_max_pool(x, w, padding=1, activation="relu", ceil_mode=True)
+        >>> y.shape
+        torch.Size([2, 4, 5, 4, 4])
+    """
+    window, steps, pad = (
+        triple(pool_size),
+        triple(pool_size if pool_stride is None else pool_stride),
+        triple(pool_padding),
+    )
+    if window is None or steps is None or pad is None:
+        raise ValueError(
+            f"pool_size={pool_size!r}, pool_stride={pool_stride!r} and pool_padding={pool_padding!r} must each be "
+            "one int or three, (depth, height, width)"
+        )
+    pool = MaxPool(window, steps, pad, ceil_mode)
+    check_activation(activation, negative_slope)
+    args = conv3d_arguments(input, weight, bias, stride, padding, dilation, groups)
+    if args is None or not _fits(pool, input, weight, *args[:3]):
+        # Most often torch has an error to word.
+        dense = fused_ops.APPLY[activation](
+            conv3d(input, weight, bias, stride, padding, dilation, groups), negative_slope
+        )
+        return F.max_pool3d(dense, pool.window, pool.stride, pool.padding, 1, ceil_mode)
+    batched = input if input.dim() == 5 else input.unsqueeze(0)
+    sizes = (*args, activation, negative_slope, pool.window, pool.stride, pool.padding, pool.ceil_mode)
+    y: Tensor = fused_ops.conv3d_max_pool(batched, weight, bias, *sizes)[0]
+    if activation in KEEPS_PREACTIVATION:
+        y = fused_ops.APPLY[activation](y, negative_slope)
+    if y.device.type == "cpu" and torch.is_autocast_enabled("cpu") and y.dtype in (torch.bfloat16, torch.float16):
+        # On the CPU, autocast has max_pool3d computed and returned in float32; choosing rounds nothing.
+        y = y.float()
+    return y if input.dim() == 5 else y.squeeze(0)
+
+
+def _fits(pool: MaxPool, input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> bool:
+    """Whether a pool finds a window in the convolution's result; what does not is left to torch to name."""
+    size = tuple(
+        (voxels + padding[2 * axis] + padding[2 * axis + 1] - dilation[axis] * (weight.shape[2 + axis] - 1) - 1)
+        // stride[axis]
+        + 1
+        for axis, voxels in enumerate(input.shape[-3:])
+    )
+    return min(pool.output_size(size)) >= 1

@@ -1,0 +1,102 @@
+"""PyTorch's own samples and error inputs for conv3d and conv_transpose3d: all of them, every dtype they list."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing._internal.common_methods_invocations import op_db
+
+import pyvolconv
+
+FUNCTIONS = {
+    "nn.functional.conv3d": pyvolconv.conv3d,
+    "nn.functional.conv_transpose3d": pyvolconv.conv_transpose3d,
+}
+OPINFOS = {opinfo.name: opinfo for opinfo in op_db if opinfo.name in FUNCTIONS}
+CELLS = [
+    pytest.param(name, dtype, id=f"{name}-{str(dtype)[6:]}")
+    for name, opinfo in OPINFOS.items()
+    for dtype in sorted(opinfo.supported_dtypes("cpu"), key=str)
+]
+# What PyTorch's tests of these two allow (tolerance overrides of the OpInfos); the rest is exact or the default.
+TOLERANCE = {
+    torch.float16: {"rtol": 5e-3, "atol": 5e-3},
+    torch.bfloat16: {"rtol": 1.6e-2, "atol": 1.6e-2},
+    torch.float32: {"rtol": 1.3e-5, "atol": 5e-5},
+    torch.complex64: {"rtol": 1.3e-5, "atol": 5e-5},
+}
+
+
+def samples(name, dtype, requires_grad=False):
+    several = list(OPINFOS[name].sample_inputs("cpu", dtype, requires_grad=requires_grad))
+    several += list(OPINFOS[name].reference_inputs("cpu", dtype, requires_grad=requires_grad))
+    assert len(several) >= 20, "PyTorch lists 20 samples of conv3d and 10 of conv_transpose3d, each of them twice"
+    return several
+
+
+def differentiable(sample):
+    return [t for t in (sample.input, *sample.args) if isinstance(t, torch.Tensor) and t.requires_grad]
+
+
+def test_both_functions_are_listed_with_all_kinds_of_numbers():
+    assert set(OPINFOS) == set(FUNCTIONS)
+    for opinfo in OPINFOS.values():
+        listed = opinfo.supported_dtypes("cpu")
+        assert {torch.float32, torch.float64, torch.complex64, torch.bfloat16, torch.int64} <= set(listed)
+
+
+@pytest.mark.parametrize(("name", "dtype"), CELLS)
+def test_results(name, dtype):
+    for sample in samples(name, dtype):
+        got = FUNCTIONS[name](sample.input, *sample.args, **sample.kwargs)
+        expected = OPINFOS[name].op(sample.input, *sample.args, **sample.kwargs)
+        torch.testing.assert_close(got, expected, **TOLERANCE.get(dtype, {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [cell for cell in CELLS if cell.values[1].is_floating_point or cell.values[1].is_complex]
+)
+def test_gradients(name, dtype):
+    for sample in samples(name, dtype, requires_grad=True):
+        inputs = differentiable(sample)
+        assert len(inputs) >= 2
+        got = FUNCTIONS[name](sample.input, *sample.args, **sample.kwargs)
+        expected = OPINFOS[name].op(sample.input, *sample.args, **sample.kwargs)
+        cotangent = torch.randn_like(expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(got, inputs, cotangent),
+            torch.autograd.grad(expected, inputs, cotangent),
+            **TOLERANCE.get(dtype, {}),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.complex128, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradcheck(name, dtype):
+    """As PyTorch's own test_ops_gradients runs it: reverse, forward and forward over reverse."""
+    for sample in OPINFOS[name].sample_inputs("cpu", dtype, requires_grad=True):
+        inputs = differentiable(sample)
+
+        def function(*tensors, sample=sample):
+            return FUNCTIONS[name](*tensors, *sample.args[len(tensors) - 1 :], **sample.kwargs)
+
+        assert gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True, fast_mode=True)
+        assert gradgradcheck(function, inputs, check_fwd_over_rev=True, check_rev_over_rev=True, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_error_inputs(name):
+    """The class and a message that PyTorch's pattern matches; and where torch's own words are at hand, those."""
+    errors = list(OPINFOS[name].error_inputs("cpu")) if OPINFOS[name].error_inputs_func else []
+    assert len(errors) >= (10 if name == "nn.functional.conv3d" else 0)
+    for error in errors:
+        sample = error.sample_input
+        with pytest.raises(error.error_type, match=error.error_regex) as raised:
+            FUNCTIONS[name](sample.input, *sample.args, **sample.kwargs)
+        with pytest.raises(error.error_type) as expected:
+            OPINFOS[name].op(sample.input, *sample.args, **sample.kwargs)
+        assert str(raised.value) == str(expected.value)
+        assert re.search(error.error_regex, str(raised.value))
