@@ -10,7 +10,17 @@
 namespace pvc {
 
 // Buffers of one thread that are alive at the same time have different slots.
-enum class Scratch : int { shared_weights, shared_partials, tables, tile_input, tile_accumulators, tile_output, tile_rows, tile_lists, count };
+enum class Scratch : int {
+    shared_weights,
+    shared_partials,
+    tables,
+    tile_input,
+    tile_accumulators,
+    tile_output,
+    tile_rows,
+    tile_lists,
+    count
+};
 
 // `bytes` of uninitialised memory, aligned to 64 bytes; valid until this thread asks for the same slot again.
 // Throws std::bad_alloc.

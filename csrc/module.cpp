@@ -76,8 +76,8 @@ pvc::Activation activation_of(const std::string& name) {
                                 " is unknown; expected none, relu, leaky_relu, silu, gelu or gelu_tanh");
 }
 
-PooledPlan make_pooled_plan(const Plan& plan, const std::string& activation, double negative_slope,
-                            const Size3& window, const Size3& stride, const Size3& padding, const Size3& pooled_size) {
+PooledPlan make_pooled_plan(const Plan& plan, const std::string& activation, double negative_slope, const Size3& window,
+                            const Size3& stride, const Size3& padding, const Size3& pooled_size) {
     PooledPlan pooled = {};
     pooled.double_precision = plan.double_precision;
     pvc::PooledProblem& problem = pooled.problem;

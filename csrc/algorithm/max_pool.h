@@ -109,8 +109,8 @@ struct PoolRow {
 
 // The window at `width` for all lanes: `load(pointer)` gives the lanes' values at a voxel.
 template <typename T, Activation A, typename Load>
-inline Choice<T, A> choose(const PooledProblem& problem, const PoolRow<T>& row, const WindowPart& width, int64_t channel,
-                           const Load& load) {
+inline Choice<T, A> choose(const PooledProblem& problem, const PoolRow<T>& row, const WindowPart& width,
+                           int64_t channel, const Load& load) {
     const T* first = row.at(row.depth.begin, row.height.begin, width.begin) + channel;
     const int64_t* window = problem.pool_window;
     const int64_t offset =

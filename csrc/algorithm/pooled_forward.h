@@ -1,9 +1,10 @@
 // Convolution, activation and max-pool in one pass: the convolution's result never leaves the cache.
 //
-// A task is a tile of pooled voxels of one sample. Its source is packed as for any gather (compute_tile.h); then, slab by
-// slab, the microkernels compute the output voxels under a few pooled rows into scratch memory and max_pool.h reduces
-// them. A slab is one or a few rows of windows and stays in L1; where windows overlap, or where the reduction takes more
-// than one chunk of channels, it is the whole tile. Neighbouring tiles compute what overlapping windows share again.
+// A task is a tile of pooled voxels of one sample. Its source is packed as for any gather (compute_tile.h); then, slab
+// by slab, the microkernels compute the output voxels under a few pooled rows into scratch memory and max_pool.h
+// reduces them. A slab is one or a few rows of windows and stays in L1; where windows overlap, or where the reduction
+// takes more than one chunk of channels, it is the whole tile. Neighbouring tiles compute what overlapping windows
+// share again.
 #pragma once
 
 #include "direct_gather.h"
@@ -67,7 +68,8 @@ class PooledTileTask {
 
     // Output positions under `count` windows from `cell` on.
     WindowPart part(int axis, int64_t cell, int64_t count) const {
-        const WindowPart first = window_part(problem_, axis, cell), last = window_part(problem_, axis, cell + count - 1);
+        const WindowPart first = window_part(problem_, axis, cell),
+                         last = window_part(problem_, axis, cell + count - 1);
         return {first.origin, first.begin, last.end};
     }
 
@@ -76,8 +78,8 @@ class PooledTileTask {
         const int64_t block_values = ceil_divide(b_.grains, b_.blocks) * b_.grain;
         slab_part_[2] = part(2, cell_[2], cells_[2]);
         const int64_t width = slab_part_[2].size();
-        const int64_t row_bytes = problem_.pool_window[0] * problem_.pool_window[1] * width * block_values *
-                                  static_cast<int64_t>(sizeof(T));
+        const int64_t row_bytes =
+            problem_.pool_window[0] * problem_.pool_window[1] * width * block_values * static_cast<int64_t>(sizeof(T));
         slab_[0] = cells_[0];
         slab_[1] = cells_[1];
         if (b_.slabs) {
@@ -115,7 +117,8 @@ class PooledTileTask {
         if (slab_part_[0].size() != voxels[0] || slab_part_[1].size() != voxels[1]) list_items();
     }
 
-    // Where each item of the slab reads and, in the planes of the planar kernel, writes: the same for slabs of one size.
+    // Where each item of the slab reads and, in the planes of the planar kernel, writes: the same for slabs of one
+    // size.
     void list_items() {
         int64_t step[3];
         for (int a = 0; a < 3; ++a) step[a] = b_.tiling.axis[a].voxel_step * b_.axis_stride(a);
@@ -226,7 +229,7 @@ class PooledTileTask {
     int64_t slab_[2];             // windows of a slab
     int64_t slab_cell_[2], slab_cells_[2];
     WindowPart slab_part_[3] = {};
-    int64_t slab_source_;  // where its first voxel reads
+    int64_t slab_source_;            // where its first voxel reads
     int64_t items_, pitch_, plane_;  // elements of a row and of a channel in the planar kernel's planes
     SourceBlock from_ = {};
     T* input_;

@@ -3,8 +3,8 @@
 //
 // Of the packed window of x, the rows that one pooling window spans are interleaved, voxel by voxel: a block is the
 // window_w * rows values from one voxel on, and the block of the next tap along the width begins `rows` values later. A
-// block fits one vector, out of which each lane permutes its chosen voxel (microkernel/select_sum.h). Gradients that are
-// zero are multiplied like any other.
+// block fits one vector, out of which each lane permutes its chosen voxel (microkernel/select_sum.h). Gradients that
+// are zero are multiplied like any other.
 #pragma once
 
 #include "../microkernel/select_sum.h"
@@ -166,7 +166,7 @@ class SelectGradWeight {
         const int64_t tile_columns = even_part(columns_, kSelectColumns);
         for (int64_t vector = 0; vector < vectors_; ++vector) {
             const SelectArguments<T> arguments = {blocks, places, values + vector * lanes, choices + vector * lanes,
-                                                  pitch, count};
+                                                  pitch,  count};
             for (int64_t c = 0; c < columns_; c += tile_columns) {
                 select_kernel<T>(smaller(tile_columns, columns_ - c))(arguments, column_offsets_ + c,
                                                                       sums + (vector * columns_ + c) * lanes);

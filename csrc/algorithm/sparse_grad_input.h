@@ -3,11 +3,16 @@
 //   grad_input[i][ic] = sum over taps k and oc of  gradient[(i + padding - k * dilation) / stride][oc] * w[oc][k][ic]
 //
 // where few channels of a voxel have a gradient. A task owns a slab of input depths of one sample and group. It sorts
-// the gradients that reach the slab by output voxel (a counting sort), then computes row after row of the input: the
-// lists of all output rows that a tap joins with it are merged column by column, and each column adds its list times
-// the weights of one kernel row to the few input voxels that it reaches (microkernel/sparse_sum.h). The row is held in
-// scratch memory, with room at both ends, and copied to its place once. Slabs sort what lies in their halo again, so no
-// value has two writers.
+// the gradients that reach the slab by output voxel (a counting sort), then computes row after row of the input: for
+// each tap along the depth and each output column, the gradients within reach along the height, times the weights of
+// their kernel rows, are added to the few input voxels that the column reaches (microkernel/sparse_sum.h). The row is
+// held in scratch memory, with room at both ends, and copied to its place once. Slabs sort what lies in their halo
+// again, so no value has two writers.
+//
+// Voxels are sorted with the height innermost: output rows h_o of one column then follow one another. Input row h and
+// output row h_o meet in tap k_h = h + padding - h_o * stride (dilation 1), so an entry whose offset is that of its
+// filter minus h_o * stride kernel rows serves every h, from a base that depends on h alone: the entries of all taps
+// along the height are one list. With a dilation each tap has a list of its own.
 #pragma once
 
 #include "sparse_gradient.h"
@@ -33,7 +38,9 @@ class SparseGradInput {
           in_channels_(conv_.in_channels / conv_.groups),
           out_channels_(conv_.out_channels / conv_.groups),
           shape_(SegmentShape::of<T>(conv_, in_channels_, conv_.dilation[2] == 1)),
-          run_values_(shape_.pieces * shape_.vectors * lanes) {
+          run_values_(shape_.pieces * shape_.vectors * lanes),
+          kernel_row_(run_values_ * (shape_.joined ? 1 : conv_.kernel_size[2])),
+          entry_row_(conv_.dilation[1] == 1 ? kernel_row_ * conv_.stride[1] : 0) {
         slab_ = conv_.input_size[0];
         while (slab_ > 1 && (list_bytes(slab_) > kListBytes ||
                              conv_.batch * conv_.groups * ceil_divide(conv_.input_size[0], slab_) < kTasks)) {
@@ -56,16 +63,14 @@ class SparseGradInput {
 
   private:
     static constexpr int64_t kTasks = 16, kListBytes = kL2Bytes / 2;
-    static constexpr int64_t kCopy = lanes;  // entries that a merge copies at once, whether there are as many or not
-    using Offsets = typename VectorType<T>::offsets;
 
-    // Gradients of output voxels first[a] .. first[a] + count[a] - 1 sorted by voxel; those of voxel v are the entries
-    // starts[v] .. starts[v + 1] - 1.
+    // Gradients of output voxels first[a] .. first[a] + count[a] - 1 sorted by voxel, in the order depth, width,
+    // height; those of voxel v are the entries starts[v] .. starts[v + 1] - 1.
     struct Sorted {
         int64_t first[3], count[3];
         int64_t pooled_first, pooled_last;  // windows along the depth
         int32_t* starts;
-        int32_t* offsets;  // of the channel's filter in the packed weights
+        int32_t* offsets;  // in the packed weights
         T* values;
     };
 
@@ -76,22 +81,10 @@ class SparseGradInput {
         T* values;
     };
 
-    // The entries of one input row by output column.
-    struct Merged {
-        int32_t* starts;
-        int32_t* offsets;
-        T* values;
-    };
-
-    struct OutputRow {
-        int64_t voxel;  // the first of the row, in Sorted
-        int32_t weights;
-    };
-
     int64_t list_bytes(int64_t slab) const {
         const int64_t voxels = slab + (conv_.kernel_size[0] - 1) * conv_.dilation[0];
-        const int64_t windows = smaller(ceil_divide(voxels, conv_.stride[0] * problem_.pool_stride[0]) + 1,
-                                        problem_.pooled_size[0]);
+        const int64_t windows =
+            smaller(ceil_divide(voxels, conv_.stride[0] * problem_.pool_stride[0]) + 1, problem_.pooled_size[0]);
         return windows * problem_.pooled_size[1] * problem_.pooled_size[2] * out_channels_ *
                static_cast<int64_t>(sizeof(T) + sizeof(int32_t));
     }
@@ -115,8 +108,8 @@ class SparseGradInput {
     void compute_slab(int64_t sample, int64_t group, int64_t first, const T* weights) const {
         const int64_t last = smaller(first + slab_, conv_.input_size[0]);
         const Sorted sorted = sort(sample, group, first, last);
-        const int64_t reach = (conv_.output_size[2] - 1) * conv_.stride[2] +
-                              (conv_.kernel_size[2] - 1) * conv_.dilation[2] + 1;
+        const int64_t reach =
+            (conv_.output_size[2] - 1) * conv_.stride[2] + (conv_.kernel_size[2] - 1) * conv_.dilation[2] + 1;
         const int64_t voxels = larger(reach, conv_.padding_begin[2] + conv_.input_size[2]);
         T* row = scratch<T>(Scratch::tile_input, voxels * in_channels_ + lanes);
         for (int64_t d = first; d < last; ++d) {
@@ -149,11 +142,10 @@ class SparseGradInput {
         }
         const int64_t voxels = sorted.count[0] * sorted.count[1] * sorted.count[2];
         const int64_t most = windows[0] * windows[1] * windows[2] * out_channels_;
-        sorted.values = scratch<T>(Scratch::tile_accumulators, 2 * most + kCopy);
-        sorted.starts = scratch<int32_t>(Scratch::tile_output, voxels + 2 + 3 * most + kCopy);
+        sorted.values = scratch<T>(Scratch::tile_accumulators, 2 * most);
+        sorted.starts = scratch<int32_t>(Scratch::tile_output, voxels + 2 + 3 * most);
         sorted.offsets = sorted.starts + voxels + 2;
-        const Unsorted list = {sorted.offsets + most + kCopy, sorted.offsets + 2 * most + kCopy,
-                               sorted.values + most + kCopy};
+        const Unsorted list = {sorted.offsets + most, sorted.offsets + 2 * most, sorted.values + most};
 
         // starts[v + 2] counts voxel v, then starts[v + 1] is where the next entry of v goes: in the end its own end.
         std::memset(sorted.starts, 0, static_cast<size_t>(voxels + 2) * sizeof(int32_t));
@@ -172,28 +164,31 @@ class SparseGradInput {
     int64_t list_gradients(const Sorted& sorted, int64_t sample, int64_t group, const Unsorted& list,
                            int32_t* counts) const {
         const int64_t* stride = problem_.pool_stride;
-        const int64_t step[3] = {sorted.count[1] * sorted.count[2], sorted.count[2], 1};
+        const int64_t step[3] = {sorted.count[1] * sorted.count[2], 1, sorted.count[1]};
+        const int64_t entry_step[3] = {0, -entry_row_, 0};
         const int32_t filter = static_cast<int32_t>(shape_.rows * run_values_);
         const int64_t channels = out_channels_, channel = pooled_.channel;
-        int32_t code_offsets[256];
-        list_code_offsets(problem_, step, code_offsets);
+        int32_t code_voxels[256], code_rows[256];
+        list_code_offsets(problem_, step, code_voxels);
+        list_code_offsets(problem_, entry_step, code_rows);
         int64_t length = 0;
         for (int64_t d = sorted.pooled_first; d <= sorted.pooled_last; ++d) {
             for (int64_t h = 0; h < problem_.pooled_size[1]; ++h) {
-                const int64_t row = sample * pooled_.sample + group * channels * channel + d * pooled_.axis[0] +
-                                    h * pooled_.axis[1];
+                const int64_t row =
+                    sample * pooled_.sample + group * channels * channel + d * pooled_.axis[0] + h * pooled_.axis[1];
                 const int64_t first = (d - sorted.pooled_first) * stride[0] * step[0] + h * stride[1] * step[1];
                 for (int64_t w = 0; w < problem_.pooled_size[2]; ++w) {
                     const T* gradients = grad_ + row + w * pooled_.axis[2];
                     const uint8_t* codes = code_ + row + w * pooled_.axis[2];
-                    const int32_t window = static_cast<int32_t>(first + w * stride[2]);
-                    int32_t offset = 0;
+                    const int32_t window = static_cast<int32_t>(first + w * stride[2] * step[2]);
+                    int32_t offset = static_cast<int32_t>(-h * stride[1] * entry_row_);
                     for (int64_t c = 0; c < channels; ++c, offset += filter) {
                         const T gradient = gradients[c * channel];
-                        const int32_t voxel = window + code_offsets[codes[c * channel]];
+                        const uint8_t code = codes[c * channel];
+                        const int32_t voxel = window + code_voxels[code];
                         const bool listed = nonzero(gradient);
                         list.voxels[length] = voxel;
-                        list.offsets[length] = offset;
+                        list.offsets[length] = offset + code_rows[code];
                         list.values[length] = gradient;
                         counts[voxel] += listed;
                         length += listed;
@@ -209,84 +204,59 @@ class SparseGradInput {
         const int64_t shifted = i + conv_.padding_begin[axis] - k * conv_.dilation[axis];
         if (shifted < 0 || shifted % conv_.stride[axis] != 0) return -1;
         const int64_t o = shifted / conv_.stride[axis];
-        const bool inside = o < conv_.output_size[axis] && o >= sorted.first[axis] &&
-                            o < sorted.first[axis] + sorted.count[axis];
+        const bool inside =
+            o < conv_.output_size[axis] && o >= sorted.first[axis] && o < sorted.first[axis] + sorted.count[axis];
         return inside ? o : -1;
     }
 
     // Adds everything that reaches the input row (d, h) to `row`, which begins at position -padding.
     void add_row(const Sorted& sorted, int64_t d, int64_t h, const T* weights, T* row) const {
-        const int64_t* kernel = conv_.kernel_size;
-        const int64_t widths = shape_.joined ? 1 : kernel[2];
-        OutputRow* rows = static_cast<OutputRow*>(
-            scratch_bytes(Scratch::tables, static_cast<size_t>(kernel[0] * kernel[1]) * sizeof(OutputRow)));
-        int64_t row_count = 0;
-        for (int64_t kd = 0; kd < kernel[0]; ++kd) {
+        const int64_t kernel = conv_.kernel_size[1], stride = conv_.stride[1];
+        for (int64_t kd = 0; kd < conv_.kernel_size[0]; ++kd) {
             const int64_t depth = output_position(sorted, 0, d, kd);
-            for (int64_t kh = 0; kh < kernel[1] && depth >= 0; ++kh) {
+            if (depth < 0) continue;
+            if (conv_.dilation[1] == 1) {
+                const int64_t shifted = h + conv_.padding_begin[1];
+                const int64_t low = larger(ceil_divide(larger(shifted - kernel + 1, 0), stride), sorted.first[1]);
+                const int64_t high =
+                    smaller(smaller(shifted / stride, conv_.output_size[1] - 1), sorted.first[1] + sorted.count[1] - 1);
+                const int64_t base = (kd * kernel + shifted - sorted.first[1] * stride) * kernel_row_;
+                if (low <= high) add_columns(sorted, depth, low, high, base, weights, row);
+                continue;
+            }
+            for (int64_t kh = 0; kh < kernel; ++kh) {
                 const int64_t height = output_position(sorted, 1, h, kh);
                 if (height < 0) continue;
-                rows[row_count++] = {
-                    ((depth - sorted.first[0]) * sorted.count[1] + height - sorted.first[1]) * sorted.count[2],
-                    static_cast<int32_t>((kd * kernel[1] + kh) * widths * run_values_)};
+                add_columns(sorted, depth, height, height, (kd * kernel + kh) * kernel_row_, weights, row);
             }
         }
+    }
+
+    // Adds the entries of the output rows low .. high at `depth`, column by column; their offsets count from `base`.
+    void add_columns(const Sorted& sorted, int64_t depth, int64_t low, int64_t high, int64_t base, const T* weights,
+                     T* row) const {
         const int64_t first = larger(sorted.first[2], 0);
         const int64_t last = smaller(sorted.first[2] + sorted.count[2], conv_.output_size[2]);
-        const Merged merged = merge(sorted, rows, row_count, first, last);
-        for (int64_t k = 0; k < widths; ++k) {
+        const int32_t* starts =
+            sorted.starts + ((depth - sorted.first[0]) * sorted.count[2] + first - sorted.first[2]) * sorted.count[1] -
+            sorted.first[1];
+        for (int64_t k = 0; k < kernel_row_ / run_values_; ++k) {
             for (int64_t piece = 0; piece < shape_.pieces; ++piece) {
                 const int64_t begin = piece * shape_.vectors * lanes;
                 const int64_t values = smaller(shape_.vectors * lanes, shape_.length - begin);
                 const SparseKernel<T> add = sparse_kernel<T>(1, ceil_divide(values, lanes));
                 const int64_t kept = (values - 1) % lanes + 1;
-                const int32_t segment = static_cast<int32_t>(k * run_values_ + begin);
+                const int32_t segment = static_cast<int32_t>(base + k * run_values_ + begin);
                 T* sums = row + k * conv_.dilation[2] * in_channels_ + begin;
                 for (int64_t w = first; w < last; ++w) {
-                    const int32_t from = merged.starts[w - first], count = merged.starts[w - first + 1] - from;
+                    const int32_t* column = starts + (w - first) * sorted.count[1];
+                    const int32_t from = column[low], count = column[high + 1] - from;
                     if (count == 0) continue;
-                    const SparseList<T> list = {merged.offsets + from, merged.values + from, count};
+                    const SparseList<T> list = {sorted.offsets + from, sorted.values + from, count};
                     add(list, weights, &segment, sums + w * conv_.stride[2] * in_channels_, kept);
                 }
             }
         }
-    }
-
-    static inline void copy_entries(const Sorted& sorted, int64_t from, int32_t weights, const Merged& merged,
-                                    int64_t to) {
-        const Offsets* offsets = reinterpret_cast<const Offsets*>(sorted.offsets + from);
-        *reinterpret_cast<Offsets*>(merged.offsets + to) = *offsets + weights;
-        Vector<T>::store(merged.values + to, Vector<T>::load(sorted.values + from));
-    }
-
-    // Copies kCopy entries at a time: lists are short and of any length, a branch for each would be mispredicted.
-    Merged merge(const Sorted& sorted, const OutputRow* rows, int64_t row_count, int64_t first, int64_t last) const {
-        const int64_t columns = larger(last - first, 0);
-        int64_t most = kCopy;
-        for (int64_t r = 0; r < row_count; ++r) {
-            const int32_t* starts = sorted.starts + rows[r].voxel;
-            most += starts[sorted.count[2]] - starts[0];
-        }
-        Merged merged = {};
-        merged.values = scratch<T>(Scratch::tile_rows, most);
-        merged.starts = scratch<int32_t>(Scratch::tile_lists, columns + 1 + most);
-        merged.offsets = merged.starts + columns + 1;
-        int64_t end = 0;
-        for (int64_t column = 0; column < columns; ++column) {
-            merged.starts[column] = static_cast<int32_t>(end);
-            for (int64_t r = 0; r < row_count; ++r) {
-                const int32_t* starts = sorted.starts + rows[r].voxel + first - sorted.first[2] + column;
-                const int64_t begin = starts[0], count = starts[1] - starts[0];
-                int64_t copied = 0;
-                do {
-                    copy_entries(sorted, begin + copied, rows[r].weights, merged, end + copied);
-                    copied += kCopy;
-                } while (copied < count);
-                end += count;
-            }
-        }
-        merged.starts[columns] = static_cast<int32_t>(end);
-        return merged;
     }
 
     const PooledProblem& problem_;
@@ -298,6 +268,8 @@ class SparseGradInput {
     const int64_t in_channels_, out_channels_;  // of a group
     const SegmentShape shape_;
     const int64_t run_values_;  // of one packed run: whole segments
+    const int64_t kernel_row_;  // packed values of the taps along the width
+    const int64_t entry_row_;   // what an entry's offset falls by from one output row to the next
     int64_t slab_;
 };
 

@@ -5,8 +5,8 @@
 //
 // A unit is a chunk of output and of input channels of one group. For each tile of pooled voxels the window of x under
 // it is packed with its channels innermost; then, run by run of a few pooled rows, each output channel gets the list of
-// its non-zero gradients and sums the segments of x that they point at (microkernel/sparse_sum.h). What one run reads of
-// x for a few segments, and the lists, stay in L1. A split is a range of tiles with sums of its own; the sums of all
+// its non-zero gradients and sums the segments of x that they point at (microkernel/sparse_sum.h). What one run reads
+// of x for a few segments, and the lists, stay in L1. A split is a range of tiles with sums of its own; the sums of all
 // splits are added in order, so the result does not depend on the number of threads. Few input channels, which would
 // leave lanes of a segment idle, have a kernel of their own (select_grad_weight.h).
 #pragma once
@@ -45,15 +45,13 @@ class SparseGradWeight {
         }
         list_code_offsets(problem, step, code_offsets_);
         row_run_ = even_part(tiling_.cells[1], larger(kRunVoxels / tiling_.cells[2], 1));
-
     }
 
     void run(T* grad_weight) const {
         const int64_t tiles = gather_.batch * tiling_.count();
         const SplitSums sums(units_, out_chunk_, segments_ * shape_.vectors * lanes, tiles, sizeof(T));
         sums.run<T>(
-            tiles,
-            [&](int64_t unit, int64_t first, int64_t last, T* to) { sum_tiles(unit_of(unit), first, last, to); },
+            tiles, [&](int64_t unit, int64_t first, int64_t last, T* to) { sum_tiles(unit_of(unit), first, last, to); },
             [&](int64_t index, int64_t out, const T* from) {
                 const Unit unit = unit_of(index);
                 if (out < unit.out_count) store_filter(unit, out, from, grad_weight);

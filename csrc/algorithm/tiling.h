@@ -1,4 +1,5 @@
-// How a target is cut into tiles of whole cells (voxels, or the windows of a pooling), and how the source of one tile lies in scratch memory.
+// How a target is cut into tiles of whole cells (voxels, or the windows of a pooling), and how the source of one tile
+// lies in scratch memory.
 //
 // Per axis, tap t of target voxel j (both counted inside the tile) reads source position j * source_step + t *
 // tap_step. Packed, it is row j * voxel_step + t * tap_step' of one of two orders, whichever is shorter:

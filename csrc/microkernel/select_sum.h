@@ -3,8 +3,9 @@
 //
 //     sums[c][lane] += sum over v < count of  values[v][lane] * blocks[places[v] + columns[c] + choices[v][lane]]
 //
-// A block holds all voxels of a window, shifted by one tap: it is loaded as one vector, and each output channel permutes
-// its chosen voxel out of it. One load, one permutation and one FMA serve all lanes, whatever the number of taps.
+// A block holds all voxels of a window, shifted by one tap: it is loaded as one vector, and each output channel
+// permutes its chosen voxel out of it. One load, one permutation and one FMA serve all lanes, whatever the number of
+// taps.
 #pragma once
 
 #include "../isa.h"

@@ -4,7 +4,7 @@
 //
 // One entry costs a scalar load, a broadcast and S * V FMAs with an operand in memory: bound by two loads per cycle,
 // one FMA per cycle and unit but for the broadcast. The sums pass through memory once per list, so a list should be
-// long. With fewer than 8 accumulators consecutive entries go to U sets of them, which hides the latency of an FMA.
+// long. With fewer than 6 accumulators consecutive entries go to U sets of them, which hides the latency of an FMA.
 #pragma once
 
 #include "../isa.h"
@@ -38,7 +38,7 @@ struct LaneNumbers {
 template <typename T, int S, int V>
 void sparse_tile(const SparseList<T>& list, const T* source, const int32_t* segments, T* sums, int64_t kept) {
     using vector = typename Vector<T>::type;
-    constexpr int lanes = Vector<T>::lanes, U = S * V >= 8 ? 1 : S * V >= 4 ? 2 : 4;
+    constexpr int lanes = Vector<T>::lanes, U = S * V >= 6 ? 1 : S * V >= 4 ? 2 : 4;
     vector sum[U][S][V];
     const T* from[S];
 #pragma GCC unroll 16
