@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.flop_counter import FlopCounterMode
@@ -78,6 +81,55 @@ def test_values_and_gradients_are_torchs(name, activation, pool, layout, poisone
     assert y.is_contiguous(memory_format=layout)
     # Outside of the block: a gradient keeps the backend of its forward call.
     torch.testing.assert_close(torch.autograd.grad(y, args, cotangent), torch.autograd.grad(expected, args, cotangent))
+
+
+@st.composite
+def calls(draw):
+    """(shape of x, shape of w, geometry of the convolution, arguments of max_pool3d, activation), all of which fit."""
+
+    def triple(low, high):
+        return st.tuples(*[st.integers(low, high)] * 3)
+
+    groups = draw(st.integers(1, 3))
+    kernel, dilation, padding, stride = draw(triple(1, 3)), draw(triple(1, 2)), draw(triple(0, 2)), draw(triple(1, 3))
+    window, ceil_mode = draw(triple(1, 4)), draw(st.booleans())
+    pool_padding = tuple(draw(st.integers(0, size // 2)) for size in window)
+    dense = [draw(st.integers(size - 2 * pad, size + 5)) for size, pad in zip(window, pool_padding, strict=True)]
+    input_size = [
+        max((size - 1) * s + d * (k - 1) + 1 - 2 * p, 1)
+        for size, s, d, k, p in zip(map(partial(max, 1), dense), stride, dilation, kernel, padding, strict=True)
+    ]
+    channels = draw(st.integers(1, 5))
+    return (
+        (draw(st.integers(1, 3)), groups * channels, *input_size),
+        (groups * draw(st.integers(1, 9)), channels, *kernel),
+        {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups},
+        (window, draw(triple(1, 4)), pool_padding, 1, ceil_mode),
+        draw(st.sampled_from(sorted(ACTIVATIONS))),
+    )
+
+
+@settings(max_examples=100)
+@given(calls(), st.sampled_from(WITH_PASSES), st.sampled_from([torch.contiguous_format, torch.channels_last_3d]))
+def test_any_call_is_torchs(call, name, layout):
+    input_shape, weight_shape, geometry, pool, activation = call
+    x, w = (torch.randn(shape).double().contiguous(memory_format=layout) for shape in (input_shape, weight_shape))
+    args = tuple(tensor.requires_grad_() for tensor in (x, w, torch.randn(weight_shape[0]).double()))
+    expected = F.max_pool3d(ACTIVATIONS[activation](F.conv3d(*args, **geometry)), *pool)
+    with pyvolconv.use_backend(name):
+        y = pyvolconv.conv3d_max_pool(
+            *args,
+            **geometry,
+            activation=activation,
+            negative_slope=0.2,
+            **dict(zip(("pool_size", "pool_stride", "pool_padding"), pool, strict=False)),
+            ceil_mode=pool[-1],
+        )
+        torch.testing.assert_close(y, expected)
+        cotangent = torch.randn_like(y)
+        torch.testing.assert_close(
+            torch.autograd.grad(y, args, cotangent), torch.autograd.grad(expected, args, cotangent)
+        )
 
 
 @pytest.mark.parametrize("wanted", [which for which in itertools.product([False, True], repeat=3) if any(which)])
