@@ -70,10 +70,16 @@ def _pool(window: Any, stride: Any, padding: Any, ceil_mode: bool) -> MaxPool:
     return MaxPool(window, stride, padding, ceil_mode)
 
 
+def fused_problem(
+    plain: ConvProblem, pool: MaxPool, activation: Activation = "none", slope: float = 0.0
+) -> ConvProblem:
+    """`plain` with activation and pool; a gradient's problem has no activation."""
+    return _with_epilogue(plain, pool, activation, slope if activation == "leaky_relu" else NEGATIVE_SLOPE)
+
+
 @lru_cache(maxsize=4096)
-def _with_epilogue(problem: ConvProblem, activation: Activation, slope: float, pool: MaxPool) -> ConvProblem:
-    slope = slope if activation == "leaky_relu" else NEGATIVE_SLOPE
-    return problem.with_(activation=activation, negative_slope=slope, pool=pool)
+def _with_epilogue(plain: ConvProblem, pool: MaxPool, activation: Activation, slope: float) -> ConvProblem:
+    return plain.with_(activation=activation, negative_slope=slope, pool=pool)
 
 
 def _run_conv3d_max_pool(x: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> tuple[Tensor, Tensor]:
@@ -81,7 +87,7 @@ def _run_conv3d_max_pool(x: Tensor, weight: Tensor, bias: Tensor | None, *sizes:
     activation, slope = sizes[4:6]
     layout = layout_of(x, weight)
     plain = conv3d_problem(x.shape, weight.shape, geometry, x, layout, bias is not None)  # type: ignore[arg-type]
-    problem = _with_epilogue(plain, activation, slope, pool)
+    problem = fused_problem(plain, pool, activation, slope)
     backend = choose_or_none(problem, "forward") if x.numel() else None
     if backend is not None:
         x, weight = _dense(layout, x, weight)
@@ -104,7 +110,7 @@ def _run_conv3d_max_pool_grad_input(
     layout = layout_of(grad, code, weight)
     shape = (grad.shape[0], weight.shape[1] * geometry[3], *input_size)
     plain = conv3d_problem(shape, weight.shape, geometry, grad, layout)  # type: ignore[arg-type]
-    problem = _with_epilogue(plain, "none", NEGATIVE_SLOPE, pool)
+    problem = fused_problem(plain, pool)
     backend = choose_or_none(problem, "grad_input") if grad.numel() and weight.numel() else None
     if backend is not None:
         return backend.grad_input_max_pool(problem, *_dense(layout, grad, code, weight))
@@ -119,7 +125,7 @@ def _run_conv3d_max_pool_grad_weight(
     layout = layout_of(grad, code, x)
     shape = (grad.shape[1], x.shape[1] // geometry[3], *kernel_size)
     plain = conv3d_problem(x.shape, shape, geometry, grad, layout)  # type: ignore[arg-type]
-    problem = _with_epilogue(plain, "none", NEGATIVE_SLOPE, pool)
+    problem = fused_problem(plain, pool)
     backend = choose_or_none(problem, "grad_weight") if grad.numel() and x.numel() else None
     if backend is not None:
         return backend.grad_weight_max_pool(problem, *_dense(layout, grad, code, x))

@@ -138,7 +138,7 @@ class Attribution:
             self._stack.append(name)
             self._become(name)
 
-        return hook
+        return _watching(hook)
 
     def _exit_hook(self) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -146,8 +146,14 @@ class Attribution:
                 self._stack.pop()
             self._become(self._stack[-1] if self._stack else LOSS)
 
-        return hook
+        return _watching(hook)
 
     def _mark_update(self, updating: bool) -> None:
         self._updating = updating
         self._become(OUTSIDE)
+
+
+def _watching(hook: Callable[..., None]) -> Callable[..., None]:
+    """Marks a hook that changes nothing, so that accelerated modules go on running chains as one pass under it."""
+    hook.watches_only = True  # type: ignore[attr-defined]
+    return hook

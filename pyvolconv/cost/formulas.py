@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..ops import conv3d_problem, layout_of
 from ..problem import ConvProblem, Pass, Size3
+from .fused_formulas import FUSED_FORMULAS
 from .recurrent import RECURRENT_FORMULAS
 from .work import Formula, IsWeight, OperatorCost, Work, tensor_bytes
 
@@ -178,6 +179,7 @@ def _taps(x: Tensor, pooled: Tensor, dilation: Sequence[int], geometry: Sequence
 
 FORMULAS: dict[str, Formula] = {
     **RECURRENT_FORMULAS,
+    **FUSED_FORMULAS,
     "aten::convolution": _convolution,
     "aten::convolution_backward": _convolution_backward,
     "pyvolconv::conv3d": _conv3d,
