@@ -229,6 +229,10 @@ class ConvProblem:
         """
         return replace(self, **changes)  # type: ignore[arg-type]
 
+    def without_epilogue(self) -> ConvProblem:
+        """The convolution alone, its bias included."""
+        return replace(self, activation="none", negative_slope=NEGATIVE_SLOPE, pool=None)
+
     def __str__(self) -> str:
         return _format(self)
 

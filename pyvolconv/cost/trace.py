@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..dispatch import choose
+from ..dispatch import choose, choose_or_none
+from ..problem import Pass
 from .assignment import Assigner, Assignment
 from .attribution import Attribution, Phase
 from .pages import page_faults
@@ -146,7 +147,9 @@ class _Tracer(TorchDispatchMode):
         problem = works[0][1].problem
         backend = assigned.operator.partition(".")[0]
         if backend == "pyvolconv" and problem is not None:
-            backend = choose(problem, works[0][0]).name  # type: ignore[arg-type]
+            pass_ = cast("Pass", works[0][0])
+            # Without a fused pass the operator runs the plain one, and torch's pooling.
+            backend = (choose_or_none(problem, pass_) or choose(problem.without_epilogue(), pass_)).name
         call = Call(
             assigned.layer,
             assigned.phase,
