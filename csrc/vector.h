@@ -31,7 +31,6 @@ struct VectorType<float> {
     typedef float unaligned __attribute__((vector_size(PVC_VECTOR_BYTES), aligned(4), may_alias));
     typedef int32_t integer;                                                  // of the same size
     typedef integer integers __attribute__((vector_size(PVC_VECTOR_BYTES)));  // what a comparison gives
-    typedef int32_t offsets __attribute__((vector_size(PVC_VECTOR_BYTES), aligned(4), may_alias));  // one per lane
 };
 
 template <>
@@ -40,7 +39,6 @@ struct VectorType<double> {
     typedef double unaligned __attribute__((vector_size(PVC_VECTOR_BYTES), aligned(8), may_alias));
     typedef int64_t integer;
     typedef integer integers __attribute__((vector_size(PVC_VECTOR_BYTES)));
-    typedef int32_t offsets __attribute__((vector_size(PVC_VECTOR_BYTES / 2), aligned(4), may_alias));
 };
 
 // T is float or double. No pointer needs to be aligned beyond T.

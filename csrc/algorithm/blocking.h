@@ -74,7 +74,10 @@ Kernel choose_kernel(const Gather& gather) {
     };
     const bool depthwise = gather.groups > 1 && gather.source_channels == 1 && gather.target_channels == 1;
     const double channels = used(depthwise ? gather.groups : gather.target_channels);
-    const double allowance = gather.layout == Layout::ndhwc ? 0.6 : gather.source_channels < lanes ? 2.0 : 0.85;
+    // One channel is in both orders, and of pooled results there are few to transpose.
+    const bool pooled_single = gather.window[0].extent != 0 && gather.source_channels == 1;
+    const bool few_channels = gather.source_channels < lanes && !pooled_single;
+    const double allowance = gather.layout == Layout::ndhwc ? 0.6 : few_channels ? 2.0 : 0.85;
     if (allowance * used(gather.axis[2].count) > channels) return Kernel::planar;
     return depthwise ? Kernel::depthwise : Kernel::broadcast;
 }

@@ -210,8 +210,13 @@ void pool_row_planar(const PooledProblem& problem, const PoolRow<T>& row) {
         };
         const auto store = [&](int64_t c, const Choice<T, A>& choice) {
             const auto codes = choice.codes();
-            std::memcpy(row.codes + c * row.code_pitch + i, &codes, static_cast<size_t>(count) * sizeof(codes[0]));
+            if (count == V::lanes) {
+                V::store(row.pooled + c * row.pitch + i, choice.value());
+                std::memcpy(row.codes + c * row.code_pitch + i, &codes, sizeof(codes));
+                return;
+            }
             V::store_partial(row.pooled + c * row.pitch + i, choice.value(), count);
+            std::memcpy(row.codes + c * row.code_pitch + i, &codes, static_cast<size_t>(count) * sizeof(codes[0]));
         };
         if (of_eight && stride == 2 && whole(width)) {
             const auto load_even = [](const T* from) {
