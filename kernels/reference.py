@@ -122,12 +122,17 @@ def grad_weight(
                     grad_w[o, c, i, j, k] = total
 
 
-LOOPS = {"forward": forward, "grad_input": grad_input, "grad_weight": grad_weight}
+LOOPS: dict[str, Callable[..., None]] = {"forward": forward, "grad_input": grad_input, "grad_weight": grad_weight}
 
 
 @cache
 def compiled(pass_: Literal["forward", "grad_input", "grad_weight"], parallel: bool) -> Callable[..., None]:
-    """The loops of one pass as machine code, on Numba's threads or on the caller's alone.
+    """The loops of one pass as machine code, on Numba's threads or on the caller's alone."""
+    return machine_code(LOOPS[pass_], parallel)
+
+
+def machine_code(loops: Callable[..., None], parallel: bool) -> Callable[..., None]:
+    """`loops` compiled by Numba.
 
     The parallel code is kept on disk, where Numba finds a folder that it can write. Numba's key for such a
     file does not say whether the code is parallel, so the serial code is compiled anew in each process that
@@ -135,7 +140,7 @@ def compiled(pass_: Literal["forward", "grad_input", "grad_weight"], parallel: b
     """
     options: dict[str, Any] = {"nogil": True, "parallel": parallel}
     try:
-        compiled_loops: Callable[..., None] = numba.njit(cache=parallel, **options)(LOOPS[pass_])
+        result: Callable[..., None] = numba.njit(cache=parallel, **options)(loops)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        compiled_loops = numba.njit(**options)(LOOPS[pass_])
-    return compiled_loops
+        result = numba.njit(**options)(loops)
+    return result

@@ -22,8 +22,7 @@ import numba
 import numpy as np
 from numba import prange
 
-Triple = tuple[int, int, int]
-Array = np.ndarray[Any, Any]
+from .reference import Array, Triple, machine_code
 
 NONE, RELU, LEAKY_RELU, SILU, GELU, GELU_TANH = range(6)
 """Activations, in the order of `pyvolconv.epilogue.ACTIVATIONS`."""
@@ -59,7 +58,7 @@ def convolve_at(
     d: int,
     h: int,
     w: int,
-) -> float:
+) -> Any:
     """One output voxel of the convolution."""
     _, _, depth, height, width = x.shape
     out_channels, channels_per_group, kernel_depth, kernel_height, kernel_width = weight.shape
@@ -80,7 +79,7 @@ def convolve_at(
 @numba.njit(inline="always")
 def chosen_voxel(
     code: int, p: int, q: int, r: int, window: Triple, pool_stride: Triple, pool_padding: Triple
-) -> Triple:
+) -> tuple[Any, Any, Any]:
     """The output voxel that the window of a pooled voxel chose."""
     offset_d, rest = divmod(np.int64(code), window[1] * window[2])
     offset_h, offset_w = divmod(rest, window[2])
@@ -204,14 +203,10 @@ def grad_weight(
                                         grad_w[o, c, i, j, k] += product
 
 
-LOOPS = {"forward": forward, "grad_input": grad_input, "grad_weight": grad_weight}
+LOOPS: dict[str, Callable[..., None]] = {"forward": forward, "grad_input": grad_input, "grad_weight": grad_weight}
 
 
 @cache
 def compiled(pass_: Literal["forward", "grad_input", "grad_weight"], parallel: bool) -> Callable[..., None]:
-    """The loops of one fused pass as machine code; kept on disk as `reference.compiled` keeps its own."""
-    options = {"nogil": True, "parallel": parallel}
-    try:
-        return numba.njit(cache=parallel, **options)(LOOPS[pass_])
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        return numba.njit(**options)(LOOPS[pass_])
+    """The loops of one fused pass as machine code, on Numba's threads or on the caller's alone."""
+    return machine_code(LOOPS[pass_], parallel)
