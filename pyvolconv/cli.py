@@ -101,7 +101,8 @@ def compare(
     if result.error:
         _fail(result.error)
     if result.interrupted:
-        console.print("Interrupted: the report holds what was measured until then; --resume goes on with the training.")
+        further = "--resume goes on with the training" if result.training else "the training had not begun"
+        console.print(f"Interrupted: the report holds what was measured until then; {further}.")
         raise typer.Exit(INTERRUPTED)
 
 

@@ -64,5 +64,8 @@ def _isa() -> str:
     except ImportError as error:
         return f"compiled part not available: {error}"
     cap = os.environ.get(ISA_VARIABLE)
-    words = f"{compiled.current_isa()} in use; this machine runs {', '.join(compiled.supported_isas())}"
+    try:
+        words = f"{compiled.current_isa()} in use; this machine runs {', '.join(compiled.supported_isas())}"
+    except ValueError as error:
+        return f"none usable: {error}"
     return f"{words}; capped by {ISA_VARIABLE}={cap}" if cap else words

@@ -6,16 +6,30 @@ import re
 
 import pytest
 import torch
+from hypothesis import settings
 from torch.autograd import gradcheck, gradgradcheck
-from torch.testing._internal.common_methods_invocations import op_db
 
 import pyvolconv
+
+
+def _op_db():
+    """PyTorch's list; importing it changes hypothesis' settings and locks torch's flags for the whole process."""
+    hypothesis_settings = settings.default
+    torch_backends = torch.backends.disable_global_flags.__globals__
+    may_set_flags = torch_backends["__allow_nonbracketed_mutation_flag"]
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    settings.register_profile("before_pytorch", parent=hypothesis_settings)
+    settings.load_profile("before_pytorch")
+    torch_backends["__allow_nonbracketed_mutation_flag"] = may_set_flags
+    return op_db
+
 
 FUNCTIONS = {
     "nn.functional.conv3d": pyvolconv.conv3d,
     "nn.functional.conv_transpose3d": pyvolconv.conv_transpose3d,
 }
-OPINFOS = {opinfo.name: opinfo for opinfo in op_db if opinfo.name in FUNCTIONS}
+OPINFOS = {opinfo.name: opinfo for opinfo in _op_db() if opinfo.name in FUNCTIONS}
 CELLS = [
     pytest.param(name, dtype, id=f"{name}-{str(dtype)[6:]}")
     for name, opinfo in OPINFOS.items()

@@ -247,7 +247,7 @@ def test_scaled_and_missing_paths_are_marked(written):
     notes = path_notes(complete_result())
     assert any("numba (2 of 32)" in note for note in notes)
     assert "triton was left out: no CUDA device" in notes
-    assert "few steps" in page
+    assert "few samples" in page
 
 
 def test_projected_run_takes_epochs_from_the_complete_one():

@@ -181,7 +181,7 @@ def _removal(item: Removal) -> str:
     )
     if largest is None:
         return text + "."
-    return f"{text}; most of it in {PARTS[largest]} ({wording.milliseconds(abs(item.parts[largest]))})."
+    return f"{text}; the largest part in {PARTS[largest]} ({wording.milliseconds(abs(item.parts[largest]))})."
 
 
 def _removals(result: ComparisonResult) -> list[Removal]:

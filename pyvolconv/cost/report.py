@@ -136,13 +136,18 @@ def cards(result: ComparisonResult) -> list[Card]:
         value = wording.ratio(ours.milliseconds / lstm.milliseconds)
         found.append(Card("CNN over LSTM, pyvolconv", value, f"{ours.path}, pages {after}"))
     if ours and installed:
-        value = wording.ratio(installed.milliseconds / ours.milliseconds)
         detail = f"{wording.milliseconds(installed.milliseconds)} → {wording.milliseconds(ours.milliseconds)}"
-        found.append(Card("Faster than torch as installed", value, detail))
+        found.append(_speed_card("torch as installed", installed.milliseconds / ours.milliseconds, detail))
     if ours and torch_best:
-        value = wording.ratio(torch_best.milliseconds / ours.milliseconds)
-        found.append(Card("Faster than torch's best", value, f"{torch_best.path}, pages {after} for both"))
+        detail = f"{torch_best.path}, pages {after} for both"
+        found.append(_speed_card("torch's best", torch_best.milliseconds / ours.milliseconds, detail))
     return found
+
+
+def _speed_card(peer: str, speed_up: float, detail: str) -> Card:
+    if speed_up < 1:
+        return Card(f"Slower than {peer}", wording.ratio(1 / speed_up), detail)
+    return Card(f"Faster than {peer}", wording.ratio(speed_up), detail)
 
 
 def _context(result: ComparisonResult, words: Answer) -> dict[str, Any]:

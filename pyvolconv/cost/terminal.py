@@ -28,7 +28,7 @@ def print_result(console: Console, result: ComparisonResult) -> None:
         console.print(training_table(result))
     for pages in path_rows(result):
         console.print(path_table(result, pages, console.width))
-    for note in path_notes(result):
+    for note in [*path_notes(result), *result.notes]:
         console.print(Text(note, style="dim"))
     words = answer(result)
     body = "\n\n".join([words.headline, *words.paragraphs])

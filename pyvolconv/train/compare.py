@@ -7,6 +7,7 @@ kept. A Ctrl-C anywhere leaves a result that holds what was measured until then.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import time
 from collections.abc import Callable, Iterator
@@ -60,10 +61,11 @@ def compare(settings: Settings, console: Console) -> ComparisonResult:
         ValueError: a path was asked for that does not exist.
     """
     comparison = _Comparison(settings, console)
-    try:
-        comparison.run()
-    except KeyboardInterrupt:
-        comparison.update(interrupted=True)
+    with comparison.kept_pages:
+        try:
+            comparison.run()
+        except KeyboardInterrupt:
+            comparison.update(interrupted=True)
     return comparison.result
 
 
@@ -81,6 +83,7 @@ class _Comparison:
             settings=settings.to_dict(),
         )
         self.differences: dict[str, float] = {}
+        self.kept_pages = contextlib.ExitStack()
 
     def run(self) -> None:
         """Every section in order; a path that does not exist is found out before anything is measured."""
@@ -163,12 +166,12 @@ class _Comparison:
         return needs
 
     def _time_steps(self, candidates: list[Candidate], machine: Machine) -> None:
-        """Time every path in both allocator states. Pages stay kept from here on."""
+        """Time every path in both allocator states. Pages stay kept until the comparison ends."""
         if self.settings.device == "cuda" or pages_kept():
             self._time_in_state(candidates, "kept", machine)
             return
         self._time_in_state(candidates, "returned", machine)
-        kept = keep_pages()
+        kept = self.kept_pages.enter_context(keep_pages())
         if kept.active:
             self._time_in_state(candidates, "kept", machine)
         else:
