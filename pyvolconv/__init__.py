@@ -12,10 +12,6 @@ keep_pages()                    stop glibc from returning freed pages between st
 
 from __future__ import annotations
 
-from . import derivatives as derivatives
-from . import fused_derivatives as fused_derivatives
-from . import fused_transforms as fused_transforms
-from . import transforms as transforms
 from .accelerate import accelerate, revert
 from .cost.pages import keep_pages
 from .dispatch import backends, use_backend

@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Derivatives and transforms register with the operators; no call may come past this file without them.
+from . import derivatives as derivatives
 from . import ops
+from . import transforms as transforms
 from .dispatch import logger
 from .problem import DTYPE_BYTES
 

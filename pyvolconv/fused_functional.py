@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import fused_derivatives as fused_derivatives
 from . import fused_ops
+from . import fused_transforms as fused_transforms
 from .epilogue import KEEPS_PREACTIVATION, NEGATIVE_SLOPE, Activation, MaxPool, check_activation
 from .functional import Sizes, conv3d, conv3d_arguments, triple
 

@@ -94,7 +94,7 @@ def path_table(result: ComparisonResult, pages: Pages, width: int = 120) -> Tabl
 
 def layer_table(profile: PathProfile, width: int = 120) -> Table:
     """One row per layer and pass of a profiled step, in the order of running; fewer columns where `width` is small."""
-    left_out = () if width >= WIDE else ("Bytes", "Runs in")
+    left_out = () if width >= WIDE else ("Work", "Bytes", "Runs in")
     names = [name for name in LAYER_COLUMNS if name not in left_out]
     table = _table(f"{profile.title}, batch {profile.batch_size}", "Layer", names)
     rows = profile.main_rows()

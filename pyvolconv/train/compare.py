@@ -24,6 +24,7 @@ from ..cost.counting import count_model
 from ..cost.machine import Machine, measure_machine, versions
 from ..cost.pages import keep_pages, pages_kept
 from ..cost.results import ComparisonResult, DataFacts, NetworkFacts, PathTiming, TrainingRun
+from ..dispatch import backends
 from ..problem import PASSES, ConvProblem, Layout, Pass
 from .checkpoint import CheckpointError
 from .data import Splits, batches, frame_average_accuracy
@@ -31,7 +32,7 @@ from .digits import moving_digits
 from .loop import TrainConfig
 from .models import NetworkName, build, parameter_count
 from .npz import load_npz
-from .paths import our_paths
+from .paths import Need, fuses, our_paths
 from .plan import FULL, LSTM_SHARE, OURS_SHARE, QUICK, QUICK_VIDEOS, Settings
 from .runs import Trainer, projected
 from .steps import LSTM_PATH, TORCH_PATHS, Candidate, PathSpec, fitted, gradient_difference, time_paths
@@ -93,11 +94,12 @@ class _Comparison:
         with self._section("machine"):
             machine = self._measure_machine()
         with self._section("networks"):
-            chosen, refused = our_paths(self.settings.backends, self._describe_networks(data))
+            needs = self._describe_networks(data)
+            chosen, refused = our_paths(self.settings.backends, needs)
             self.update(unavailable=refused)
         with self._section("trying paths"):
             x, y = self._batch(data)
-            candidates = self._candidates(data, x, y, chosen)
+            candidates = self._candidates(data, x, y, self._paths(chosen, needs))
         with self._section("steps"):
             self._time_steps(candidates, machine)
         with self._section("difficulty"):
@@ -177,12 +179,24 @@ class _Comparison:
         else:
             self._note(f"Pages could not be kept here: {kept.reason}.")
 
-    def _candidates(self, data: Splits, x: Tensor, y: Tensor, chosen: dict[str, list[Layout]]) -> list[Candidate]:
-        """One candidate per path, ours in the better layout; their gradients are compared with torch's on the way."""
-        longest = self.budget.longest_step(len(TORCH_PATHS) + len(chosen))
-        seed, size, classes = self.settings.seed, data.input_size, data.classes
+    @staticmethod
+    def _paths(chosen: dict[str, list[Layout]], needs: list[Need]) -> list[list[PathSpec]]:
+        """The CNN's paths in the order of the report, each in the layouts that it runs in."""
         specs = [[PathSpec(path, "cnn", None, layout)] for path, layout in TORCH_PATHS.items()]
-        specs += [[PathSpec(name, "cnn", name, layout) for layout in layouts] for name, layouts in chosen.items()]
+        for name, layouts in chosen.items():
+            specs.append([PathSpec(name, "cnn", name, layout) for layout in layouts])
+            fused = [
+                PathSpec(f"{name} fused", "cnn", name, layout, True) for layout in layouts if fuses(name, needs, layout)
+            ]
+            # The readable reference is too slow to be worth a second row.
+            if fused and all(backend.automatic for backend in backends() if name in (backend.name, backend.family)):
+                specs.append(fused)
+        return specs
+
+    def _candidates(self, data: Splits, x: Tensor, y: Tensor, specs: list[list[PathSpec]]) -> list[Candidate]:
+        """One candidate per path, ours in the better layout; their gradients are compared with torch's on the way."""
+        longest = self.budget.longest_step(len(specs))
+        seed, size, classes = self.settings.seed, data.input_size, data.classes
         found = []
         with self._saying("Trying paths and layouts") as say:
             for several in specs:

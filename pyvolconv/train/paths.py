@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..dispatch import backends
+from ..epilogue import MaxPool
 from ..problem import LAYOUTS, ConvProblem, Layout, Pass
 
 Need = tuple[ConvProblem, Pass]
@@ -37,6 +38,20 @@ def our_paths(asked: Sequence[str] | None, needs: Sequence[Need]) -> tuple[dict[
         else:
             refused[name] = reasons[LAYOUTS[0]]
     return able, refused
+
+
+def fuses(name: str, needs: Sequence[Need], layout: Layout) -> bool:
+    """Whether a family or backend has every pass also as one with ReLU and a 2x2x2 max-pool behind it."""
+    pool = MaxPool((2, 2, 2), (2, 2, 2), ceil_mode=True)
+    members = [member for member in backends() if name in (member.name, member.family) and member.has_max_pool]
+    return bool(members) and all(
+        any(not member.unsupported_reasons(_pooled(problem, layout, pool), pass_) for member in members)
+        for problem, pass_ in needs
+    )
+
+
+def _pooled(problem: ConvProblem, layout: Layout, pool: MaxPool) -> ConvProblem:
+    return problem.with_(layout=layout, activation="relu", pool=pool)
 
 
 def _first_reason(family: str, needs: Sequence[Need], layout: Layout) -> str:

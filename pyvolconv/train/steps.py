@@ -38,12 +38,17 @@ TORCH_PATHS: dict[str, Layout] = {"torch contiguous": "ncdhw", "torch channels_l
 
 @dataclass(frozen=True)
 class PathSpec:
-    """Which network runs how. `backend` None is torch itself; `layout` None is a network without volumes."""
+    """Which network runs how.
+
+    `backend` None is torch itself, `layout` None a network without volumes; with `fused`, chains of convolution,
+    activation and pool run as one pass.
+    """
 
     path: str
     network: str
     backend: str | None
     layout: Layout | None
+    fused: bool = False
 
     @property
     def ours(self) -> bool:
@@ -71,7 +76,7 @@ def prepare(spec: PathSpec, model: nn.Module) -> nn.Module:
     """Put a fresh model into the path's layout and, for a path of ours, swap its convolutions; in place."""
     if spec.layout is not None:
         model.to(memory_format=MEMORY_FORMAT[spec.layout])  # type: ignore[call-overload]
-    return accelerate(model) if spec.ours else model
+    return accelerate(model, fuse=spec.fused) if spec.ours else model
 
 
 @contextlib.contextmanager
@@ -127,7 +132,7 @@ def fitted(
 def gradient_difference(one: Candidate, make_model: Callable[[], nn.Module], x: Tensor, y: Tensor) -> float:
     """How far the path's parameter gradients are from torch's: |g - g_torch| / |g_torch|, on a few samples."""
     gradients = []
-    for spec in (one.spec, replace(one.spec, backend=None)):
+    for spec in (one.spec, replace(one.spec, backend=None, fused=False)):
         fresh = candidate(spec, make_model, x, y, min(one.samples, PROBE_SAMPLES))
         fresh.step()
         gradients.append(torch.cat([p.grad.flatten() for p in fresh.model.parameters() if p.grad is not None]).double())
@@ -181,6 +186,7 @@ def time_paths(
                 backend=one.spec.backend or "torch",
                 layout=one.spec.layout,
                 ours=one.spec.ours,
+                fused=one.spec.fused,
                 pages=pages,
                 milliseconds=total,
                 forward=split.forward * share if conv else None,
@@ -217,7 +223,7 @@ def profile_built_in(
     """
     if network == "lstm" and backend is not None:
         raise ValueError(f"--backend {backend}: the LSTM has no convolution; leave --backend out")
-    spec = PathSpec(backend or "torch", network, backend, layout if network == "cnn" else None)
+    spec = PathSpec(backend or "torch", network, backend, layout if network == "cnn" else None, backend is not None)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch_size, 1, *MISSION_SIZE, generator=generator).to(device)
     y = (torch.arange(batch_size) % 2).to(device)
