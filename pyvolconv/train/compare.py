@@ -96,6 +96,10 @@ class _Comparison:
         with self._section("networks"):
             needs = self._describe_networks(data)
             chosen, refused = our_paths(self.settings.backends, needs)
+            if self.settings.backends and refused:
+                raise ValueError(
+                    "; ".join(f"--backends: {name} cannot run here: {why}" for name, why in refused.items())
+                )
             self.update(unavailable=refused)
         with self._section("trying paths"):
             x, y = self._batch(data)
