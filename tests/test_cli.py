@@ -102,6 +102,13 @@ def test_unknown_backend_is_one_line_and_status_2(run, tmp_path):
     assert_one_line(run("profile", "cnn", "--backend", "nonsense", "--batch-size", "1"), "nonsense")
 
 
+def test_named_path_that_cannot_run_is_one_line_and_status_2(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    asked = ("compare", "--quick", "--backends", "cpp,triton", "--data", volumes(tmp_path / "volumes.npz"))
+    assert_one_line(run(*asked, "--out", tmp_path / "report"), "triton cannot run here")
+
+
 def test_missing_gpu_is_one_line_and_status_2(run, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert_one_line(run("compare", "--device", "cuda", "--out", tmp_path), "no CUDA device")

@@ -97,9 +97,8 @@ class _Comparison:
             needs = self._describe_networks(data)
             chosen, refused = our_paths(self.settings.backends, needs)
             if self.settings.backends and refused:
-                raise ValueError(
-                    "; ".join(f"--backends: {name} cannot run here: {why}" for name, why in refused.items())
-                )
+                name, why = next(iter(refused.items()))
+                raise ValueError(f"--backends: {name} cannot run here: {why}")
             self.update(unavailable=refused)
         with self._section("trying paths"):
             x, y = self._batch(data)
