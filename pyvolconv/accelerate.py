@@ -126,6 +126,9 @@ def _derived(original: type[nn.Module], ours: type[nn.Module]) -> type[nn.Module
         "__reduce_ex__": _reduce_as_original,
         "_pyvolconv_original": original,
     }
+    lazy = getattr(original, "cls_to_become", None)
+    if lazy is not None:
+        members["cls_to_become"] = _derived(lazy, ours)  # type: ignore[arg-type]
     if not hasattr(original, "__deepcopy__"):
         members["__deepcopy__"] = _deepcopy
     return type(original.__name__, bases, members)

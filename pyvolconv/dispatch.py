@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import lru_cache
 
 from .backends.base import Backend
 from .backends.registry import REGISTRY, select
@@ -23,7 +24,6 @@ ENVIRONMENT_VARIABLE = "PYVOLCONV_BACKEND"
 
 logger = logging.getLogger("pyvolconv")
 _forced: ContextVar[str | None] = ContextVar("pyvolconv_forced_backend", default=None)
-_chosen: dict[tuple[ConvProblem, Pass, str | None], Backend] = {}
 
 
 def backends() -> tuple[Backend, ...]:
@@ -83,19 +83,15 @@ def choose(problem: ConvProblem, pass_: Pass) -> Backend:
         UnsupportedProblemError: no allowed backend can run it.
         ValueError: PYVOLCONV_BACKEND names no backend.
     """
-    forced = forced_backend()
-    key = (problem, pass_, forced)
-    backend = _chosen.get(key)
-    if backend is None:
-        backend = _chosen[key] = _choose(problem, pass_, forced)
-    return backend
+    return _choose(problem, pass_, forced_backend())
 
 
 def forget_choices() -> None:
     """Choose anew from the next call on, after something that backends look at (the environment) changed."""
-    _chosen.clear()
+    _choose.cache_clear()
 
 
+@lru_cache(maxsize=4096)
 def _choose(problem: ConvProblem, pass_: Pass, forced: str | None) -> Backend:
     candidates = select(forced) if forced else tuple(backend for backend in REGISTRY if backend.automatic)
     reasons = {backend.name: backend.unsupported_reasons(problem, pass_) for backend in candidates}
