@@ -150,6 +150,9 @@ def _derive(original: type[nn.Module], ours: type[nn.Module] | None, own: dict[s
         "_pyvolconv_original": original,
         **own,
     }
+    lazy = getattr(original, "cls_to_become", None)
+    if lazy is not None:
+        members["cls_to_become"] = _derived(lazy, ours)  # type: ignore[arg-type]
     if not hasattr(original, "__deepcopy__"):
         members["__deepcopy__"] = _deepcopy
     return type(original.__name__, bases, members)

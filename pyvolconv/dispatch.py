@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import lru_cache
 
 from .backends.base import Backend
 from .backends.registry import REGISTRY, select
@@ -23,7 +24,6 @@ ENVIRONMENT_VARIABLE = "PYVOLCONV_BACKEND"
 
 logger = logging.getLogger("pyvolconv")
 _forced: ContextVar[str | None] = ContextVar("pyvolconv_forced_backend", default=None)
-_chosen: dict[tuple[ConvProblem, Pass, str | None], Backend | None] = {}
 
 
 def backends() -> tuple[Backend, ...]:
@@ -83,25 +83,21 @@ def choose(problem: ConvProblem, pass_: Pass) -> Backend:
         UnsupportedProblemError: no allowed backend can run it.
         ValueError: PYVOLCONV_BACKEND names no backend.
     """
-    backend = choose_or_none(problem, pass_)
+    forced = forced_backend()
+    backend = _choose(problem, pass_, forced)
     if backend is None:
-        forced = forced_backend()
         raise UnsupportedProblemError(problem, pass_, _refusals(problem, pass_, forced), forced)
     return backend
 
 
 def choose_or_none(problem: ConvProblem, pass_: Pass) -> Backend | None:
     """As `choose`, and None where no allowed backend can run the pass."""
-    forced = forced_backend()
-    key = (problem, pass_, forced)
-    if key not in _chosen:
-        _chosen[key] = _choose(problem, pass_, forced)
-    return _chosen[key]
+    return _choose(problem, pass_, forced_backend())
 
 
 def forget_choices() -> None:
     """Choose anew from the next call on, after something that backends look at (the environment) changed."""
-    _chosen.clear()
+    _choose.cache_clear()
 
 
 def _candidates(forced: str | None) -> tuple[Backend, ...]:
@@ -118,6 +114,7 @@ def _refusals(problem: ConvProblem, pass_: Pass, forced: str | None) -> dict[str
     }
 
 
+@lru_cache(maxsize=4096)
 def _choose(problem: ConvProblem, pass_: Pass, forced: str | None) -> Backend | None:
     reasons = _refusals(problem, pass_, forced)
     able = [backend for backend in _candidates(forced) if not reasons[backend.name]]

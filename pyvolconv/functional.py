@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 # Derivatives and transforms register with the operators; no call may come past this file without them.
 from . import derivatives as derivatives
@@ -53,6 +54,9 @@ def conv3d(
         >>> pyvolconv.conv3d(x, w, padding="same").shape
         torch.Size([2, 4, 8, 8, 8])
     """
+    if has_torch_function_variadic(input, weight, bias):
+        operands = (input, weight, bias)
+        return handle_torch_function(conv3d, operands, *operands, stride, padding, dilation, groups)
     args = conv3d_arguments(input, weight, bias, stride, padding, dilation, groups)
     if args is None:
         return _leave_to_torch(F.conv3d, input, weight, bias, stride, padding, dilation, groups)
@@ -98,6 +102,11 @@ def conv_transpose3d(
         >>> pyvolconv.conv_transpose3d(x, w, stride=2).shape
         torch.Size([2, 3, 10, 10, 10])
     """
+    if has_torch_function_variadic(input, weight, bias):
+        operands = (input, weight, bias)
+        return handle_torch_function(
+            conv_transpose3d, operands, *operands, stride, padding, output_padding, groups, dilation
+        )
     sizes = _conv_transpose3d_sizes(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if sizes is None:
         return _leave_to_torch(
@@ -121,7 +130,7 @@ def _leave_to_torch(function: Callable[..., Tensor], *args: Any) -> Tensor:
     return y
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _log_once(message: str) -> None:
     logger.warning(message)
 
@@ -149,7 +158,7 @@ def _are_operands(input: Any, weight: Any, bias: Any, out_channels_axis: int, gr
         return False
     if input.dim() not in (4, 5) or weight.dim() != 5 or groups < 1 or input.device.type not in ("cpu", "cuda", "meta"):
         return False
-    if weight.device != input.device or weight.is_sparse or input.is_sparse:
+    if weight.device != input.device or weight.layout != torch.strided or input.layout != torch.strided:
         return False
     channels = weight.shape[out_channels_axis] * (groups if out_channels_axis == 1 else 1)
     if bias is not None and (

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import fused_derivatives as fused_derivatives
 from . import fused_ops
@@ -59,6 +60,11 @@ def conv3d_max_pool(
         >>> y.shape
         torch.Size([2, 4, 5, 4, 4])
     """
+    if has_torch_function_variadic(input, weight, bias):
+        operands = (input, weight, bias)
+        sizes = (stride, padding, dilation, groups, activation, negative_slope)
+        pooling = (pool_size, pool_stride, pool_padding, ceil_mode)
+        return handle_torch_function(conv3d_max_pool, operands, *operands, *sizes, *pooling)
     window, steps, pad = (
         triple(pool_size),
         triple(pool_size if pool_stride is None else pool_stride),

@@ -79,7 +79,7 @@ def ran(function):
     """The passes of problems that went through the dispatcher while `function` ran."""
     dispatch.forget_choices()
     function()
-    return len(dispatch._chosen)
+    return dispatch._choose.cache_info().currsize
 
 
 def test_nothing_but_the_arithmetic_changes(net, x):
@@ -250,6 +250,22 @@ def test_fx_keeps_call_module_nodes(x):
     assert [node.op for node in graph.graph.nodes] == expected
     assert expected.count("call_module") == 3
     torch.testing.assert_close(graph(x), model(x))
+
+
+def test_fx_traces_through_a_users_subclass(x):
+    model = nn.Sequential(ScaledConv3d(1, 2, 3), pyvolconv.ConvTranspose3d(2, 1, 2), pyvolconv.Conv3d(1, 1, 1))
+    graph = fx.symbolic_trace(pyvolconv.accelerate(model))
+    called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert called.count(pyvolconv.conv3d) == 2
+    assert called.count(pyvolconv.conv_transpose3d) == 1
+    torch.testing.assert_close(graph(x), model(x))
+
+
+def test_a_lazy_module_stays_accelerated(x):
+    layer = pyvolconv.accelerate(nn.LazyConv3d(2, 3))
+    assert ran(lambda: layer(x)) == 1
+    assert ran(lambda: layer(x[:1])) == 1
+    assert type(pyvolconv.revert(layer)) is nn.Conv3d
 
 
 def test_compile_of_an_accelerated_model(net, x):

@@ -261,3 +261,9 @@ def test_result_is_that_of_the_forced_backend():
     x, w = torch.randn(PROBLEM.input_shape), torch.randn(PROBLEM.weight_shape)
     with pyvolconv.use_backend("aten"):
         assert torch.equal(pyvolconv.conv3d(x, w, padding=1), F.conv3d(x, w, padding=1))
+
+
+def test_choices_do_not_pile_up():
+    for batch in range(1, 5001):
+        dispatch.choose(PROBLEM.with_(batch=batch), "forward")
+    assert dispatch._choose.cache_info().currsize < 5000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -177,3 +178,32 @@ def test_runs_on_the_forced_backend(backend):
         return
     with pyvolconv.use_backend(backend.name), pytest.raises(pyvolconv.UnsupportedProblemError, match=backend.name):
         layer(torch.randn(1, 4, 5, 5, 5, dtype=torch.complex64))
+
+
+class Watching(torch.Tensor):
+    """A user's tensor that sees each function it is given to."""
+
+    seen: ClassVar[list[object]] = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(func)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_tensor_subclasses_see_the_functions():
+    x, weight = torch.randn(1, 2, 4, 4, 4), torch.randn(2, 2, 2, 2, 2)
+    for function in (pyvolconv.conv3d, pyvolconv.conv_transpose3d):
+        Watching.seen.clear()
+        y = function(x.as_subclass(Watching), weight, padding=1)
+        assert Watching.seen == [function]
+        assert type(y) is Watching
+        expected = getattr(nn.functional, function.__name__)(x, weight, padding=1)
+        torch.testing.assert_close(y.as_subclass(torch.Tensor), expected)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_opaque_layouts_are_left_to_torch():
+    x, weight = torch.randn(1, 2, 4, 4, 4), torch.randn(3, 2, 2, 2, 2)
+    y = pyvolconv.conv3d(x.to_mkldnn(), weight.to_mkldnn())
+    torch.testing.assert_close(y.to_dense(), nn.functional.conv3d(x, weight))
