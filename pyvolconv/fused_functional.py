@@ -62,9 +62,9 @@ def conv3d_max_pool(
     """
     if has_torch_function_variadic(input, weight, bias):
         operands = (input, weight, bias)
-        sizes = (stride, padding, dilation, groups, activation, negative_slope)
-        pooling = (pool_size, pool_stride, pool_padding, ceil_mode)
-        return handle_torch_function(conv3d_max_pool, operands, *operands, *sizes, *pooling)
+        rest: tuple[Any, ...] = (stride, padding, dilation, groups, activation, negative_slope)
+        rest += (pool_size, pool_stride, pool_padding, ceil_mode)
+        return handle_torch_function(conv3d_max_pool, operands, *operands, *rest)
     window, steps, pad = (
         triple(pool_size),
         triple(pool_size if pool_stride is None else pool_stride),
