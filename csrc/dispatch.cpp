@@ -35,24 +35,31 @@ std::string join(const std::vector<std::string>& names) {
     return text;
 }
 
-const Isa* find(const std::string& name, const std::string& given_by) {
-    for (const Isa& isa : kIsas) {
-        if (name != isa.name) continue;
-        if (isa.supported()) return &isa;
-        throw std::invalid_argument(given_by + "=" + name +
-                                    " cannot run on this machine; it supports: " + join(supported_isas()));
-    }
+[[noreturn]] void refuse_unknown(const std::string& name, const std::string& given_by) {
     throw std::invalid_argument(given_by + "=" + name +
                                 " is not an instruction set of this build; expected one of: " + join(compiled_isas()));
 }
 
-const Isa* select_first() {
-    const char* wanted = std::getenv("PYVOLCONV_ISA");
-    if (wanted != nullptr && *wanted != '\0') return find(wanted, "PYVOLCONV_ISA");
+const Isa* find(const std::string& name) {
     for (const Isa& isa : kIsas) {
+        if (name != isa.name) continue;
         if (isa.supported()) return &isa;
+        throw std::invalid_argument("isa=" + name +
+                                    " cannot run on this machine; it supports: " + join(supported_isas()));
     }
-    return nullptr;  // not reached: the baseline is always supported
+    refuse_unknown(name, "isa");
+}
+
+// The best instruction set of this machine that is not above the one the environment names.
+const Isa* select_first() {
+    const char* variable = std::getenv("PYVOLCONV_ISA");
+    const std::string cap = variable == nullptr ? "" : variable;
+    bool below_cap = cap.empty();
+    for (const Isa& isa : kIsas) {
+        below_cap = below_cap || cap == isa.name;
+        if (below_cap && isa.supported()) return &isa;
+    }
+    refuse_unknown(cap, "PYVOLCONV_ISA");  // the baseline is always supported, so the name was not found
 }
 
 const Isa& current() {
@@ -84,6 +91,6 @@ std::string current_isa() { return current().name; }
 
 const KernelTable& current_kernels() { return *current().kernels; }
 
-void use_isa(const std::string& name) { selected.store(find(name, "isa"), std::memory_order_release); }
+void use_isa(const std::string& name) { selected.store(find(name), std::memory_order_release); }
 
 }  // namespace pvc
