@@ -231,3 +231,15 @@ def test_create_graph_and_third_derivative():
         return value
 
     torch.testing.assert_close(third(pyvolconv.conv3d), third(F.conv3d))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_bias_gradient_is_the_exact_sum(memory_format):
+    """gradcheck allows a part in a thousand; integers allow nothing."""
+    x = torch.randint(-4, 5, (3, 2, 5, 4, 6)).float().to(memory_format=memory_format)
+    weight = torch.randint(-4, 5, (7, 2, 3, 3, 3)).float()
+    bias = torch.zeros(7, requires_grad=True)
+    y = pyvolconv.conv3d(x, weight, bias, padding=1)
+    grad = torch.randint(-4, 5, y.shape).float()
+    y.backward(grad)
+    assert torch.equal(bias.grad, grad.sum((0, 2, 3, 4)))
