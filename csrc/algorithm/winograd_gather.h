@@ -1,0 +1,53 @@
+// Forward and grad_input by Winograd: stride and dilation 1, one group, three taps or one per axis (the caller checks).
+//
+// `outputs` names the scheme, outputs of a tile per axis (1 where the kernel has one tap); it must be one of
+// winograd_transforms.
+#pragma once
+
+#include "winograd_box.h"
+
+namespace pvc {
+namespace {
+
+template <typename T>
+void winograd_gather(const Gather& gather, const int64_t outputs[3], const T* source, const T* weight, const T* bias,
+                     T* target) {
+    const WinogradBlocking<T> b = choose_winograd(gather, *winograd_transforms<T>(outputs));
+    const WinogradWeights<T> weights(gather, b, weight, bias);
+    const int64_t size[3] = {gather.axis[0].count, gather.axis[1].count, gather.axis[2].count};
+    const VolumeStrides strides = volume_strides(gather.layout, b.targets, size);
+    const RowStrides to = {strides.axis[2], strides.channel};
+    parallel_for(gather.batch * b.box_count(), [&](int64_t task) {
+        WinogradBox<T> box(gather, b, task);
+        T* first = target + box.sample * strides.sample;
+        for (int a = 0; a < 3; ++a) first += box.first[a] * strides.axis[a];
+        box.run(source, weights, [&](const BoxSums<T>& block) {
+            for (int64_t d = 0; d < box.count[0]; ++d) {
+                for (int64_t h = 0; h < box.count[1]; ++h) {
+                    copy_matrix(block.sums + d * block.stride[0] + h * block.stride[1], RowStrides{block.stride[2], 1},
+                                first + block.channel * strides.channel + d * strides.axis[0] + h * strides.axis[1],
+                                to, box.count[2], block.channels);
+                }
+            }
+        });
+    });
+}
+
+template <typename T>
+void winograd_forward(const ConvProblem& problem, const int64_t outputs[3], const T* x, const T* weight, const T* bias,
+                      T* y) {
+    Gather gather = gather_channels(problem, true);
+    for (int axis = 0; axis < 3; ++axis) gather.axis[axis] = forward_axis(problem, axis);
+    winograd_gather(gather, outputs, x, weight, bias, y);
+}
+
+template <typename T>
+void winograd_grad_input(const ConvProblem& problem, const int64_t outputs[3], const T* grad_output, const T* weight,
+                         T* grad_input) {
+    Gather gather = gather_channels(problem, false);
+    for (int axis = 0; axis < 3; ++axis) gather.axis[axis] = grad_input_axis(problem, axis, 0);
+    winograd_gather<T>(gather, outputs, grad_output, weight, nullptr, grad_input);
+}
+
+}  // namespace
+}  // namespace pvc
