@@ -19,6 +19,8 @@ enum class Scratch : int {
     tile_output,
     tile_rows,
     tile_lists,
+    tile_pooled,
+    tile_codes,
     count
 };
 

@@ -20,6 +20,16 @@ struct PassTable {
                                 T* grad_input);
     void (*grad_weight_max_pool)(const PooledProblem&, const T* grad_pooled, const uint8_t* code, const T* x,
                                  T* grad_weight);
+
+    // By Winograd, `outputs` per axis and tile; algorithm/winograd_gather.h and winograd_pooled.h
+    // say what the problem must be like. has_winograd: whether there is such a scheme.
+    bool (*has_winograd)(const int64_t outputs[3]);
+    void (*winograd_forward)(const ConvProblem&, const int64_t outputs[3], const T* x, const T* weight,
+                             const T* bias /* or null */, T* y);
+    void (*winograd_grad_input)(const ConvProblem&, const int64_t outputs[3], const T* grad_output, const T* weight,
+                                T* grad_input);
+    void (*winograd_forward_max_pool)(const PooledProblem&, const int64_t outputs[3], const T* x, const T* weight,
+                                      const T* bias /* or null */, T* pooled, uint8_t* code);
 };
 
 struct KernelTable {

@@ -172,6 +172,66 @@ void grad_weight_max_pool(const PooledPlan& plan, uintptr_t grad_pooled, uintptr
     });
 }
 
+// What the Winograd kernels rely on; a scheme that does not fit would write outside of its tiles.
+template <typename T>
+void check_winograd(const pvc::PassTable<T>& passes, const pvc::ConvProblem& problem, const Size3& outputs) {
+    bool fits = passes.has_winograd(outputs.data()) && problem.groups == 1;
+    for (int axis = 0; axis < 3; ++axis) {
+        fits = fits && problem.stride[axis] == 1 && problem.dilation[axis] == 1;
+        fits = fits && problem.kernel_size[axis] == (outputs[axis] == 1 ? 1 : 3);
+    }
+    if (!fits) throw std::invalid_argument("no Winograd scheme with these outputs per tile fits the problem");
+}
+
+// Calls body(passes, T{}) with the passes of the dtype, without the interpreter lock, if the scheme fits the problem.
+template <typename Body>
+void with_winograd(const pvc::ConvProblem& problem, bool double_precision, const Size3& outputs, const Body& body) {
+    const pvc::KernelTable& kernels = pvc::current_kernels();
+    if (double_precision) {
+        check_winograd(kernels.float64, problem, outputs);
+        const py::gil_scoped_release release;
+        body(kernels.float64, double{});
+    } else {
+        check_winograd(kernels.float32, problem, outputs);
+        const py::gil_scoped_release release;
+        body(kernels.float32, float{});
+    }
+}
+
+void winograd_forward(const Plan& plan, const Size3& outputs, uintptr_t x, uintptr_t weight, uintptr_t bias,
+                      uintptr_t y) {
+    with_winograd(plan.problem, plan.double_precision, outputs, [&](const auto& passes, auto zero) {
+        using T = decltype(zero);
+        passes.winograd_forward(plan.problem, outputs.data(), pointer<T>(x), pointer<T>(weight), pointer<T>(bias),
+                                pointer<T>(y));
+    });
+}
+
+void winograd_grad_input(const Plan& plan, const Size3& outputs, uintptr_t grad_output, uintptr_t weight,
+                         uintptr_t result) {
+    with_winograd(plan.problem, plan.double_precision, outputs, [&](const auto& passes, auto zero) {
+        using T = decltype(zero);
+        passes.winograd_grad_input(plan.problem, outputs.data(), pointer<T>(grad_output), pointer<T>(weight),
+                                   pointer<T>(result));
+    });
+}
+
+void winograd_forward_max_pool(const PooledPlan& plan, const Size3& outputs, uintptr_t x, uintptr_t weight,
+                               uintptr_t bias, uintptr_t pooled, uintptr_t code) {
+    const pvc::PooledProblem& problem = plan.problem;
+    for (int axis = 0; axis < 3; ++axis) {
+        if (problem.pool_padding[axis] != 0 || problem.pool_stride[axis] != problem.pool_window[axis] ||
+            outputs[axis] % problem.pool_window[axis] != 0) {
+            throw std::invalid_argument("the windows of the pool do not fit into tiles of these outputs");
+        }
+    }
+    with_winograd(problem.conv, plan.double_precision, outputs, [&](const auto& passes, auto zero) {
+        using T = decltype(zero);
+        passes.winograd_forward_max_pool(problem, outputs.data(), pointer<T>(x), pointer<T>(weight), pointer<T>(bias),
+                                         pointer<T>(pooled), pointer<uint8_t>(code));
+    });
+}
+
 double fma_peak(double seconds) {
     const pvc::KernelTable& kernels = pvc::current_kernels();
     const py::gil_scoped_release release;
@@ -212,6 +272,13 @@ PYBIND11_MODULE(_C, module) {
                py::arg("weight"), py::arg("grad_input"));
     module.def("grad_weight_max_pool", &grad_weight_max_pool, py::arg("plan"), py::arg("grad_pooled"), py::arg("code"),
                py::arg("x"), py::arg("grad_weight"));
+
+    module.def("winograd_forward", &winograd_forward, py::arg("plan"), py::arg("outputs"), py::arg("x"),
+               py::arg("weight"), py::arg("bias"), py::arg("y"));
+    module.def("winograd_grad_input", &winograd_grad_input, py::arg("plan"), py::arg("outputs"), py::arg("grad_output"),
+               py::arg("weight"), py::arg("grad_input"));
+    module.def("winograd_forward_max_pool", &winograd_forward_max_pool, py::arg("plan"), py::arg("outputs"),
+               py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("pooled"), py::arg("code"));
 
     module.def("compiled_isas", &pvc::compiled_isas);
     module.def("supported_isas", &pvc::supported_isas);

@@ -8,18 +8,10 @@
 #pragma once
 
 #include "direct_gather.h"
-#include "max_pool.h"
-#include "sparse_gradient.h"
+#include "pool_store.h"
 
 namespace pvc {
 namespace {
-
-template <typename T>
-struct PooledTarget {
-    T* pooled;
-    uint8_t* code;  // or null
-    VolumeStrides strides;
-};
 
 template <typename T>
 class PooledTileTask {
@@ -62,8 +54,6 @@ class PooledTileTask {
     }
 
   private:
-    using Integer = typename VectorType<T>::integer;
-
     bool planar() const { return b_.kernel == Kernel::planar; }
 
     // Output positions under `count` windows from `cell` on.
@@ -95,11 +85,9 @@ class PooledTileTask {
         places_ = static_cast<int64_t*>(
             scratch_bytes(Scratch::tile_output, static_cast<size_t>(items) * (sizeof(int64_t) + sizeof(int32_t))));
         offsets_ = reinterpret_cast<int32_t*>(places_ + items);
-        // The planar kernel's rows, then pooled values and codes that are not in the order of the target.
+        // The planar kernel's rows.
         const int64_t planes = planar() ? rows * pitch_ * block_values + 2 * b_.lanes : 0;
-        planes_ = scratch<T>(Scratch::tile_rows, planes + cells_[2] * block_values);
-        row_pooled_ = planes_ + planes;
-        row_codes_ = scratch<Integer>(Scratch::tile_lists, cells_[2] * block_values);
+        planes_ = scratch<T>(Scratch::tile_rows, planes);
     }
 
     void begin_slab(int64_t d, int64_t h) {
@@ -175,48 +163,10 @@ class PooledTileTask {
             for (int64_t h = 0; h < slab_cells_[1]; ++h) {
                 row.depth = window_part(problem_, 0, cell_[0] + slab_cell_[0] + d);
                 row.height = window_part(problem_, 1, cell_[1] + slab_cell_[1] + h);
-                pool_row(row, slab_cell_[0] + d, slab_cell_[1] + h, target_channel, channels, width);
+                const int64_t cell[3] = {cell_[0] + slab_cell_[0] + d, cell_[1] + slab_cell_[1] + h, cell_[2]};
+                pool_row(problem_, target_, planar(), sample_, cell, target_channel, channels, row);
             }
         }
-    }
-
-    // Pools one row into the target, by way of scratch memory where the orders differ.
-    void pool_row(PoolRow<T>& row, int64_t d, int64_t h, int64_t channel, int64_t channels, int64_t width) const {
-        const VolumeStrides& strides = target_.strides;
-        const bool last = gather_.layout == Layout::ndhwc;
-        const int64_t place = sample_ * strides.sample + channel * strides.channel + (cell_[0] + d) * strides.axis[0] +
-                              (cell_[1] + h) * strides.axis[1] + cell_[2] * strides.axis[2];
-        const bool direct = planar() ? !last : last && channels == width;
-        const RowStrides own = planar() ? RowStrides{1, cells_[2]} : RowStrides{width, 1};
-        row.code_pitch = planar() ? own.channel : own.voxel;
-        row.codes = row_codes_;
-        row.pitch = !direct ? row.code_pitch : planar() ? strides.channel : strides.axis[2];
-        row.pooled = direct ? target_.pooled + place : row_pooled_;
-        pool_kernel<T>(problem_.activation, planar())(problem_, row);
-        const RowStrides to = {strides.axis[2], strides.channel};
-        if (!direct) copy_matrix(row_pooled_, own, target_.pooled + place, to, cells_[2], channels);
-        if (target_.code != nullptr) store_codes(own, target_.code + place, to, cells_[2], channels);
-    }
-
-    void store_codes(RowStrides own, uint8_t* code, RowStrides to, int64_t voxels, int64_t channels) const {
-        if (own.voxel == channels && to.voxel == channels) {
-            narrow(row_codes_, code, voxels * channels);
-        } else if (own.voxel == 1 && to.voxel == 1) {
-            for (int64_t c = 0; c < channels; ++c) {
-                narrow(row_codes_ + c * own.channel, code + c * to.channel, voxels);
-            }
-        } else {
-            for (int64_t v = 0; v < voxels; ++v) {
-                for (int64_t c = 0; c < channels; ++c) {
-                    code[v * to.voxel + c * to.channel] =
-                        static_cast<uint8_t>(row_codes_[v * own.voxel + c * own.channel]);
-                }
-            }
-        }
-    }
-
-    static void narrow(const Integer* from, uint8_t* to, int64_t count) {
-        for (int64_t i = 0; i < count; ++i) to[i] = static_cast<uint8_t>(from[i]);
     }
 
     const PooledProblem& problem_;
@@ -235,8 +185,6 @@ class PooledTileTask {
     T* input_;
     T* sums_;
     T* planes_;
-    T* row_pooled_;
-    Integer* row_codes_;
     int64_t* places_;
     int32_t* offsets_;
 };

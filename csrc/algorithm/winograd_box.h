@@ -100,8 +100,7 @@ class WinogradBox {
         source_pitch_ = b.point_pitch(all_tiles_ * b.source_width);
         product_pitch_ = b.point_pitch(all_tiles_ * b.widest_block());
         const int64_t points = b.transforms->count();
-        input_ = scratch<T>(Scratch::tile_input,
-                            packed_[0].rows * packed_[1].rows * packed_[2].rows * b.source_width);
+        input_ = scratch<T>(Scratch::tile_input, packed_[0].rows * packed_[1].rows * packed_[2].rows * b.source_width);
         source_ = scratch<T>(Scratch::tile_accumulators, points * source_pitch_);
         product_ = scratch<T>(Scratch::tile_output, points * product_pitch_);
         sums_ = scratch<T>(Scratch::tile_rows, packed_[0].tile * packed_[1].tile * packed_[2].tile * b.widest_block());
@@ -206,8 +205,8 @@ class WinogradBox {
     // The block's own weights, [tap][source channel][column].
     const T* pack_direct(const BoxSums<T>& box, const WinogradWeights<T>& weights) const {
         const GatherAxis* axis = gather_.axis;
-        T* packed = scratch<T>(Scratch::tile_lists,
-                               axis[0].taps * axis[1].taps * axis[2].taps * b_.sources * box.width);
+        T* packed =
+            scratch<T>(Scratch::tile_lists, axis[0].taps * axis[1].taps * axis[2].taps * b_.sources * box.width);
         pack_taps(gather_, weights.weight + box.channel * gather_.weight_target_stride, b_.sources, b_.sources,
                   box.channels, box.width, packed);
         return packed;

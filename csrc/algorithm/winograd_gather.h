@@ -10,6 +10,11 @@ namespace pvc {
 namespace {
 
 template <typename T>
+bool has_winograd(const int64_t outputs[3]) {
+    return winograd_transforms<T>(outputs) != nullptr;
+}
+
+template <typename T>
 void winograd_gather(const Gather& gather, const int64_t outputs[3], const T* source, const T* weight, const T* bias,
                      T* target) {
     const WinogradBlocking<T> b = choose_winograd(gather, *winograd_transforms<T>(outputs));
@@ -25,8 +30,8 @@ void winograd_gather(const Gather& gather, const int64_t outputs[3], const T* so
             for (int64_t d = 0; d < box.count[0]; ++d) {
                 for (int64_t h = 0; h < box.count[1]; ++h) {
                     copy_matrix(block.sums + d * block.stride[0] + h * block.stride[1], RowStrides{block.stride[2], 1},
-                                first + block.channel * strides.channel + d * strides.axis[0] + h * strides.axis[1],
-                                to, box.count[2], block.channels);
+                                first + block.channel * strides.channel + d * strides.axis[0] + h * strides.axis[1], to,
+                                box.count[2], block.channels);
                 }
             }
         });

@@ -60,8 +60,7 @@ struct WinogradTile {
             for (int h = 0; h < AxisH::taps; ++h) {
                 vector* row = v + (d * P1 + h) * P2;
                 for (int w = 0; w < AxisW::taps; ++w) {
-                    row[w] =
-                        V::load(a.from + d * a.from_stride[0] + h * a.from_stride[1] + w * a.from_stride[2]);
+                    row[w] = V::load(a.from + d * a.from_stride[0] + h * a.from_stride[1] + w * a.from_stride[2]);
                 }
                 AxisW::weight(row, 1);
             }

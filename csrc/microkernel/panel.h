@@ -41,8 +41,7 @@ void panel_tile(const PanelArguments<T>& a) {
         typename V::type weight[NR];
 #pragma GCC unroll 4
         for (int n = 0; n < whole; ++n) weight[n] = V::load(weights + n * V::lanes);
-        const typename Tail::type last =
-            *reinterpret_cast<const typename Tail::unaligned*>(weights + whole * V::lanes);
+        const typename Tail::type last = *reinterpret_cast<const typename Tail::unaligned*>(weights + whole * V::lanes);
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m) {
             const T value = a.source[m * a.source_pitch + k];
