@@ -57,7 +57,9 @@ void panel_tile(const PanelArguments<T>& a) {
         for (int n = 0; n < whole; ++n) V::store(to + n * V::lanes, sum[m][n]);
         *reinterpret_cast<typename Tail::unaligned*>(to + whole * V::lanes) = tail[m];
         // Readers of whole vectors find zeros.
-        if constexpr (Half) *reinterpret_cast<typename Tail::unaligned*>(to + whole * V::lanes + Tail::lanes) = {};
+        if constexpr (Half) {
+            *reinterpret_cast<typename Tail::unaligned*>(to + whole * V::lanes + Tail::lanes) = typename Tail::type{};
+        }
     }
 }
 
