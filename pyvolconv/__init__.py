@@ -6,6 +6,7 @@ Conv3d, ConvTranspose3d         modules, as in torch.nn
 accelerate(model), revert       swap a model's convolutions in place, and back
 fusion_report(model)            what became of each convolution, and why no more
 use_backend(name), backends()   choose who computes
+set_precision("high")           allow algorithms that round more for speed
 ConvProblem                     one convolution as a value
 keep_pages()                    stop glibc from returning freed pages between steps
 """
@@ -14,12 +15,13 @@ from __future__ import annotations
 
 from .accelerate import accelerate, revert
 from .cost.pages import keep_pages
-from .dispatch import backends, use_backend
+from .dispatch import backends, set_precision, use_backend
 from .errors import UnsupportedProblemError
 from .functional import conv3d, conv_transpose3d
 from .fused_functional import conv3d_max_pool
 from .fusion_report import fusion_report
 from .nn import Conv3d, ConvTranspose3d
+from .precision import get_precision
 from .problem import ConvProblem
 
 __version__ = "0.1.0"
@@ -34,7 +36,9 @@ __all__ = [
     "conv3d_max_pool",
     "conv_transpose3d",
     "fusion_report",
+    "get_precision",
     "keep_pages",
     "revert",
+    "set_precision",
     "use_backend",
 ]

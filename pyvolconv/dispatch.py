@@ -18,6 +18,7 @@ from functools import lru_cache
 from .backends.base import Backend
 from .backends.registry import REGISTRY, select
 from .errors import UnsupportedProblemError
+from .precision import Precision, store_precision
 from .problem import ConvProblem, Pass
 
 ENVIRONMENT_VARIABLE = "PYVOLCONV_BACKEND"
@@ -98,6 +99,26 @@ def choose_or_none(problem: ConvProblem, pass_: Pass) -> Backend | None:
 def forget_choices() -> None:
     """Choose anew from the next call on, after something that backends look at (the environment) changed."""
     _choose.cache_clear()
+
+
+def set_precision(precision: Precision) -> None:
+    """Choose between the usual rounding error and more speed, for the whole process.
+
+    As with `torch.set_float32_matmul_precision`, the name says how far one goes for speed: "default" keeps errors of
+    the order of a plain sum's, "high" accepts algorithms that round more.
+
+    Raises:
+        ValueError: `precision` is neither "default" nor "high".
+
+    Example:
+        >>> import pyvolconv
+        >>> pyvolconv.set_precision("high")
+        >>> pyvolconv.get_precision()
+        'high'
+        >>> pyvolconv.set_precision("default")
+    """
+    store_precision(precision)
+    forget_choices()
 
 
 def _candidates(forced: str | None) -> tuple[Backend, ...]:

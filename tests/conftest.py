@@ -250,14 +250,37 @@ def _reference(problem: ConvProblem, pass_: Pass, args: list[Tensor]) -> Tensor:
 
 
 @pytest.fixture
+def magnitude() -> Callable[[ConvProblem, Pass, list[Tensor], tuple[int, int, int]], Tensor]:
+    """magnitude(problem, pass_, absolute operands, reach): what the bound of an `Accuracy` is a multiple of."""
+    return _magnitude
+
+
+@pytest.fixture
 def error_in_bounds() -> Callable[[Tensor, ConvProblem, Pass, list[Tensor], Accuracy], float]:
     """error_in_bounds(got, ...): the largest error as a multiple of the bound that `Accuracy` states."""
     return _error_in_bounds
 
 
+def _magnitude(problem: ConvProblem, pass_: Pass, args: list[Tensor], reach: tuple[int, int, int]) -> Tensor:
+    """The pass over absolute values; with a reach its largest value nearby, also beyond the ends of the result."""
+    if not any(reach):
+        return _reference(problem, pass_, args)
+    source, weight, *bias = (arg.cpu().double().contiguous() for arg in args)
+    if pass_ == "grad_input":
+        weight = weight.flip(2, 3, 4).transpose(0, 1)
+        padding = tuple(k - 1 - begin for k, (begin, _) in zip(problem.kernel_size, problem.padding, strict=True))
+        ends = tuple(k - 1 - end for k, (_, end) in zip(problem.kernel_size, problem.padding, strict=True))
+    else:
+        padding, ends = (tuple(side) for side in zip(*problem.padding, strict=True))
+    sides = [side + r for begin, end, r in zip(padding, ends, reach, strict=True) for side in (begin, end)]
+    sides = [side for axis in (2, 1, 0) for side in sides[2 * axis : 2 * axis + 2]]
+    full = torch.nn.functional.conv3d(torch.nn.functional.pad(source, sides), weight, *bias)
+    return torch.nn.functional.max_pool3d(full, tuple(2 * r + 1 for r in reach), 1)
+
+
 def _error_in_bounds(got: Tensor, problem: ConvProblem, pass_: Pass, args: list[Tensor], accuracy: Accuracy) -> float:
     exact = _reference(problem, pass_, args)
-    magnitude = _reference(problem, pass_, [arg.abs() for arg in args])
+    magnitude = _magnitude(problem, pass_, [arg.detach().abs() for arg in args], accuracy.reach)
     unit = torch.finfo(getattr(torch, accuracy.accumulate_dtype)).eps
     bound = accuracy.constant * unit * problem.reduction_length(pass_) * magnitude
     bound += torch.finfo(got.dtype).eps * exact.abs()

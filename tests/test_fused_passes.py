@@ -47,8 +47,14 @@ def cases(dtypes=("float32", "float64")):
 
 def test_the_compiled_backend_and_the_reference_have_them():
     assert {"cpp.direct", "numba"} <= {backend.name for backend in BACKENDS}
-    for backend, text, pass_ in itertools.product(BACKENDS, PROBLEMS, PASSES):
+    complete = [backend for backend in BACKENDS if backend.name in ("cpp.direct", "numba")]
+    for backend, text, pass_ in itertools.product(complete, PROBLEMS, PASSES):
         assert backend.unsupported_reasons(ConvProblem.parse(f"cpu-float32-ncdhw-{text}"), pass_) == []
+
+
+def require(able, problem, pass_):
+    if reasons := able.unsupported_reasons(problem, pass_):
+        pytest.skip("; ".join(reasons))
 
 
 def activate(problem, x):
@@ -169,8 +175,9 @@ def guarded_results(monkeypatch):
 
 
 @pytest.mark.parametrize(("able", "fused"), cases())
-def test_forward_within_bound(able, fused, guarded_results, poisoned):
+def test_forward_within_bound(able, fused, guarded_results, poisoned, magnitude):
     """The value is that of the chosen voxel, and no other voxel of the window has a larger one, to within rounding."""
+    require(able, fused, "forward")
     x, weight, bias = operands(fused)
     value, code = able.forward_max_pool(fused, x, weight, bias)
     assert value.shape == code.shape == fused.pooled_shape
@@ -179,8 +186,12 @@ def test_forward_within_bound(able, fused, guarded_results, poisoned):
         assert result.is_contiguous(memory_format=MEMORY_FORMAT[fused.layout])
 
     exact = convolve(fused, x, weight, bias)
-    magnitude = convolve(fused, x.abs(), weight.abs(), None if bias is None else bias.abs())
     accuracy = able.accuracy(fused, "forward")
+    absolute = [tensor.abs() for tensor in (x, weight, bias) if tensor is not None]
+    if any(accuracy.reach):
+        magnitude = magnitude(fused, "forward", absolute, accuracy.reach)
+    else:
+        magnitude = convolve(fused, *absolute)
     unit = torch.finfo(getattr(torch, accuracy.accumulate_dtype)).eps
     bound = accuracy.constant * unit * fused.reduction_length("forward") * magnitude
     bound += torch.finfo(x.dtype).eps * exact.abs()
@@ -197,6 +208,9 @@ def test_forward_exact_on_integers_with_ties_and_nan(able, fused, poisoned):
     """Small integers tie often; with NaN and -inf among them the codes have to be torch's, every one."""
     if keeps_preactivation(fused):
         fused = fused.with_(activation="none")
+    require(able, fused, "forward")
+    if not able.accuracy(fused, "forward").exact_integers:
+        pytest.skip(f"{able.name} does not promise exact integers")
     x, weight, bias = operands(fused, integers=True)
     x[torch.rand(x.shape) < 0.01] = float("nan")
     if bias is not None:
@@ -210,6 +224,7 @@ def test_forward_exact_on_integers_with_ties_and_nan(able, fused, poisoned):
 @pytest.mark.parametrize("gradient", ["grad_input", "grad_weight"])
 @pytest.mark.parametrize(("able", "fused"), cases())
 def test_gradients_within_bound(able, fused, gradient, guarded_results, poisoned):
+    require(able, fused, gradient)
     (grad, code, other), indices = gradient_operands(fused, gradient)
     copies = [tensor.clone() for tensor in (grad, code, other)]
     got = getattr(able, f"{gradient}_max_pool")(fused, grad, code, other)
@@ -229,6 +244,7 @@ def test_gradients_within_bound(able, fused, gradient, guarded_results, poisoned
 @pytest.mark.parametrize("gradient", ["grad_input", "grad_weight"])
 @pytest.mark.parametrize(("able", "fused"), cases(["float32"]))
 def test_gradients_exact_on_integers(able, fused, gradient, poisoned):
+    require(able, fused, gradient)
     (grad, code, other), indices = gradient_operands(fused, gradient, integers=True)
     got = getattr(able, f"{gradient}_max_pool")(fused, grad, code, other)
     assert torch.equal(got.double(), dense_gradient(fused, gradient, scattered(fused, grad, indices), other))
@@ -236,6 +252,7 @@ def test_gradients_exact_on_integers(able, fused, gradient, poisoned):
 
 @pytest.mark.parametrize(("able", "fused"), cases(["float32"]))
 def test_same_bits_for_every_run_and_thread_count(able, fused, pass_, threads):
+    require(able, fused, pass_)
     args = operands(fused) if pass_ == "forward" else gradient_operands(fused, pass_)[0]
     run = getattr(able, f"{pass_}_max_pool")
     results = []

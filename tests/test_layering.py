@@ -15,7 +15,7 @@ import pyvolconv
 PACKAGE = Path(pyvolconv.__file__).parent
 REPOSITORY = PACKAGE.parent
 FLOORS = (
-    ("epilogue", "kernels", "_C"),
+    ("epilogue", "precision", "kernels", "_C"),
     ("problem",),
     ("errors",),
     ("backends",),

@@ -42,15 +42,22 @@ class Accuracy:
 
         |got - exact| <= constant * u * K * conv(|x|, |w|) + eps(result dtype) * |exact|
 
+    An algorithm that mixes neighbouring voxels (Winograd) has a `reach`: the product of absolute values is then the
+    largest within that many voxels of the result, of the convolution continued beyond the ends of the result.
+
     Attributes:
         constant: c above. 1 covers any order of a plain sum.
         accumulate_dtype: name of the dtype whose eps is u.
         bitwise_reproducible: the same bits at every run and at every thread count.
+        reach: voxels per axis, 0 where each result is a sum of its own products.
+        exact_integers: integers whose sums the dtype holds exactly give exact results.
     """
 
     constant: float
     accumulate_dtype: str
     bitwise_reproducible: bool
+    reach: tuple[int, int, int] = (0, 0, 0)
+    exact_integers: bool = True
 
 
 class Backend(ABC):
@@ -109,7 +116,9 @@ class Backend(ABC):
 
     @abstractmethod
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
-        """Expected share of the machine's FMA peak, 0 to 1; the dispatcher's cost model compares these."""
+        """Expected FLOPs of the direct convolution per second over the machine's FMA peak, which an algorithm with fewer
+        FLOPs may exceed; the dispatcher's cost model compares these.
+        """
 
 
 def empty(problem: ConvProblem, what: Literal["input", "output", "weight", "pooled", "code"], like: Tensor) -> Tensor:

@@ -48,14 +48,14 @@ def load_extension() -> tuple[ModuleType | None, str]:
 
 
 @cache
-def _kernels() -> ModuleType:
+def kernels() -> ModuleType:
     from .. import _C
 
     return _C
 
 
 @lru_cache(maxsize=1024)
-def _plan(problem: ConvProblem) -> _C.Plan:
+def plan_of(problem: ConvProblem) -> _C.Plan:
     from .. import _C
 
     begin, end = zip(*problem.padding, strict=True)
@@ -77,13 +77,13 @@ def _plan(problem: ConvProblem) -> _C.Plan:
 
 
 @lru_cache(maxsize=1024)
-def _pooled_plan(problem: ConvProblem) -> _C.PooledPlan:
+def pooled_plan_of(problem: ConvProblem) -> _C.PooledPlan:
     from .. import _C
 
     if problem.pool is None:
         raise ValueError(f"{problem} has no pool; the fused passes need one")
     return _C.PooledPlan(
-        _plan(problem),
+        plan_of(problem),
         activation=problem.activation,
         negative_slope=problem.negative_slope,
         window=problem.pool.window,
@@ -116,22 +116,22 @@ class CppDirect(Backend):
 
     def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = empty(problem, "output", x)
-        _follow_torch_threads()
-        _kernels().forward(
-            _plan(problem), x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
+        follow_torch_threads()
+        kernels().forward(
+            plan_of(problem), x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
         )
         return y
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
         result = empty(problem, "input", grad_output)
-        _follow_torch_threads()
-        _kernels().grad_input(_plan(problem), grad_output.data_ptr(), weight.data_ptr(), result.data_ptr())
+        follow_torch_threads()
+        kernels().grad_input(plan_of(problem), grad_output.data_ptr(), weight.data_ptr(), result.data_ptr())
         return result
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
         result = empty(problem, "weight", x)
-        _follow_torch_threads()
-        _kernels().grad_weight(_plan(problem), grad_output.data_ptr(), x.data_ptr(), result.data_ptr())
+        follow_torch_threads()
+        kernels().grad_weight(plan_of(problem), grad_output.data_ptr(), x.data_ptr(), result.data_ptr())
         return result
 
     def forward_max_pool(
@@ -140,9 +140,9 @@ class CppDirect(Backend):
         from .. import _C
 
         pooled, code = empty(problem, "pooled", x), empty(problem, "code", x)
-        _follow_torch_threads()
+        follow_torch_threads()
         _C.forward_max_pool(
-            _pooled_plan(problem),
+            pooled_plan_of(problem),
             x.data_ptr(),
             weight.data_ptr(),
             0 if bias is None else bias.data_ptr(),
@@ -155,9 +155,9 @@ class CppDirect(Backend):
         from .. import _C
 
         result = empty(problem, "input", grad)
-        _follow_torch_threads()
+        follow_torch_threads()
         _C.grad_input_max_pool(
-            _pooled_plan(problem), grad.data_ptr(), code.data_ptr(), weight.data_ptr(), result.data_ptr()
+            pooled_plan_of(problem), grad.data_ptr(), code.data_ptr(), weight.data_ptr(), result.data_ptr()
         )
         return result
 
@@ -165,9 +165,9 @@ class CppDirect(Backend):
         from .. import _C
 
         result = empty(problem, "weight", x)
-        _follow_torch_threads()
+        follow_torch_threads()
         _C.grad_weight_max_pool(
-            _pooled_plan(problem), grad.data_ptr(), code.data_ptr(), x.data_ptr(), result.data_ptr()
+            pooled_plan_of(problem), grad.data_ptr(), code.data_ptr(), x.data_ptr(), result.data_ptr()
         )
         return result
 
@@ -180,7 +180,7 @@ class CppDirect(Backend):
         Both numbers are fitted to measurements on an AVX2 machine: 0.85 to 0.91 of peak at 16 channels and more, 0.47
         for one input channel (whose output is most of its work), 0.28 for depthwise.
         """
-        lanes = {"avx512": 64, "avx2": 32}.get(_kernels().current_isa(), 16) // DTYPE_BYTES[problem.dtype]
+        lanes = {"avx512": 64, "avx2": 32}.get(kernels().current_isa(), 16) // DTYPE_BYTES[problem.dtype]
         channels = problem.out_channels if pass_ == "forward" else problem.in_channels
         if 1 < problem.groups < problem.in_channels:
             channels //= problem.groups
@@ -190,6 +190,6 @@ class CppDirect(Backend):
         return 1 / (1 / (0.9 * used) + 12 * moved)
 
 
-def _follow_torch_threads() -> None:
+def follow_torch_threads() -> None:
     """Torch gives the calling Python thread its thread count (omp_set_num_threads) when first asked for it."""
     torch.get_num_threads()

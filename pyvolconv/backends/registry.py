@@ -9,6 +9,7 @@ from __future__ import annotations
 from .aten import AtenBackend
 from .base import Backend
 from .cpp import CppDirect
+from .cpp_winograd import CppWinograd
 from .im2col import Im2colBackend
 from .numba import NumbaBackend
 from .triton import TritonBackend
@@ -16,6 +17,7 @@ from .triton import TritonBackend
 REGISTRY: tuple[Backend, ...] = (
     TritonBackend(),
     CppDirect(),
+    CppWinograd(),
     Im2colBackend(),
     NumbaBackend(),
     AtenBackend(),

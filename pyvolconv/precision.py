@@ -1,0 +1,29 @@
+"""How much rounding error a faster algorithm may add: what `pyvolconv.set_precision` chose.
+
+"default" allows algorithms whose error is of the order of a plain sum's: Winograd F(2x2x2) and F(2x2x4). "high" also
+allows F(2x4x4) and F(4x4x4), which are faster and round more: docs/performance.md has the measured errors.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Precision = Literal["default", "high"]
+_precision: Precision = "default"
+
+
+def get_precision() -> Precision:
+    """What `set_precision` chose last; "default" at first."""
+    return _precision
+
+
+def store_precision(precision: Precision) -> None:
+    """Only for `pyvolconv.dispatch.set_precision`, which also forgets what was chosen before.
+
+    Raises:
+        ValueError: `precision` is neither "default" nor "high".
+    """
+    global _precision
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision={precision!r} is unknown; expected 'default' or 'high'")
+    _precision = precision

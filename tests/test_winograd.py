@@ -1,0 +1,204 @@
+"""Every scheme of cpp.winograd, called by its outputs per tile: sizes that cut tiles and boxes, values that do not mix.
+
+The backend chooses among these schemes by cost; here each runs on every shape, on every instruction set.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from pyvolconv import get_precision, set_precision
+from pyvolconv.backends.base import MEMORY_FORMAT, Accuracy
+from pyvolconv.backends.cpp import load_extension, plan_of, pooled_plan_of
+from pyvolconv.backends.cpp_winograd import SCHEMES, CppWinograd
+from pyvolconv.problem import LAYOUTS, ConvProblem
+
+_C, missing = load_extension()
+pytestmark = pytest.mark.skipif(_C is None, reason=missing or "compiled")
+
+ALL = [(kernel, outputs) for kernel, allowed in SCHEMES.items() for outputs in allowed["high"]]
+SHAPES = (
+    "n1ic1oc1-i1x1x1",
+    "n2ic16oc24-i5x6x7",
+    "n1ic5oc33-i2x9x4",
+    "n3ic17oc8-i7x3x11",
+    "n1ic24oc100-i4x4x8",  # more than one block of channels, whole tiles
+    "n1ic40oc16-i9x10x37",  # several boxes
+)
+CONSTANT = {0: 2.0, 1: 2.0, 2: 8.0, 3: 32.0}
+"""By axes of F(4): what `CppWinograd.accuracy` declares."""
+
+
+@pytest.fixture(params=[] if _C is None else _C.supported_isas())
+def isa(request):
+    before = _C.current_isa()
+    _C.use_isa(request.param)
+    yield request.param
+    _C.use_isa(before)
+
+
+def problem_of(shape, kernel, dtype, layout, padding=None):
+    text = f"cpu-{dtype}-{layout}-{shape}-k{'x'.join(map(str, kernel))}"
+    padding = tuple(k // 2 for k in kernel) if padding is None else padding
+    return ConvProblem.parse(f"{text}-p{'x'.join(map(str, padding))}")
+
+
+def run(problem, outputs, pass_, args):
+    shape = problem.output_shape if pass_ == "forward" else problem.input_shape
+    result = torch.full(shape, float("nan"), dtype=args[0].dtype).contiguous(
+        memory_format=MEMORY_FORMAT[problem.layout]
+    )
+    if pass_ == "forward":
+        bias = args[2].data_ptr() if problem.bias else 0
+        _C.winograd_forward(
+            plan_of(problem), outputs, args[0].data_ptr(), args[1].data_ptr(), bias, result.data_ptr()
+        )
+    else:
+        _C.winograd_grad_input(plan_of(problem), outputs, args[0].data_ptr(), args[1].data_ptr(), result.data_ptr())
+    return result
+
+
+def accuracy_of(outputs, dtype):
+    reach = tuple(0 if m == 1 else m + 1 for m in outputs)
+    return Accuracy(CONSTANT[outputs.count(4)], dtype, True, reach, 4 not in outputs)
+
+
+@pytest.mark.parametrize("pass_", ["forward", "grad_input"])
+@pytest.mark.parametrize(("kernel", "outputs"), ALL)
+def test_within_bound_and_same_bits(isa, kernel, outputs, pass_, operands, assert_within_bound, threads):
+    for shape, dtype, layout in itertools.product(SHAPES, ("float32", "float64"), LAYOUTS):
+        problem = problem_of(shape, kernel, dtype, layout)
+        args = operands(problem, pass_)
+        threads(1)
+        got = run(problem, outputs, pass_, args)
+        assert_within_bound(got, problem, pass_, args, accuracy_of(outputs, dtype))
+        threads(3)
+        assert torch.equal(run(problem, outputs, pass_, args), got)
+
+
+@pytest.mark.parametrize("padding", [(0, 0, 0), (2, 0, 1), (3, 4, 2)])
+def test_paddings(isa, padding, operands, assert_within_bound):
+    for outputs, pass_ in itertools.product(((2, 2, 2), (2, 2, 4)), ("forward", "grad_input")):
+        problem = problem_of("n1ic8oc16-i4x5x9", (3, 3, 3), "float32", "ndhwc", padding)
+        args = operands(problem, pass_)
+        assert_within_bound(
+            run(problem, outputs, pass_, args), problem, pass_, args, accuracy_of(outputs, "float32")
+        )
+
+
+@pytest.mark.parametrize("outputs", [(2, 2, 2), (1, 2, 2), (2, 1, 1)])
+def test_exact_on_integers(isa, outputs, operands, reference):
+    """The constants of F(2, 3) are powers of two."""
+    kernel = tuple(1 if m == 1 else 3 for m in outputs)
+    for shape, pass_, layout in itertools.product(SHAPES, ("forward", "grad_input"), LAYOUTS):
+        problem = problem_of(shape, kernel, "float32", layout)
+        args = operands(problem, pass_, integers=True)
+        assert torch.equal(run(problem, outputs, pass_, args).double(), reference(problem, pass_, args))
+
+
+@pytest.mark.parametrize(("kernel", "outputs"), ALL)
+@pytest.mark.parametrize("where", ["source", "weight"])
+def test_infinity_and_nan_reach_only_what_depends_on_them(isa, kernel, outputs, where, operands):
+    """The same voxels are infinite, negative infinite and NaN as in the direct convolution of the same values."""
+    problem = problem_of("n1ic6oc17-i7x8x13", kernel, "float32", "ndhwc")
+    x, weight = operands(problem, "forward")
+    hit = x if where == "source" else weight
+    values = torch.tensor([float("inf"), -float("inf"), float("nan")])
+    places = torch.randperm(hit.numel())[:5]
+    for place, value in zip(places.tolist(), values.repeat(2), strict=False):
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), hit.shape))
+        hit[index] = value
+    direct = torch.empty(problem.output_shape).contiguous(memory_format=torch.channels_last_3d)
+    _C.forward(plan_of(problem), x.data_ptr(), weight.data_ptr(), 0, direct.data_ptr())
+    got = run(problem, outputs, "forward", [x, weight])
+    assert not direct.isfinite().all()
+    assert torch.equal(got.isnan(), direct.isnan())
+    torch.testing.assert_close(got, direct, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+def test_no_overflow_that_the_convolution_does_not_have(isa, operands):
+    """Transforms add what the convolution subtracts; a tile that overflows in between is computed directly."""
+    problem = problem_of("n1ic4oc8-i6x6x8", (3, 3, 3), "float32", "ndhwc")
+    x, weight = operands(problem, "forward")
+    x.fill_(1.5e38)
+    weight.fill_(0)
+    weight[:, 0, 1, 1, 1] = 1
+    for outputs in SCHEMES[3, 3, 3]["high"]:
+        assert torch.equal(run(problem, outputs, "forward", [x, weight]), torch.full(problem.output_shape, 1.5e38))
+
+
+@pytest.mark.parametrize("outputs", SCHEMES[3, 3, 3]["high"])
+def test_pool_chooses_among_the_same_sums(isa, outputs):
+    """Fused with a pool the sums have the same bits as without: values and codes are those of torch's max_pool3d."""
+    for shape, layout in itertools.product(("n2ic16oc24-i5x7x9", "n1ic3oc40-i8x4x16"), LAYOUTS):
+        problem = ConvProblem.parse(f"cpu-float32-{layout}-{shape}-k3-p1-bias-relu-pool2ceil")
+        plain = problem.with_(activation="none", pool=None)
+        x, weight = (
+            torch.randn(s).contiguous(memory_format=MEMORY_FORMAT[layout])
+            for s in (problem.input_shape, problem.weight_shape)
+        )
+        bias = torch.randn(problem.out_channels)
+        dense = run(plain, outputs, "forward", [x, weight, bias]).relu()
+        expected = torch.nn.functional.max_pool3d(dense, 2, ceil_mode=True)
+        pooled, code = (
+            torch.empty(problem.pooled_shape, dtype=dtype).contiguous(memory_format=MEMORY_FORMAT[layout])
+            for dtype in (torch.float32, torch.uint8)
+        )
+        addresses = [t.data_ptr() for t in (x, weight, bias, pooled, code)]
+        _C.winograd_forward_max_pool(pooled_plan_of(problem), outputs, *addresses)
+        assert torch.equal(pooled, expected)
+        d, h, w = (torch.arange(size) for size in problem.pooled_size)
+        at = (
+            (2 * d[:, None, None] + code // 4) * dense.shape[3] + 2 * h[:, None] + code // 2 % 2
+        ) * dense.shape[4] + 2 * w + code % 2
+        assert torch.equal(dense.flatten(2).gather(2, at.flatten(2)).view_as(pooled), pooled)
+
+
+def test_scheme_that_does_not_fit_is_refused():
+    problem = problem_of("n1ic4oc8-i6x6x8", (3, 3, 3), "float32", "ndhwc")
+    for outputs in ((2, 2, 3), (1, 2, 2), (0, 0, 0)):
+        with pytest.raises(ValueError, match="no Winograd scheme with these outputs"):
+            _C.winograd_forward(plan_of(problem), outputs, 0, 0, 0, 0)
+    strided = ConvProblem.parse("cpu-float32-ndhwc-n1ic4oc8-i6x6x8-k3-s2-p1")
+    with pytest.raises(ValueError, match="no Winograd scheme with these outputs"):
+        _C.winograd_forward(plan_of(strided), (2, 2, 2), 0, 0, 0, 0)
+    pooled = ConvProblem.parse("cpu-float32-ndhwc-n1ic4oc8-i6x6x8-k3-p1-relu-pool3")
+    with pytest.raises(ValueError, match="windows of the pool do not fit"):
+        _C.winograd_forward_max_pool(pooled_plan_of(pooled), (2, 2, 2), 0, 0, 0, 0, 0)
+
+
+def test_precision_allows_schemes_that_round_more():
+    problem = problem_of("n2ic64oc64-i32", (3, 3, 3), "float32", "ndhwc")
+    backend = CppWinograd()
+    assert get_precision() == "default"
+    usual = backend.accuracy(problem, "forward")
+    try:
+        set_precision("high")
+        faster = backend.accuracy(problem, "forward")
+        assert faster.constant > usual.constant
+        assert not faster.exact_integers
+    finally:
+        set_precision("default")
+    assert backend.accuracy(problem, "forward") == usual
+    with pytest.raises(ValueError, match="precision='low' is unknown; expected 'default' or 'high'"):
+        set_precision("low")
+    assert get_precision() == "default"
+
+
+def test_refusals_name_the_reason():
+    backend = CppWinograd()
+    refusals = {
+        "k5-p2": "kernel size is",
+        "k3-s2-p1": "stride is",
+        "k3-p2-d2": "dilation",
+        "k3-p1-relu-pool3": "windows must touch",
+    }
+    for text, reason in refusals.items():
+        problem = ConvProblem.parse(f"cpu-float32-ndhwc-n1ic4oc8-i8-{text}")
+        assert any(reason in each for each in backend.unsupported_reasons(problem, "forward")), text
+    plain = ConvProblem.parse("cpu-float32-ndhwc-n1ic4oc8-i8-k3-p1")
+    assert backend.unsupported_reasons(plain, "forward") == []
+    assert backend.unsupported_reasons(plain, "grad_weight") == ["it has no grad_weight"]
