@@ -99,7 +99,8 @@ def test_forced_by_name_and_by_family(backend):
             assert dispatch.forced_backend() == forced
             for pass_ in PASSES:
                 if not backend.unsupported_reasons(PROBLEM, pass_):
-                    assert dispatch.choose(PROBLEM, pass_) is backend
+                    chosen = dispatch.choose(PROBLEM, pass_)
+                    assert chosen is backend or (forced == backend.family == chosen.family != backend.name)
         assert dispatch.forced_backend() is None
 
 
@@ -209,7 +210,7 @@ def test_cost_model_over_the_real_registry(float32_problem, pass_):
     best = max(b.expected_efficiency(float32_problem, pass_) for b in able)
     assert chosen in able
     assert chosen.expected_efficiency(float32_problem, pass_) == best
-    assert 0 < best <= 1
+    assert best > 0
     assert chosen.name != "numba"
 
 
