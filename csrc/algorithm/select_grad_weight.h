@@ -44,8 +44,9 @@ class SelectGradWeight {
           columns_(in_channels_ * taps_),
           vectors_(ceil_divide(out_channels_, lanes)),
           rows_(problem.pool_window[0] * problem.pool_window[1]),
-          row_run_(even_part(tiling_.cells[1], larger(kRunVoxels / tiling_.cells[2], 1))),
-          column_offsets_(scratch<int32_t>(Scratch::tables, columns_)) {
+          shift_(conv_.dilation[2] * rows_),
+          shifts_(choose_shifts()),
+          block_offsets_(scratch<int32_t>(Scratch::tables, columns_ / shifts_)) {
         for (int a = 0; a < 2; ++a) {
             block_rows_[a] = tiling_.axis[a].rows - (problem.pool_window[a] - 1) * conv_.stride[a];
         }
@@ -53,16 +54,17 @@ class SelectGradWeight {
         block_stride_[1] = tiling_.axis[2].rows * rows_;
         block_stride_[0] = block_rows_[1] * block_stride_[1];
         const int64_t* kernel = conv_.kernel_size;
-        for (int64_t column = 0; column < columns_; ++column) {
+        for (int64_t block = 0; block < columns_ / shifts_; ++block) {
+            const int64_t column = block * shifts_;
             const int64_t tap = column % taps_;
             const int64_t position[3] = {tap / (kernel[1] * kernel[2]), tap / kernel[2] % kernel[1], tap % kernel[2]};
             int64_t offset = column / taps_ * block_rows_[0] * block_stride_[0];
             for (int a = 0; a < 3; ++a) offset += position[a] * conv_.dilation[a] * block_stride_[a];
-            column_offsets_[column] = static_cast<int32_t>(offset);
+            block_offsets_[block] = static_cast<int32_t>(offset);
         }
         const int64_t* window = problem.pool_window;
-        for (int64_t code = 0; code < 256; ++code) {
-            lane_of_code_[code] = static_cast<int32_t>(code % window[2] * conv_.stride[2] * rows_ + code / window[2]);
+        for (int64_t code = 0; code < lanes; ++code) {
+            lane_of_code_[code] = static_cast<Integer>(code % window[2] * conv_.stride[2] * rows_ + code / window[2]);
         }
     }
 
@@ -76,7 +78,13 @@ class SelectGradWeight {
 
   private:
     using Integer = typename VectorType<T>::integer;
-    static constexpr int64_t kRunVoxels = 32;
+
+    // Of the taps along the width, how many a vector holds the window of.
+    int64_t choose_shifts() const {
+        const int64_t span = ((problem_.pool_window[2] - 1) * conv_.stride[2] + 1) * rows_;
+        const bool fit = conv_.kernel_size[2] == kSelectShifts && (kSelectShifts - 1) * shift_ + span <= lanes;
+        return fit ? kSelectShifts : 1;
+    }
 
     static Tiling tile(const Gather& gather) {
         const int64_t values = kL2Bytes / 2 / static_cast<int64_t>(sizeof(T)) / gather.source_channels;
@@ -99,9 +107,7 @@ class SelectGradWeight {
             pack_source(gather_, tiling_.axis, true, block, x_, window);
             interleave(window, blocks);
             for (int64_t d = 0; d < tile.count[0]; ++d) {
-                for (int64_t h = 0; h < tile.count[1]; h += row_run_) {
-                    sum_run(group, tile, d, h, smaller(row_run_, tile.count[1] - h), blocks, sums);
-                }
+                for (int64_t h = 0; h < tile.count[1]; ++h) sum_row(group, tile, d, h, blocks, sums);
             }
         }
     }
@@ -142,54 +148,53 @@ class SelectGradWeight {
         }
     }
 
-    // The pooled rows h .. h + rows - 1 of slice d of a tile.
-    void sum_run(int64_t group, const PooledTile& tile, int64_t d, int64_t h, int64_t rows, const T* blocks,
-                 T* sums) const {
-        const int64_t width = tile.count[2], pitch = vectors_ * lanes, count = rows * width;
-        T* values = scratch<T>(Scratch::tile_accumulators, count * pitch);
-        Integer* choices = scratch<Integer>(Scratch::tile_rows, count * pitch);
-        int32_t* places = scratch<int32_t>(Scratch::tile_lists, count);
+    // The pooled row h of slice d of a tile.
+    void sum_row(int64_t group, const PooledTile& tile, int64_t d, int64_t h, const T* blocks, T* sums) const {
+        const int64_t width = tile.count[2];
+        const int64_t first = tile.sample * pooled_.sample + group * out_channels_ * pooled_.channel +
+                              (tile.cell[0] + d) * pooled_.axis[0] + (tile.cell[1] + h) * pooled_.axis[1] +
+                              tile.cell[2] * pooled_.axis[2];
         int64_t step[3];
         for (int a = 0; a < 3; ++a) step[a] = problem_.pool_stride[a] * conv_.stride[a] * block_stride_[a];
-        for (int64_t row = 0; row < rows; ++row) {
-            for (int64_t w = 0; w < width; ++w) {
-                places[row * width + w] = static_cast<int32_t>(d * step[0] + (h + row) * step[1] + w * step[2]);
-            }
-            const int64_t first = tile.sample * pooled_.sample + group * out_channels_ * pooled_.channel +
-                                  (tile.cell[0] + d) * pooled_.axis[0] + (tile.cell[1] + h + row) * pooled_.axis[1] +
-                                  tile.cell[2] * pooled_.axis[2];
-            T* value = values + row * width * pitch;
-            if (pitch > out_channels_) fill_zero(value, width * pitch);
-            copy_matrix(grad_ + first, {pooled_.axis[2], pooled_.channel}, value, {pitch, 1}, width, out_channels_);
-            list_choices(code_ + first, width, choices + row * width * pitch);
+        SelectArguments<T> a = {};
+        a.blocks = blocks + d * step[0] + h * step[1];
+        a.step = step[2];
+        a.count = width;
+        a.lane_of_code = lane_of_code_;
+        a.shift = shift_;
+        if (pooled_.channel == 1 && out_channels_ == vectors_ * lanes) {
+            a.values = grad_ + first;
+            a.codes = code_ + first;
+            a.pitch = pooled_.axis[2];
+        } else {
+            pack_row_of_gradients(first, width, a);
         }
-        const int64_t tile_columns = even_part(columns_, kSelectColumns);
-        for (int64_t vector = 0; vector < vectors_; ++vector) {
-            const SelectArguments<T> arguments = {blocks, places, values + vector * lanes, choices + vector * lanes,
-                                                  pitch,  count};
-            for (int64_t c = 0; c < columns_; c += tile_columns) {
-                select_kernel<T>(smaller(tile_columns, columns_ - c))(arguments, column_offsets_ + c,
-                                                                      sums + (vector * columns_ + c) * lanes);
+        const int64_t all = columns_ / shifts_, now = even_part(all, select_blocks(shifts_));
+        for (int64_t vector = 0; vector < vectors_; ++vector, a.values += lanes, a.codes += lanes) {
+            T* to = sums + vector * columns_ * lanes;
+            for (int64_t block = 0; block < all; block += now) {
+                select_kernel<T>(smaller(now, all - block), shifts_)(a, block_offsets_ + block,
+                                                                     to + block * shifts_ * lanes);
             }
         }
     }
 
-    // The lane of its block that each code names, for one pooled row.
-    void list_choices(const uint8_t* code, int64_t width, Integer* choices) const {
+    // Gradients and codes of one pooled row as [voxel][whole vectors of channels].
+    void pack_row_of_gradients(int64_t first, int64_t width, SelectArguments<T>& a) const {
         const int64_t pitch = vectors_ * lanes;
-        if (pooled_.channel == 1 && out_channels_ == pitch && problem_.pool_window[2] == 2) {
-            const Integer step = static_cast<Integer>(conv_.stride[2] * rows_);
-            for (int64_t w = 0; w < width; ++w, code += pooled_.axis[2], choices += pitch) {
-                for (int64_t c = 0; c < pitch; ++c) choices[c] = code[c] / 2 + code[c] % 2 * step;
+        T* values = scratch<T>(Scratch::tile_accumulators, width * pitch);
+        uint8_t* codes = scratch<uint8_t>(Scratch::tile_rows, width * pitch);
+        if (pitch > out_channels_) fill_zero(values, width * pitch);
+        copy_matrix(grad_ + first, {pooled_.axis[2], pooled_.channel}, values, {pitch, 1}, width, out_channels_);
+        for (int64_t c = 0; c < pitch; ++c) {
+            const uint8_t* from = code_ + first + c * pooled_.channel;
+            for (int64_t w = 0; w < width; ++w) {
+                codes[w * pitch + c] = c < out_channels_ ? from[w * pooled_.axis[2]] : uint8_t{0};
             }
-            return;
         }
-        for (int64_t w = 0; w < width; ++w) {
-            for (int64_t c = 0; c < out_channels_; ++c) {
-                choices[w * pitch + c] = lane_of_code_[code[w * pooled_.axis[2] + c * pooled_.channel]];
-            }
-            for (int64_t c = out_channels_; c < pitch; ++c) choices[w * pitch + c] = 0;
-        }
+        a.values = values;
+        a.codes = codes;
+        a.pitch = pitch;
     }
 
     void store(int64_t group, int64_t first, const T* sums, T* grad_weight) const {
@@ -213,11 +218,11 @@ class SelectGradWeight {
     const Tiling tiling_;
     const int64_t in_channels_, out_channels_;  // of a group
     const int64_t taps_, columns_, vectors_;
-    const int64_t rows_;     // of x that one pooling window spans, interleaved
-    const int64_t row_run_;  // pooled rows of one run
-    int32_t* column_offsets_;
+    const int64_t rows_;            // of x that one pooling window spans, interleaved
+    const int64_t shift_, shifts_;  // between taps along the width; how many of them share a block
+    int32_t* block_offsets_;
     int64_t block_rows_[2], block_stride_[3];
-    int32_t lane_of_code_[256];
+    Integer lane_of_code_[lanes];
 };
 
 }  // namespace

@@ -1,11 +1,12 @@
-// The register tile of the weight gradient behind a max-pool for few input channels: C columns x one vector of output
-// channels.
+// The register tile of the weight gradient behind a max-pool for few input channels: B blocks x S shifts x one vector
+// of output channels.
 //
-//     sums[c][lane] += sum over v < count of  values[v][lane] * blocks[places[v] + columns[c] + choices[v][lane]]
+//     sums[b * S + s][lane] += sum over v < count of
+//         values[v][lane] * blocks[v * step + offsets[b] + s * shift + lane_of_code[codes[v][lane]]]
 //
 // A block holds all voxels of a window, shifted by one tap: it is loaded as one vector, and each output channel
-// permutes its chosen voxel out of it. One load, one permutation and one FMA serve all lanes, whatever the number of
-// taps.
+// permutes its chosen voxel out of it. Where a vector also holds the window's voxels of the next S - 1 taps along the
+// width, they take no further load. One permutation and one FMA per tap serve all lanes.
 #pragma once
 
 #include "../isa.h"
@@ -16,60 +17,88 @@ namespace {
 template <typename T>
 struct SelectArguments {
     const T* blocks;
-    const int32_t* places;
-    const T* values;                                 // `pitch` from one voxel to the next
-    const typename VectorType<T>::integer* choices;  // likewise; taken modulo the number of lanes
+    int64_t step;          // in `blocks`, from one voxel to the next
+    const T* values;       // `pitch` from one voxel to the next
+    const uint8_t* codes;  // likewise; taken modulo the number of lanes
     int64_t pitch, count;
+    const typename VectorType<T>::integer* lane_of_code;  // as many as there are lanes
+    int64_t shift;
 };
 
-template <typename T>
-inline typename Vector<T>::type permute(typename Vector<T>::type from, typename VectorType<T>::integers lanes) {
+template <typename V, typename Integers>
+inline V permute(V from, Integers lanes) {
 #if defined(__clang__)
-    typename Vector<T>::type to;
-    for (int i = 0; i < Vector<T>::lanes; ++i) to[i] = from[lanes[i] & (Vector<T>::lanes - 1)];
+    constexpr int count = sizeof(V) / sizeof(from[0]);
+    V to;
+    for (int i = 0; i < count; ++i) to[i] = from[lanes[i] & (count - 1)];
     return to;
 #else
     return __builtin_shuffle(from, lanes);
 #endif
 }
 
-template <typename T, int C>
-void select_tile(const SelectArguments<T>& a, const int32_t* columns, T* sums) {
+template <typename T, int B, int S>
+void select_tile(const SelectArguments<T>& a, const int32_t* offsets, T* sums) {
     using V = Vector<T>;
     using integers = typename VectorType<T>::integers;
-    typename V::type sum[C];
-    int64_t column[C];
+    using integer = typename VectorType<T>::integer;
+    typedef uint8_t bytes __attribute__((vector_size(V::lanes)));
+    typename V::type sum[B][S];
+    const T* block[B];
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) {
-        sum[c] = V::load(sums + c * V::lanes);
-        column[c] = columns[c];
+    for (int b = 0; b < B; ++b) {
+        block[b] = a.blocks + offsets[b];
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s) sum[b][s] = V::load(sums + (b * S + s) * V::lanes);
     }
+    integers table;
+    std::memcpy(&table, a.lane_of_code, sizeof(table));
     const T* values = a.values;
-    const auto* choices = a.choices;
-    for (int64_t v = 0; v < a.count; ++v, values += a.pitch, choices += a.pitch) {
-        integers lanes;
-        std::memcpy(&lanes, choices, sizeof(lanes));
+    const uint8_t* codes = a.codes;
+    for (int64_t v = 0, place = 0; v < a.count; ++v, values += a.pitch, codes += a.pitch, place += a.step) {
+        bytes code;
+        std::memcpy(&code, codes, sizeof(code));
+        integers lanes[S];
+        lanes[0] = permute(table, __builtin_convertvector(code, integers));
+#pragma GCC unroll 4
+        for (int s = 1; s < S; ++s) lanes[s] = lanes[s - 1] + static_cast<integer>(a.shift);
         const typename V::type value = V::load(values);
-        const T* block = a.blocks + a.places[v];
 #pragma GCC unroll 16
-        for (int c = 0; c < C; ++c) sum[c] += value * permute<T>(V::load(block + column[c]), lanes);
+        for (int b = 0; b < B; ++b) {
+            const typename V::type voxels = V::load(block[b] + place);
+#pragma GCC unroll 4
+            for (int s = 0; s < S; ++s) sum[b][s] += value * permute(voxels, lanes[s]);
+        }
     }
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) V::store(sums + c * V::lanes, sum[c]);
+    for (int b = 0; b < B; ++b) {
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s) V::store(sums + (b * S + s) * V::lanes, sum[b][s]);
+    }
 }
 
-constexpr int kSelectColumns = 9;
+// Taps along the width that a tile may take from one block: where there are registers for them.
+constexpr int kSelectShifts = kVectorRegisters == 32 ? 3 : 1;
+
+constexpr int64_t select_blocks(int64_t shifts) { return shifts == 1 ? 9 : 7; }
 
 template <typename T>
-using SelectKernel = void (*)(const SelectArguments<T>&, const int32_t* columns, T* sums);
+using SelectKernel = void (*)(const SelectArguments<T>&, const int32_t* offsets, T* sums);
 
-// `columns` from 1 to kSelectColumns.
+template <typename T, int S, int B>
+SelectKernel<T> select_kernel_of(int64_t blocks) {
+    if (blocks == B) return select_tile<T, B, S>;
+    if constexpr (B > 1) return select_kernel_of<T, S, B - 1>(blocks);
+    return nullptr;
+}
+
+// `blocks` from 1 to select_blocks(shifts), `shifts` 1 or kSelectShifts.
 template <typename T>
-SelectKernel<T> select_kernel(int64_t columns) {
-    constexpr SelectKernel<T> kernels[] = {select_tile<T, 1>, select_tile<T, 2>, select_tile<T, 3>,
-                                           select_tile<T, 4>, select_tile<T, 5>, select_tile<T, 6>,
-                                           select_tile<T, 7>, select_tile<T, 8>, select_tile<T, 9>};
-    return kernels[columns - 1];
+SelectKernel<T> select_kernel(int64_t blocks, int64_t shifts) {
+    if constexpr (kSelectShifts > 1) {
+        if (shifts == kSelectShifts) return select_kernel_of<T, kSelectShifts, select_blocks(kSelectShifts)>(blocks);
+    }
+    return select_kernel_of<T, 1, select_blocks(1)>(blocks);
 }
 
 }  // namespace
