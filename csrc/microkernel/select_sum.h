@@ -11,8 +11,31 @@
 
 #include "../isa.h"
 
+#if defined(__AVX2__) && PVC_VECTOR_BYTES == 32
+#include <immintrin.h>
+#endif
+
 namespace pvc {
 namespace {
+
+// As many bytes as there are lanes, one per lane. With AVX2, GCC 12 would move them one by one.
+template <typename T>
+inline typename VectorType<T>::integers widen(const uint8_t* from) {
+    using integers = typename VectorType<T>::integers;
+#if defined(__AVX2__) && PVC_VECTOR_BYTES == 32
+    if constexpr (sizeof(T) == 4) {
+        return reinterpret_cast<integers>(
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+    } else {
+        return reinterpret_cast<integers>(_mm256_cvtepu8_epi64(_mm_loadu_si32(from)));
+    }
+#else
+    typedef uint8_t bytes __attribute__((vector_size(Vector<T>::lanes)));
+    bytes narrow;
+    std::memcpy(&narrow, from, sizeof(narrow));
+    return __builtin_convertvector(narrow, integers);
+#endif
+}
 
 template <typename T>
 struct SelectArguments {
@@ -42,7 +65,6 @@ void select_tile(const SelectArguments<T>& a, const int32_t* offsets, T* sums) {
     using V = Vector<T>;
     using integers = typename VectorType<T>::integers;
     using integer = typename VectorType<T>::integer;
-    typedef uint8_t bytes __attribute__((vector_size(V::lanes)));
     typename V::type sum[B][S];
     const T* block[B];
 #pragma GCC unroll 16
@@ -56,10 +78,8 @@ void select_tile(const SelectArguments<T>& a, const int32_t* offsets, T* sums) {
     const T* values = a.values;
     const uint8_t* codes = a.codes;
     for (int64_t v = 0, place = 0; v < a.count; ++v, values += a.pitch, codes += a.pitch, place += a.step) {
-        bytes code;
-        std::memcpy(&code, codes, sizeof(code));
         integers lanes[S];
-        lanes[0] = permute(table, __builtin_convertvector(code, integers));
+        lanes[0] = permute(table, widen<T>(codes));
 #pragma GCC unroll 4
         for (int s = 1; s < S; ++s) lanes[s] = lanes[s - 1] + static_cast<integer>(a.shift);
         const typename V::type value = V::load(values);
