@@ -53,9 +53,7 @@ def run(problem, outputs, pass_, args):
     )
     if pass_ == "forward":
         bias = args[2].data_ptr() if problem.bias else 0
-        _C.winograd_forward(
-            plan_of(problem), outputs, args[0].data_ptr(), args[1].data_ptr(), bias, result.data_ptr()
-        )
+        _C.winograd_forward(plan_of(problem), outputs, args[0].data_ptr(), args[1].data_ptr(), bias, result.data_ptr())
     else:
         _C.winograd_grad_input(plan_of(problem), outputs, args[0].data_ptr(), args[1].data_ptr(), result.data_ptr())
     return result
@@ -84,9 +82,7 @@ def test_paddings(isa, padding, operands, assert_within_bound):
     for outputs, pass_ in itertools.product(((2, 2, 2), (2, 2, 4)), ("forward", "grad_input")):
         problem = problem_of("n1ic8oc16-i4x5x9", (3, 3, 3), "float32", "ndhwc", padding)
         args = operands(problem, pass_)
-        assert_within_bound(
-            run(problem, outputs, pass_, args), problem, pass_, args, accuracy_of(outputs, "float32")
-        )
+        assert_within_bound(run(problem, outputs, pass_, args), problem, pass_, args, accuracy_of(outputs, "float32"))
 
 
 @pytest.mark.parametrize("outputs", [(2, 2, 2), (1, 2, 2), (2, 1, 1)])
@@ -152,8 +148,10 @@ def test_pool_chooses_among_the_same_sums(isa, outputs):
         assert torch.equal(pooled, expected)
         d, h, w = (torch.arange(size) for size in problem.pooled_size)
         at = (
-            (2 * d[:, None, None] + code // 4) * dense.shape[3] + 2 * h[:, None] + code // 2 % 2
-        ) * dense.shape[4] + 2 * w + code % 2
+            ((2 * d[:, None, None] + code // 4) * dense.shape[3] + 2 * h[:, None] + code // 2 % 2) * dense.shape[4]
+            + 2 * w
+            + code % 2
+        )
         assert torch.equal(dense.flatten(2).gather(2, at.flatten(2)).view_as(pooled), pooled)
 
 
