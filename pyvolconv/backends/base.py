@@ -116,8 +116,9 @@ class Backend(ABC):
 
     @abstractmethod
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
-        """Expected FLOPs of the direct convolution per second over the machine's FMA peak, which an algorithm with fewer
-        FLOPs may exceed; the dispatcher's cost model compares these.
+        """Expected share of the machine's FMA peak; the dispatcher's cost model compares these.
+
+        The FLOPs are those of direct convolution, so an algorithm with fewer may exceed 1.
         """
 
 

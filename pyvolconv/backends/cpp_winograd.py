@@ -151,15 +151,15 @@ def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes:
 
     In units of one FMA of one pair of channels at peak, with numbers fitted to measurements (docs/performance.md): the
     products run at 0.88 of peak; packing, transforming and storing an output voxel takes as long as 6.5 (ncdhw: 14) of
-    its direct products for each channel, averaged harmonically; transforming a weight takes 8 per point; and weights that
-    exceed the caches are read again for every box of tiles.
+    its direct products for each channel, averaged harmonically; transforming a weight takes 8 per point; and weights
+    that exceed the caches are read again for every box of tiles.
     """
     lanes = vector_bytes // DTYPE_BYTES[problem.dtype]
     channels = (problem.in_channels, problem.out_channels)
     targets = channels[1] if pass_ == "forward" else channels[0]
     half = lanes // 2 if vector_bytes == 64 else lanes
     used = targets / (-(-targets // half) * half)
-    size = problem.output_size if pass_ == "forward" else problem.input_size
+    size: tuple[int, ...] = problem.output_size if pass_ == "forward" else problem.input_size
     if problem.pool is not None:
         size = tuple(count * window for count, window in zip(problem.pooled_size, problem.pool.window, strict=True))
     taps = math.prod(problem.kernel_size)
