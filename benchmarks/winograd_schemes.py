@@ -1,4 +1,4 @@
-"""Speed and error of every Winograd scheme beside direct convolution and torch: `python benchmarks/winograd_schemes.py`.
+"""Speed and error of the Winograd schemes, beside torch: `python benchmarks/winograd_schemes.py`.
 
 One process, float32, all candidates in turns, pages kept. GF/s count the FLOPs of direct convolution, so a scheme may
 exceed the FMA peak; the error is the largest difference from float64 over the largest exact value.
