@@ -13,7 +13,13 @@ _precision: Precision = "default"
 
 
 def get_precision() -> Precision:
-    """What `set_precision` chose last; "default" at first."""
+    """What `set_precision` chose last; "default" at first.
+
+    Example:
+        >>> import pyvolconv
+        >>> pyvolconv.get_precision()
+        'default'
+    """
     return _precision
 
 

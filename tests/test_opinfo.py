@@ -51,6 +51,18 @@ def samples(name, dtype, requires_grad=False):
     return several
 
 
+def assert_close(got, expected, dtype):
+    """Within PyTorch's tolerance; of narrow dtypes relative to the largest value.
+
+    With bfloat16 instructions torch's own two kernels for one sum (a transposed convolution, a gradient) round the
+    products of a sum differently, and where products cancel the difference is large beside the result.
+    """
+    tolerance = dict(TOLERANCE.get(dtype, {}))
+    if dtype in (torch.float16, torch.bfloat16) and expected.numel():
+        tolerance["atol"] *= max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(got, expected, **tolerance)
+
+
 def differentiable(sample):
     return [t for t in (sample.input, *sample.args) if isinstance(t, torch.Tensor) and t.requires_grad]
 
@@ -67,7 +79,7 @@ def test_results(name, dtype):
     for sample in samples(name, dtype):
         got = FUNCTIONS[name](sample.input, *sample.args, **sample.kwargs)
         expected = OPINFOS[name].op(sample.input, *sample.args, **sample.kwargs)
-        torch.testing.assert_close(got, expected, **TOLERANCE.get(dtype, {}))
+        assert_close(got, expected, dtype)
 
 
 @pytest.mark.parametrize(
@@ -80,11 +92,11 @@ def test_gradients(name, dtype):
         got = FUNCTIONS[name](sample.input, *sample.args, **sample.kwargs)
         expected = OPINFOS[name].op(sample.input, *sample.args, **sample.kwargs)
         cotangent = torch.randn_like(expected)
-        torch.testing.assert_close(
-            torch.autograd.grad(got, inputs, cotangent),
-            torch.autograd.grad(expected, inputs, cotangent),
-            **TOLERANCE.get(dtype, {}),
+        pairs = zip(
+            torch.autograd.grad(got, inputs, cotangent), torch.autograd.grad(expected, inputs, cotangent), strict=True
         )
+        for gradient, theirs in pairs:
+            assert_close(gradient, theirs, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.complex128, marks=pytest.mark.slow)])
