@@ -31,7 +31,7 @@ struct Blocking {
     static constexpr int64_t lanes = Vector<T>::lanes;
 
     Kernel kernel;
-    bool flat;                                  // every segment has length 1
+    int64_t length;                             // of every segment, or 0 where lengths differ
     bool slabs;                                 // sums are needed for one row of cells at a time, not for a whole tile
     int64_t units, unit_sources, unit_targets;  // channels of a whole unit
     int64_t grain;                              // target channels per accumulator: lanes, or 1 for planar
@@ -166,15 +166,16 @@ Blocking<T> choose_blocking(const Gather& gather) {
     b.tiling = choose_tiling(gather, {kTileValues / b.chunk, voxels, gather.batch * b.units, b.item_voxels()});
 
     const int64_t run = (b.tiling.axis[2].tap_step == 1 ? gather.axis[2].taps : 1) * b.chunk;
-    b.flat = b.kernel != Kernel::broadcast || run < kShortRun;
+    if (b.kernel != Kernel::broadcast || run < kShortRun)
+        b.length = run % 3 == 0 && b.kernel == Kernel::broadcast ? 3 : 1;
     const int64_t element_bytes =
-        block_width * static_cast<int64_t>(sizeof(T) + (b.flat ? sizeof(Segment) / b.grain : 0));
+        block_width * static_cast<int64_t>(sizeof(T) + (b.length > 0 ? sizeof(Segment) / b.grain : 0));
     const int64_t part_elements = larger(kPartBytes / element_bytes, 1);
     const int64_t most = larger(b.elements, 1);  // a segment has at least one element, a part one segment
     b.segments = static_cast<Segment*>(
         scratch_bytes(Scratch::tables, static_cast<size_t>(most) * (sizeof(Segment) + sizeof(Part))));
     b.parts = reinterpret_cast<Part*>(b.segments + most);
-    list_parts(b, list_segments(gather, b, b.flat ? 1 : part_elements, b.segments), part_elements);
+    list_parts(b, list_segments(gather, b, b.length > 0 ? b.length : part_elements, b.segments), part_elements);
     return b;
 }
 

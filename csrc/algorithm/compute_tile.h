@@ -13,7 +13,8 @@ Microkernel<T> microkernel_of(const Blocking<T>& b, int64_t items) {
     if (b.kernel == Kernel::planar) return planar_tile_of<T, NR>(items);
     if constexpr (NR <= kBroadcastVectors) {
         if (b.kernel == Kernel::depthwise) return depthwise_tile_of<T, NR>(items);
-        return b.flat ? broadcast_tile_of<T, NR, true>(items) : broadcast_tile_of<T, NR, false>(items);
+        if (b.length == 3) return broadcast_tile_of<T, NR, 3>(items);
+        return b.length == 1 ? broadcast_tile_of<T, NR, 1>(items) : broadcast_tile_of<T, NR, 0>(items);
     }
     return nullptr;
 }

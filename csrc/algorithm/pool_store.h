@@ -24,6 +24,8 @@ void store_codes(const Integer* codes, RowStrides from, uint8_t* code, RowStride
                  int64_t channels) {
     if (from.voxel == channels && to.voxel == channels) {
         narrow(codes, code, voxels * channels);
+    } else if (from.channel == 1 && to.channel == 1) {
+        for (int64_t v = 0; v < voxels; ++v) narrow(codes + v * from.voxel, code + v * to.voxel, channels);
     } else if (from.voxel == 1 && to.voxel == 1) {
         for (int64_t c = 0; c < channels; ++c) narrow(codes + c * from.channel, code + c * to.channel, voxels);
     } else {

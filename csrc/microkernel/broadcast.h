@@ -11,8 +11,9 @@
 namespace pvc {
 namespace {
 
-// Flat: every segment has length 1 (few source channels), so there is no inner loop to set up.
-template <typename T, int MR, int NR, bool Flat>
+// Length: that of every segment where there are few source channels, so that there is no inner loop to set up; 0 where
+// lengths differ. Three taps of one channel share the loads of their places: a third of the loads besides the FMAs.
+template <typename T, int MR, int NR, int Length>
 void broadcast_tile(const TileArguments<T>& a) {
     using V = Vector<T>;
     typename V::type sum[MR][NR];
@@ -22,8 +23,7 @@ void broadcast_tile(const TileArguments<T>& a) {
         const T* row[MR];
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m) row[m] = a.source + a.items[m] + a.segments[s].offset;
-        const int64_t length = Flat ? 1 : a.segments[s].length;
-        for (int64_t i = 0; i < length; ++i) {
+        const auto add = [&](int64_t i) __attribute__((always_inline)) {
             typename V::type weight[NR];
 #pragma GCC unroll 4
             for (int n = 0; n < NR; ++n) weight[n] = V::load(weights + n * V::lanes);
@@ -34,6 +34,12 @@ void broadcast_tile(const TileArguments<T>& a) {
 #pragma GCC unroll 4
                 for (int n = 0; n < NR; ++n) sum[m][n] += value * weight[n];
             }
+        };
+        if constexpr (Length > 0) {
+#pragma GCC unroll 3
+            for (int i = 0; i < Length; ++i) add(i);
+        } else {
+            for (int64_t i = 0; i < a.segments[s].length; ++i) add(i);
         }
     }
     end_channels_last<T, MR, NR>(a, sum);
@@ -47,18 +53,18 @@ constexpr int broadcast_voxels(int64_t vectors) {
     return vectors == 2 ? 6 : 4;
 }
 
-template <typename T, int NR, bool Flat>
+template <typename T, int NR, int Length>
 Microkernel<T> broadcast_tile_of(int64_t voxels) {
-    constexpr Microkernel<T> tiles[] = {broadcast_tile<T, 1, NR, Flat>, broadcast_tile<T, 2, NR, Flat>,
-                                        broadcast_tile<T, 3, NR, Flat>, broadcast_tile<T, 4, NR, Flat>};
+    constexpr Microkernel<T> tiles[] = {broadcast_tile<T, 1, NR, Length>, broadcast_tile<T, 2, NR, Length>,
+                                        broadcast_tile<T, 3, NR, Length>, broadcast_tile<T, 4, NR, Length>};
     if (voxels <= 4) return tiles[voxels - 1];
     if constexpr (broadcast_voxels(NR) > 4) {
-        if (voxels == 5) return broadcast_tile<T, 5, NR, Flat>;
-        if (voxels == 6) return broadcast_tile<T, 6, NR, Flat>;
+        if (voxels == 5) return broadcast_tile<T, 5, NR, Length>;
+        if (voxels == 6) return broadcast_tile<T, 6, NR, Length>;
     }
     if constexpr (broadcast_voxels(NR) > 6) {
-        if (voxels == 7) return broadcast_tile<T, 7, NR, Flat>;
-        if (voxels == 8) return broadcast_tile<T, 8, NR, Flat>;
+        if (voxels == 7) return broadcast_tile<T, 7, NR, Length>;
+        if (voxels == 8) return broadcast_tile<T, 8, NR, Length>;
     }
     return nullptr;
 }
