@@ -64,11 +64,11 @@ def test_pass(
     rounds = 2 if option("quick") else int(min(MOST_ROUNDS, max(FEWEST_ROUNDS, SECONDS_PER_RESULT / seconds)))
     benchmark.group = f"{name} {pass_}"
     result = benchmark.pedantic(run, rounds=rounds)
-    got, expected = result, _torch_result(problem.with_(layout="ncdhw"), pass_)
+    exact = _torch_result(problem.with_(layout="ncdhw"), pass_)
     if backend.accuracy(problem, pass_).exact_integers:
-        assert torch.equal(got, expected), "a wrong result has no speed"
+        assert torch.equal(result, exact), "a wrong result has no speed"
     else:
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(result, exact, rtol=1e-4, atol=1e-3)
 
     if benchmark.stats is None:  # --benchmark-disable: each result is computed and checked, nothing is timed
         return

@@ -30,7 +30,8 @@ from pyvolconv.backends.registry import REGISTRY
 from pyvolconv.dispatch import forget_choices
 from pyvolconv.problem import LAYOUTS, PASSES, ConvProblem, Pass
 
-SESSION_SEED = int(os.environ.get("PYVOLCONV_SEED") or random.SystemRandom().randrange(2**31))
+# In the environment, where the worker processes of pytest-xdist find it.
+SESSION_SEED = int(os.environ.setdefault("PYVOLCONV_SEED", str(random.SystemRandom().randrange(2**31))))
 
 PROBLEMS = (
     # The three layers of the mission's network: few input channels, then channel counts that fill vectors.
