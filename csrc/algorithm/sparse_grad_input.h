@@ -3,16 +3,16 @@
 //   grad_input[i][ic] = sum over taps k and oc of  gradient[(i + padding - k * dilation) / stride][oc] * w[oc][k][ic]
 //
 // where few channels of a voxel have a gradient. A task owns a slab of input depths of one sample and group. It sorts
-// the gradients that reach the slab by output voxel (a counting sort), then computes row after row of the input: for
-// each tap along the depth and each output column, the gradients within reach along the height, times the weights of
-// their kernel rows, are added to the few input voxels that the column reaches (microkernel/sparse_sum.h). The row is
-// held in scratch memory, with room at both ends, and copied to its place once. Slabs sort what lies in their halo
-// again, so no value has two writers.
+// the gradients that reach the slab by output voxel (a counting sort), then computes plane after plane of the input:
+// for each output column (h_o, w_o), the gradients within reach along the depth, times the weights of all taps along
+// the height and the width, are added to the few input voxels that the column reaches (microkernel/sparse_sum.h). The
+// plane is held in scratch memory, with room at its borders, and copied to its place row by row. Slabs sort what lies
+// in their halo again, so no value has two writers.
 //
-// Voxels are sorted with the height innermost: output rows h_o of one column then follow one another. Input row h and
-// output row h_o meet in tap k_h = h + padding - h_o * stride (dilation 1), so an entry whose offset is that of its
-// filter minus h_o * stride kernel rows serves every h, from a base that depends on h alone: the entries of all taps
-// along the height are one list. With a dilation each tap has a list of its own.
+// Voxels are sorted with the depth innermost: output depths d_o of one column then follow one another. Input depth d
+// and output depth d_o meet in tap k_d = d + padding - d_o * stride (dilation 1), so an entry whose offset is that of
+// its filter minus d_o * stride kernel planes serves every d, from a base that depends on d alone: the entries of all
+// taps along the depth are one list. With a dilation each tap has a list of its own.
 #pragma once
 
 #include "sparse_gradient.h"
@@ -40,7 +40,10 @@ class SparseGradInput {
           shape_(SegmentShape::of<T>(conv_, in_channels_, conv_.dilation[2] == 1)),
           run_values_(shape_.pieces * shape_.vectors * lanes),
           kernel_row_(run_values_ * (shape_.joined ? 1 : conv_.kernel_size[2])),
-          entry_row_(conv_.dilation[1] == 1 ? kernel_row_ * conv_.stride[1] : 0) {
+          kernel_plane_(kernel_row_ * conv_.kernel_size[1]),
+          entry_plane_(conv_.dilation[0] == 1 ? kernel_plane_ * conv_.stride[0] : 0),
+          rows_(padded_size(1)),
+          row_pitch_(padded_size(2) * in_channels_) {
         slab_ = conv_.input_size[0];
         while (slab_ > 1 && (list_bytes(slab_) > kListBytes ||
                              conv_.batch * conv_.groups * ceil_divide(conv_.input_size[0], slab_) < kTasks)) {
@@ -64,21 +67,13 @@ class SparseGradInput {
   private:
     static constexpr int64_t kTasks = 16, kListBytes = kL2Bytes / 2;
 
-    // Gradients of output voxels first[a] .. first[a] + count[a] - 1 sorted by voxel, in the order depth, width,
-    // height; those of voxel v are the entries starts[v] .. starts[v + 1] - 1.
+    // Gradients of output voxels first[a] .. first[a] + count[a] - 1 sorted by voxel, in the order height, width,
+    // depth; those of voxel v are the entries starts[v] .. starts[v + 1] - 1.
     struct Sorted {
         int64_t first[3], count[3];
         int64_t pooled_first, pooled_last;  // windows along the depth
         int32_t* starts;
-        int32_t* offsets;  // in the packed weights
-        T* values;
-    };
-
-    // The same entries in the order of the windows.
-    struct Unsorted {
-        int32_t* voxels;
-        int32_t* offsets;
-        T* values;
+        SparseEntry<T>* entries;  // offsets in the packed weights
     };
 
     int64_t list_bytes(int64_t slab) const {
@@ -86,7 +81,7 @@ class SparseGradInput {
         const int64_t windows =
             smaller(ceil_divide(voxels, conv_.stride[0] * problem_.pool_stride[0]) + 1, problem_.pooled_size[0]);
         return windows * problem_.pooled_size[1] * problem_.pooled_size[2] * out_channels_ *
-               static_cast<int64_t>(sizeof(T) + sizeof(int32_t));
+               static_cast<int64_t>(sizeof(SparseEntry<T>));
     }
 
     // [row][run_values_], a run as in SegmentShape.
@@ -105,22 +100,20 @@ class SparseGradInput {
         }
     }
 
+    // Positions along an axis, from -padding on, that taps or the input reach.
+    int64_t padded_size(int axis) const {
+        const int64_t reach = (conv_.output_size[axis] - 1) * conv_.stride[axis] +
+                              (conv_.kernel_size[axis] - 1) * conv_.dilation[axis] + 1;
+        return larger(reach, conv_.padding_begin[axis] + conv_.input_size[axis]);
+    }
+
     void compute_slab(int64_t sample, int64_t group, int64_t first, const T* weights) const {
         const int64_t last = smaller(first + slab_, conv_.input_size[0]);
         const Sorted sorted = sort(sample, group, first, last);
-        const int64_t reach =
-            (conv_.output_size[2] - 1) * conv_.stride[2] + (conv_.kernel_size[2] - 1) * conv_.dilation[2] + 1;
-        const int64_t voxels = larger(reach, conv_.padding_begin[2] + conv_.input_size[2]);
-        T* row = scratch<T>(Scratch::tile_input, voxels * in_channels_ + lanes);
+        T* plane = scratch<T>(Scratch::tile_input, rows_ * row_pitch_ + lanes);
         for (int64_t d = first; d < last; ++d) {
-            for (int64_t h = 0; h < conv_.input_size[1]; ++h) {
-                fill_zero(row, voxels * in_channels_);
-                add_row(sorted, d, h, weights, row);
-                T* to = grad_input_ + sample * input_.sample + group * in_channels_ * input_.channel +
-                        d * input_.axis[0] + h * input_.axis[1];
-                copy_matrix(row + conv_.padding_begin[2] * in_channels_, {in_channels_, 1}, to,
-                            {input_.axis[2], input_.channel}, conv_.input_size[2], in_channels_);
-            }
+            T* to = grad_input_ + sample * input_.sample + group * in_channels_ * input_.channel + d * input_.axis[0];
+            add_plane(sorted, d, weights, plane, to);
         }
     }
 
@@ -142,118 +135,142 @@ class SparseGradInput {
         }
         const int64_t voxels = sorted.count[0] * sorted.count[1] * sorted.count[2];
         const int64_t most = windows[0] * windows[1] * windows[2] * out_channels_;
-        sorted.values = scratch<T>(Scratch::tile_accumulators, 2 * most);
-        sorted.starts = scratch<int32_t>(Scratch::tile_output, voxels + 2 + 3 * most);
-        sorted.offsets = sorted.starts + voxels + 2;
-        const Unsorted list = {sorted.offsets + most, sorted.offsets + 2 * most, sorted.values + most};
+        sorted.entries = scratch<SparseEntry<T>>(Scratch::tile_lists, most);
+        sorted.starts = scratch<int32_t>(Scratch::tile_output, voxels + 3);
 
-        // starts[v + 2] counts voxel v, then starts[v + 1] is where the next entry of v goes: in the end its own end.
-        std::memset(sorted.starts, 0, static_cast<size_t>(voxels + 2) * sizeof(int32_t));
+        // Zeros are counted and placed as of one voxel more. starts[v + 2] counts voxel v, then starts[v + 1] is where
+        // the next entry of v goes: in the end its own end.
+        std::memset(sorted.starts, 0, static_cast<size_t>(voxels + 3) * sizeof(int32_t));
         int32_t* next = sorted.starts + 1;
-        const int64_t count = list_gradients(sorted, sample, group, list, next + 1);
+        const auto none = static_cast<int32_t>(voxels);
+        for_each_gradient(sorted, sample, group,
+                          [&](T gradient, int32_t voxel, int32_t) { ++next[1 + (nonzero(gradient) ? voxel : none)]; });
         for (int64_t v = 0; v < voxels; ++v) next[v + 1] += next[v];
-        for (int64_t i = 0; i < count; ++i) {
-            const int32_t entry = next[list.voxels[i]]++;
-            sorted.offsets[entry] = list.offsets[i];
-            sorted.values[entry] = list.values[i];
-        }
+        for_each_gradient(sorted, sample, group, [&](T gradient, int32_t voxel, int32_t offset) {
+            sorted.entries[next[nonzero(gradient) ? voxel : none]++] = {gradient, offset};
+        });
         return sorted;
     }
 
-    // Lists the non-zero gradients window by window and counts those of each voxel; returns how many there are.
-    int64_t list_gradients(const Sorted& sorted, int64_t sample, int64_t group, const Unsorted& list,
-                           int32_t* counts) const {
+    // Calls visit(gradient, voxel, offset in the packed weights) for every pooled value, in nearly the order of voxels.
+    template <typename Visit>
+    void for_each_gradient(const Sorted& sorted, int64_t sample, int64_t group, const Visit& visit) const {
         const int64_t* stride = problem_.pool_stride;
-        const int64_t step[3] = {sorted.count[1] * sorted.count[2], 1, sorted.count[1]};
-        const int64_t entry_step[3] = {0, -entry_row_, 0};
+        const int64_t step[3] = {1, sorted.count[2] * sorted.count[0], sorted.count[0]};
+        const int64_t entry_step[3] = {-entry_plane_, 0, 0};
         const int32_t filter = static_cast<int32_t>(shape_.rows * run_values_);
         const int64_t channels = out_channels_, channel = pooled_.channel;
-        int32_t code_voxels[256], code_rows[256];
+        int32_t code_voxels[256], code_planes[256];
         list_code_offsets(problem_, step, code_voxels);
-        list_code_offsets(problem_, entry_step, code_rows);
-        int64_t length = 0;
-        for (int64_t d = sorted.pooled_first; d <= sorted.pooled_last; ++d) {
-            for (int64_t h = 0; h < problem_.pooled_size[1]; ++h) {
-                const int64_t row =
-                    sample * pooled_.sample + group * channels * channel + d * pooled_.axis[0] + h * pooled_.axis[1];
-                const int64_t first = (d - sorted.pooled_first) * stride[0] * step[0] + h * stride[1] * step[1];
-                for (int64_t w = 0; w < problem_.pooled_size[2]; ++w) {
-                    const T* gradients = grad_ + row + w * pooled_.axis[2];
-                    const uint8_t* codes = code_ + row + w * pooled_.axis[2];
-                    const int32_t window = static_cast<int32_t>(first + w * stride[2] * step[2]);
-                    int32_t offset = static_cast<int32_t>(-h * stride[1] * entry_row_);
+        list_code_offsets(problem_, entry_step, code_planes);
+        for (int64_t h = 0; h < problem_.pooled_size[1]; ++h) {
+            for (int64_t w = 0; w < problem_.pooled_size[2]; ++w) {
+                const int64_t column =
+                    sample * pooled_.sample + group * channels * channel + h * pooled_.axis[1] + w * pooled_.axis[2];
+                for (int64_t d = sorted.pooled_first; d <= sorted.pooled_last; ++d) {
+                    const T* gradients = grad_ + column + d * pooled_.axis[0];
+                    const uint8_t* codes = code_ + column + d * pooled_.axis[0];
+                    const int64_t depth = (d - sorted.pooled_first) * stride[0];
+                    const int32_t window =
+                        static_cast<int32_t>(depth + h * stride[1] * step[1] + w * stride[2] * step[2]);
+                    int32_t offset = static_cast<int32_t>(-depth * entry_plane_);
                     for (int64_t c = 0; c < channels; ++c, offset += filter) {
-                        const T gradient = gradients[c * channel];
                         const uint8_t code = codes[c * channel];
-                        const int32_t voxel = window + code_voxels[code];
-                        const bool listed = nonzero(gradient);
-                        list.voxels[length] = voxel;
-                        list.offsets[length] = offset + code_rows[code];
-                        list.values[length] = gradient;
-                        counts[voxel] += listed;
-                        length += listed;
+                        visit(gradients[c * channel], window + code_voxels[code], offset + code_planes[code]);
                     }
                 }
             }
         }
-        return length;
     }
 
-    // The output position that tap k joins with input position i, or -1.
-    int64_t output_position(const Sorted& sorted, int axis, int64_t i, int64_t k) const {
-        const int64_t shifted = i + conv_.padding_begin[axis] - k * conv_.dilation[axis];
-        if (shifted < 0 || shifted % conv_.stride[axis] != 0) return -1;
-        const int64_t o = shifted / conv_.stride[axis];
-        const bool inside =
-            o < conv_.output_size[axis] && o >= sorted.first[axis] && o < sorted.first[axis] + sorted.count[axis];
-        return inside ? o : -1;
-    }
+    // Output depths that reach an input depth, as positions in `sorted`, and where their entries' offsets count from.
+    struct Span {
+        int64_t low, high, base;
+    };
 
-    // Adds everything that reaches the input row (d, h) to `row`, which begins at position -padding.
-    void add_row(const Sorted& sorted, int64_t d, int64_t h, const T* weights, T* row) const {
-        const int64_t kernel = conv_.kernel_size[1], stride = conv_.stride[1];
-        for (int64_t kd = 0; kd < conv_.kernel_size[0]; ++kd) {
-            const int64_t depth = output_position(sorted, 0, d, kd);
-            if (depth < 0) continue;
-            if (conv_.dilation[1] == 1) {
-                const int64_t shifted = h + conv_.padding_begin[1];
-                const int64_t low = larger(ceil_divide(larger(shifted - kernel + 1, 0), stride), sorted.first[1]);
-                const int64_t high =
-                    smaller(smaller(shifted / stride, conv_.output_size[1] - 1), sorted.first[1] + sorted.count[1] - 1);
-                const int64_t base = (kd * kernel + shifted - sorted.first[1] * stride) * kernel_row_;
-                if (low <= high) add_columns(sorted, depth, low, high, base, weights, row);
-                continue;
+    // Fills `spans`, of at most as many as there are taps along the depth, and returns how many there are.
+    int64_t list_spans(const Sorted& sorted, int64_t d, Span* spans) const {
+        const int64_t kernel = conv_.kernel_size[0], stride = conv_.stride[0], shifted = d + conv_.padding_begin[0];
+        const int64_t first = sorted.first[0], begin = larger(first, 0);
+        const int64_t end = smaller(first + sorted.count[0], conv_.output_size[0]);
+        int64_t count = 0;
+        if (conv_.dilation[0] == 1) {
+            const int64_t low = larger(ceil_divide(larger(shifted - kernel + 1, 0), stride), begin);
+            const int64_t high = smaller(shifted / stride, end - 1);
+            if (low <= high) {
+                spans[count++] = {low - first, high - first, (shifted - first * stride) * kernel_plane_};
             }
-            for (int64_t kh = 0; kh < kernel; ++kh) {
-                const int64_t height = output_position(sorted, 1, h, kh);
-                if (height < 0) continue;
-                add_columns(sorted, depth, height, height, (kd * kernel + kh) * kernel_row_, weights, row);
-            }
+            return count;
         }
+        for (int64_t k = 0; k < kernel; ++k) {
+            const int64_t position = shifted - k * conv_.dilation[0];
+            const int64_t depth = position / stride;
+            if (position < 0 || position % stride != 0 || depth < begin || depth >= end) continue;
+            spans[count++] = {depth - first, depth - first, k * kernel_plane_};
+        }
+        return count;
     }
 
-    // Adds the entries of the output rows low .. high at `depth`, column by column; their offsets count from `base`.
-    void add_columns(const Sorted& sorted, int64_t depth, int64_t low, int64_t high, int64_t base, const T* weights,
-                     T* row) const {
+    // Sums the input plane d in `plane`, which begins at the position -padding, and copies its rows to `to`.
+    void add_plane(const Sorted& sorted, int64_t d, const T* weights, T* plane, T* to) const {
+        Span* spans = scratch<Span>(Scratch::tile_rows, conv_.kernel_size[0]);
+        const int64_t count = list_spans(sorted, d, spans);
+        const int64_t stride = conv_.stride[1], reach = (conv_.kernel_size[1] - 1) * conv_.dilation[1] + 1;
+        const int64_t first = larger(sorted.first[1], 0);
+        const int64_t last = smaller(sorted.first[1] + sorted.count[1], conv_.output_size[1]);
+        int64_t cleared = 0, copied = 0;
+        const auto clear_to = [&](int64_t row) {
+            if (row > cleared) fill_zero(plane + cleared * row_pitch_, (row - cleared) * row_pitch_);
+            cleared = larger(row, cleared);
+        };
+        const auto copy_to = [&](int64_t row) {
+            clear_to(row);  // a stride beyond the kernel leaves rows out
+            for (; copied < row; ++copied) {
+                const int64_t h = copied - conv_.padding_begin[1];
+                if (h < 0 || h >= conv_.input_size[1]) continue;
+                copy_matrix(plane + copied * row_pitch_ + conv_.padding_begin[2] * in_channels_, {in_channels_, 1},
+                            to + h * input_.axis[1], {input_.axis[2], input_.channel}, conv_.input_size[2],
+                            in_channels_);
+            }
+        };
+        for (int64_t h = first; h < last && count > 0; ++h) {
+            clear_to(h * stride + reach);
+            for (int64_t i = 0; i < count; ++i) add_columns(sorted, h, spans[i], weights, plane);
+            copy_to(smaller((h + 1) * stride, rows_));
+        }
+        copy_to(rows_);
+    }
+
+    // Adds the entries of the output depths of `span` in the output row h, column by column.
+    void add_columns(const Sorted& sorted, int64_t h, const Span& span, const T* weights, T* plane) const {
         const int64_t first = larger(sorted.first[2], 0);
         const int64_t last = smaller(sorted.first[2] + sorted.count[2], conv_.output_size[2]);
         const int32_t* starts =
-            sorted.starts + ((depth - sorted.first[0]) * sorted.count[2] + first - sorted.first[2]) * sorted.count[1] -
-            sorted.first[1];
+            sorted.starts + ((h - sorted.first[1]) * sorted.count[2] + first - sorted.first[2]) * sorted.count[0];
+        const int64_t kernel = conv_.kernel_size[1], now = even_part(kernel, sparse_segments(shape_.vectors));
+        const int64_t pitch = conv_.dilation[1] * row_pitch_;
         for (int64_t k = 0; k < kernel_row_ / run_values_; ++k) {
             for (int64_t piece = 0; piece < shape_.pieces; ++piece) {
                 const int64_t begin = piece * shape_.vectors * lanes;
                 const int64_t values = smaller(shape_.vectors * lanes, shape_.length - begin);
-                const SparseKernel<T> add = sparse_kernel<T>(1, ceil_divide(values, lanes));
-                const int64_t kept = (values - 1) % lanes + 1;
-                const int32_t segment = static_cast<int32_t>(base + k * run_values_ + begin);
-                T* sums = row + k * conv_.dilation[2] * in_channels_ + begin;
-                for (int64_t w = first; w < last; ++w) {
-                    const int32_t* column = starts + (w - first) * sorted.count[1];
-                    const int32_t from = column[low], count = column[high + 1] - from;
-                    if (count == 0) continue;
-                    const SparseList<T> list = {sorted.offsets + from, sorted.values + from, count};
-                    add(list, weights, &segment, sums + w * conv_.stride[2] * in_channels_, kept);
+                for (int64_t tap = 0; tap < kernel; tap += now) {
+                    const int64_t taps = smaller(now, kernel - tap);
+                    const SparseKernel<T> add = sparse_kernel<T>(taps, ceil_divide(values, lanes));
+                    int32_t segments[kSparseSegments];
+                    for (int64_t s = 0; s < taps; ++s) {
+                        segments[s] =
+                            static_cast<int32_t>(span.base + (tap + s) * kernel_row_ + k * run_values_ + begin);
+                    }
+                    T* sums = plane + h * conv_.stride[1] * row_pitch_ + tap * pitch +
+                              k * conv_.dilation[2] * in_channels_ + begin;
+                    for (int64_t w = first; w < last; ++w) {
+                        const int32_t* column = starts + (w - first) * sorted.count[0];
+                        const int32_t from = column[span.low], size = column[span.high + 1] - from;
+                        if (size == 0) continue;
+                        const SparseList<T> list = {sorted.entries + from, size};
+                        add(list, weights, segments, sums + w * conv_.stride[2] * in_channels_, pitch,
+                            (values - 1) % lanes + 1);
+                    }
                 }
             }
         }
@@ -269,7 +286,9 @@ class SparseGradInput {
     const SegmentShape shape_;
     const int64_t run_values_;  // of one packed run: whole segments
     const int64_t kernel_row_;  // packed values of the taps along the width
-    const int64_t entry_row_;   // what an entry's offset falls by from one output row to the next
+    const int64_t kernel_plane_;
+    const int64_t entry_plane_;       // what an entry's offset falls by from one output depth to the next
+    const int64_t rows_, row_pitch_;  // of a plane of the input with its borders
     int64_t slab_;
 };
 

@@ -122,8 +122,7 @@ class SparseGradWeight {
                  T* sums) const {
         const int64_t width = tile.count[2];
         const int64_t voxels = rows * width, voxel = pooled_.axis[2];
-        T* values = scratch<T>(Scratch::tile_accumulators, kListChannels * voxels);
-        int32_t* offsets = scratch<int32_t>(Scratch::tile_output, kListChannels * voxels);
+        SparseEntry<T>* lists = scratch<SparseEntry<T>>(Scratch::tile_lists, kListChannels * voxels);
         const int64_t first = tile.sample * pooled_.sample + (tile.cell[0] + d) * pooled_.axis[0] +
                               (tile.cell[1] + h) * pooled_.axis[1] + tile.cell[2] * pooled_.axis[2];
         const int64_t tile_values = shape_.vectors * lanes;
@@ -131,8 +130,7 @@ class SparseGradWeight {
             const int64_t channels = smaller(kListChannels, unit.out_count - block);
             int64_t lengths[kListChannels];
             for (int64_t c = 0; c < channels; ++c) {
-                T* value = values + c * voxels;
-                int32_t* offset = offsets + c * voxels;
+                SparseEntry<T>* list = lists + c * voxels;
                 int64_t length = 0;
                 for (int64_t row = 0; row < rows; ++row) {
                     const int64_t at = first + row * pooled_.axis[1] + (unit.out_channel + block + c) * pooled_.channel;
@@ -141,8 +139,7 @@ class SparseGradWeight {
                     const uint8_t* codes = code_ + at;
                     for (int64_t w = 0; w < width; ++w, place += cell_step_[2]) {
                         const T gradient = gradients[w * voxel];
-                        value[length] = gradient;
-                        offset[length] = static_cast<int32_t>(place) + code_offsets_[codes[w * voxel]];
+                        list[length] = {gradient, static_cast<int32_t>(place) + code_offsets_[codes[w * voxel]]};
                         length += nonzero(gradient);
                     }
                 }
@@ -152,9 +149,9 @@ class SparseGradWeight {
                 const int64_t now = smaller(tile_segments_, segments_ - s);
                 const SparseKernel<T> kernel = sparse_kernel<T>(now, shape_.vectors);
                 for (int64_t c = 0; c < channels; ++c) {
-                    const SparseList<T> list = {offsets + c * voxels, values + c * voxels, lengths[c]};
+                    const SparseList<T> list = {lists + c * voxels, lengths[c]};
                     kernel(list, window, segment_offsets_ + s, sums + ((block + c) * segments_ + s) * tile_values,
-                           lanes);
+                           tile_values, lanes);
                 }
             }
         }

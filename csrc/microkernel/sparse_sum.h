@@ -1,6 +1,7 @@
 // The register tile of the sparse passes: S segments x V vectors of sums over one list of non-zero gradients.
 //
-//     sums[s][v] += sum over e < count of  values[e] * source[offsets[e] + segments[s] + v * lanes]
+//     sums[s * pitch][v] += sum over e < count of  entries[e].value * source[entries[e].offset + segments[s] + v *
+//     lanes]
 //
 // One entry costs a scalar load, a broadcast and S * V FMAs with an operand in memory: bound by two loads per cycle,
 // one FMA per cycle and unit but for the broadcast. The sums pass through memory once per list, so a list should be
@@ -12,17 +13,23 @@
 namespace pvc {
 namespace {
 
+// A gradient that is not zero, and where it points, in elements of the source.
+template <typename T>
+struct SparseEntry {
+    T value;
+    int32_t offset;
+};
+
 template <typename T>
 struct SparseList {
-    const int32_t* offsets;  // in elements of the source
-    const T* values;
+    const SparseEntry<T>* entries;
     int64_t count;
 };
 
-// The sums of segment s begin at sums + s * V * lanes. Of the last vector of each, the first `kept` lanes are changed.
+// The sums of segment s begin at sums + s * pitch. Of the last vector of each, the first `kept` lanes are changed.
 template <typename T>
 using SparseKernel = void (*)(const SparseList<T>& list, const T* source, const int32_t* segments, T* sums,
-                              int64_t kept);
+                              int64_t pitch, int64_t kept);
 
 constexpr int kSparseVectors = 12;  // accumulators of one tile
 constexpr int kSparseSegments = 6;
@@ -36,7 +43,8 @@ struct LaneNumbers {
 };
 
 template <typename T, int S, int V>
-void sparse_tile(const SparseList<T>& list, const T* source, const int32_t* segments, T* sums, int64_t kept) {
+void sparse_tile(const SparseList<T>& list, const T* source, const int32_t* segments, T* sums, int64_t pitch,
+                 int64_t kept) {
     using vector = typename Vector<T>::type;
     constexpr int lanes = Vector<T>::lanes, U = S * V >= 6 ? 1 : S * V >= 4 ? 2 : 4;
     vector sum[U][S][V];
@@ -46,14 +54,14 @@ void sparse_tile(const SparseList<T>& list, const T* source, const int32_t* segm
         from[s] = source + segments[s];
 #pragma GCC unroll 16
         for (int v = 0; v < V; ++v) {
-            sum[0][s][v] = Vector<T>::load(sums + (s * V + v) * lanes);
+            sum[0][s][v] = Vector<T>::load(sums + s * pitch + v * lanes);
 #pragma GCC unroll 4
             for (int u = 1; u < U; ++u) sum[u][s][v] = vector{};
         }
     }
     const auto add = [&](int64_t entry, vector(&to)[S][V]) __attribute__((always_inline)) {
-        const T value = list.values[entry];
-        const int64_t offset = list.offsets[entry];
+        const T value = list.entries[entry].value;
+        const int64_t offset = list.entries[entry].offset;
 #pragma GCC unroll 16
         for (int s = 0; s < S; ++s) {
 #pragma GCC unroll 16
@@ -76,7 +84,7 @@ void sparse_tile(const SparseList<T>& list, const T* source, const int32_t* segm
             vector total = sum[0][s][v];
 #pragma GCC unroll 4
             for (int u = 1; u < U; ++u) total += sum[u][s][v];
-            T* to = sums + (s * V + v) * lanes;
+            T* to = sums + s * pitch + v * lanes;
             Vector<T>::store(to, v + 1 < V ? total : keep ? total : Vector<T>::load(to));
         }
     }
