@@ -11,8 +11,10 @@ from typer.testing import CliRunner
 import pyvolconv
 from pyvolconv.cli import app
 from pyvolconv.cost.machine import measure_machine
+from pyvolconv.cost.profiler import profile_step
 from pyvolconv.cost.results import PathTiming
 from pyvolconv.problem import PASSES, ConvProblem
+from pyvolconv.train.compare import _Comparison
 from pyvolconv.train.models import build
 from pyvolconv.train.paths import our_paths
 from pyvolconv.train.plan import FIXED_STEPS, FULL, QUICK, STATES
@@ -156,6 +158,37 @@ def test_a_slow_path_gets_fewer_samples(batch):
     spec = PathSpec("torch contiguous", "cnn", None, "ncdhw")
     assert fitted([spec], make_cnn, *batch, longest_step=60.0).samples == 4
     assert fitted([spec], make_cnn, *batch, longest_step=1e-9).samples == 1
+
+
+def test_fused_paths_of_a_family_come_with_dense_and_with_sparse_backward():
+    problem = ConvProblem.parse("cpu-float32-ncdhw-n2ic16oc24-i5x6x7-k3-p1-bias")
+    needs = [(problem, pass_) for pass_ in PASSES]
+    specs = _Comparison._paths({"cpp": ["ncdhw", "ndhwc"], "numba": ["ncdhw"]}, needs)
+    assert [(several[0].path, len(several)) for several in specs] == [
+        ("torch contiguous", 1),
+        ("torch channels_last_3d", 1),
+        ("cpp", 2),
+        ("cpp fused, dense backward", 2),
+        ("cpp fused", 2),
+        ("numba", 1),
+    ]
+    assert [(several[0].fused, several[0].dense_backward) for several in specs[2:5]] == [
+        (False, False),
+        (True, True),
+        (True, False),
+    ]
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_path_with_dense_backward_runs_dense_gradients_only(batch, dense):
+    spec = PathSpec("numba fused", "cnn", "numba", "ndhwc", True, dense)
+    one = candidate(spec, make_cnn, *batch, 2)
+    profile = profile_step(one.step, one.model, repeats=1, warmup=0, machine=measure_machine())
+    ran = {entry.op.removeprefix("pyvolconv.") for entry in profile.entries if entry.op.startswith("pyvolconv.")}
+    gradients = {"conv3d_grad_input", "conv3d_grad_weight"}
+    sparse = {name.replace("conv3d", "conv3d_max_pool") for name in gradients}
+    assert ran == {"conv3d_max_pool", *(gradients if dense else sparse)}
+    assert gradient_difference(one, make_cnn, *batch) < 1e-5
 
 
 def test_path_runs_on_the_forced_backend_only(batch, monkeypatch):

@@ -10,9 +10,10 @@ from typing import Any
 import jinja2
 
 from . import wording
-from .answer import Answer, answer, as_installed
+from .answer import Answer, answer
 from .breakdown import LayerRow, Pages, PathProfile
 from .plots import write_plots
+from .removal import as_installed
 from .results import PAGES, TARGET_ACCURACY, ComparisonResult, PathTiming
 
 PAGES_WORDS = {

@@ -138,7 +138,8 @@ class PathTiming:
     `milliseconds` is the median step; the four parts add up to it. A part is None where the network has no
     convolution. `samples` is how many samples the timed step really had: fewer than the batch for a path so slow
     that its time was scaled up from a smaller batch. `fused` says
-    that convolution, activation and pool ran as one pass. `gradient_difference` is |g - g_torch| / |g_torch| over all
+    that convolution, activation and pool ran as one pass, `dense_backward` that the gradients of such passes visited
+    every voxel and not only those that the pool chose. `gradient_difference` is |g - g_torch| / |g_torch| over all
     parameter gradients of one step.
     """
 
@@ -157,6 +158,7 @@ class PathTiming:
     samples: int
     batch_size: int
     fused: bool = False
+    dense_backward: bool = False
     page_faults: float | None = None
     gradient_difference: float | None = None
 

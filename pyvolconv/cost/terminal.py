@@ -10,9 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from . import wording
-from .answer import PARTS, answer
+from .answer import answer
 from .breakdown import LayerRow, Pages, PathProfile
 from .profiler import StepProfile
+from .removal import PARTS, Row
 from .report import path_notes, path_rows
 from .results import ComparisonResult, TrainingRun
 
@@ -21,16 +22,24 @@ WIDE = 108
 
 
 def print_result(console: Console, result: ComparisonResult) -> None:
-    """Print machine, training runs, paths and the answer, as far as they were measured."""
+    """Print machine, training runs, what each change removes, paths and the answer, as far as they were measured."""
     if result.machine:
         console.print(machine_line(result))
     if result.training:
         console.print(training_table(result))
+        console.print()
+    words = answer(result)
+    if words.rows:
+        console.print(removal_table(words.rows))
+        for row in words.rows:
+            if row.timing.ours:
+                console.print(Text(f"{row.name}: {row.meaning}", style="dim"))
+        console.print()
     for pages in path_rows(result):
         console.print(path_table(result, pages, console.width))
+        console.print()
     for note in [*path_notes(result), *result.notes]:
         console.print(Text(note, style="dim"))
-    words = answer(result)
     body = "\n\n".join([words.headline, *words.paragraphs])
     console.print(Panel(Text(body), title="The answer", title_align="left", border_style="blue", padding=(1, 2)))
 
@@ -70,6 +79,25 @@ def _to_target(run: TrainingRun) -> str:
     if run.epochs:
         return f"not reached, best {wording.percent(max(epoch.validation_accuracy for epoch in run.epochs), 1)}"
     return "not one epoch finished"
+
+
+def removal_table(rows: list[Row]) -> Table:
+    """One row per change on the way from torch as installed, then the peers; ms per training step."""
+    columns = ["Layout", "Pages", "Step", "Removes", "vs installed", "vs LSTM"]
+    table = _table("What each change removes, ms per training step", "Path", columns)
+    for row in rows:
+        timing = row.timing
+        table.add_row(
+            row.name + (" *" if timing.scaled else ""),
+            timing.layout or wording.NOT_MEASURED,
+            timing.pages,
+            Text(wording.significant(timing.milliseconds), style="bold"),
+            wording.significant(row.removed),
+            wording.ratio(row.speed_up),
+            wording.ratio(row.to_lstm),
+            style="blue" if timing.ours else None,
+        )
+    return table
 
 
 def path_table(result: ComparisonResult, pages: Pages, width: int = 120) -> Table:
@@ -129,6 +157,6 @@ def _table(title: str, first: str, columns: list[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, padding=(0, 1))
     table.add_column(first, no_wrap=True)
     for column in columns:
-        text = column in ("Layout", "Pass", "Runs in")
+        text = column in ("Layout", "Pages", "Pass", "Runs in")
         table.add_column(column, justify="left" if text else "right", no_wrap=not text)
     return table

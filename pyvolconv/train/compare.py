@@ -188,12 +188,12 @@ class _Comparison:
         specs = [[PathSpec(path, "cnn", None, layout)] for path, layout in TORCH_PATHS.items()]
         for name, layouts in chosen.items():
             specs.append([PathSpec(name, "cnn", name, layout) for layout in layouts])
-            fused = [
-                PathSpec(f"{name} fused", "cnn", name, layout, True) for layout in layouts if fuses(name, needs, layout)
-            ]
-            # The readable reference is too slow to be worth a second row.
+            fused = [layout for layout in layouts if fuses(name, needs, layout)]
+            # The readable reference is too slow to be worth more rows.
             if fused and all(backend.automatic for backend in backends() if name in (backend.name, backend.family)):
-                specs.append(fused)
+                dense = f"{name} fused, dense backward"
+                specs.append([PathSpec(dense, "cnn", name, layout, True, True) for layout in fused])
+                specs.append([PathSpec(f"{name} fused", "cnn", name, layout, True) for layout in fused])
         return specs
 
     def _candidates(self, data: Splits, x: Tensor, y: Tensor, specs: list[list[PathSpec]]) -> list[Candidate]:

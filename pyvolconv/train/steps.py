@@ -23,6 +23,7 @@ from ..cost.profiler import profile_step
 from ..cost.results import PathTiming
 from ..cost.timing import alternate, now
 from ..dispatch import use_backend
+from ..fused_derivatives import use_dense_backward
 from ..problem import Layout
 from .loop import make_optimizer, training_step
 from .models import MISSION_SIZE, NetworkName, build
@@ -41,7 +42,7 @@ class PathSpec:
     """Which network runs how.
 
     `backend` None is torch itself, `layout` None a network without volumes; with `fused`, chains of convolution,
-    activation and pool run as one pass.
+    activation and pool run as one pass, and `dense_backward` says that their gradients visit every voxel all the same.
     """
 
     path: str
@@ -49,6 +50,7 @@ class PathSpec:
     backend: str | None
     layout: Layout | None
     fused: bool = False
+    dense_backward: bool = False
 
     @property
     def ours(self) -> bool:
@@ -81,11 +83,12 @@ def prepare(spec: PathSpec, model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def on_path(spec: PathSpec) -> Iterator[None]:
-    """Force the path's backend inside the block; torch's own paths need no forcing."""
-    if spec.backend is None:
-        yield
-        return
-    with use_backend(spec.backend):
+    """Force the path's backend and way back inside the block; torch's own paths need no forcing."""
+    with contextlib.ExitStack() as forced:
+        if spec.backend is not None:
+            forced.enter_context(use_backend(spec.backend))
+        if spec.dense_backward:
+            forced.enter_context(use_dense_backward())
         yield
 
 
@@ -132,7 +135,7 @@ def fitted(
 def gradient_difference(one: Candidate, make_model: Callable[[], nn.Module], x: Tensor, y: Tensor) -> float:
     """How far the path's parameter gradients are from torch's: |g - g_torch| / |g_torch|, on a few samples."""
     gradients = []
-    for spec in (one.spec, replace(one.spec, backend=None, fused=False)):
+    for spec in (one.spec, replace(one.spec, backend=None, fused=False, dense_backward=False)):
         fresh = candidate(spec, make_model, x, y, min(one.samples, PROBE_SAMPLES))
         fresh.step()
         gradients.append(torch.cat([p.grad.flatten() for p in fresh.model.parameters() if p.grad is not None]).double())
@@ -187,6 +190,7 @@ def time_paths(
                 layout=one.spec.layout,
                 ours=one.spec.ours,
                 fused=one.spec.fused,
+                dense_backward=one.spec.dense_backward,
                 pages=pages,
                 milliseconds=total,
                 forward=split.forward * share if conv else None,
