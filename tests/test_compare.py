@@ -1,6 +1,8 @@
 """`pyvolconv compare` from end to end on tiny volumes, and the parts of its plan."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 import pyvolconv
 from pyvolconv.cli import app
 from pyvolconv.cost.machine import measure_machine
+from pyvolconv.cost.pages import keep_pages
 from pyvolconv.cost.profiler import profile_step
 from pyvolconv.cost.results import PathTiming
 from pyvolconv.problem import PASSES, ConvProblem
@@ -26,6 +29,7 @@ from pyvolconv.train.steps import (
     candidate,
     fitted,
     gradient_difference,
+    peak_memory,
     time_paths,
 )
 
@@ -233,6 +237,25 @@ def test_turns_end_with_the_time(batch):
     (long,), profiles = time_paths([one], "returned", machine, seconds=60.0, repeats=1, say=str)
     assert (short.steps, long.steps) == (ROUNDS_AT_ONCE, MOST_ROUNDS)
     assert profiles[0].batch_size == 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system has no /proc")
+def test_memory_of_a_step_is_its_peak_and_not_what_lay_free():
+    x, y = torch.randn(8, 1, *SIZE), torch.arange(8) % 2
+    one = candidate(PathSpec("torch contiguous", "cnn", None, "ncdhw"), make_cnn, x, y, 8)
+    with keep_pages() as kept:
+        if not kept.active:
+            pytest.skip(kept.reason)
+        assert peak_memory(one) is None
+    held = []
+
+    def step():
+        held[:] = [torch.ones(1 << 22), torch.ones(1 << 22)]
+        held.clear()
+
+    for _ in range(3):
+        assert 2 << 24 <= peak_memory(replace(one, step=step)) < 3 << 24
+    assert peak_memory(replace(one, samples=4)) is None
 
 
 def test_a_run_that_came_to_its_own_end_is_not_projected():

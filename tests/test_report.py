@@ -60,6 +60,7 @@ def timing(path, milliseconds, pages, *, ours=False, layout="ncdhw", network="cn
         samples=samples,
         batch_size=32,
         page_faults=120_000.0 if pages == "returned" else 12.0,
+        memory_bytes=int(milliseconds * 2**20) if pages == "returned" and samples == 32 else None,
         **{part: milliseconds * share if conv else None for part, share in shares.items()},
     )
 
@@ -281,6 +282,27 @@ def test_terminal_shows_every_row():
     text = console.export_text()
     for row in answer(complete_result()).rows:
         assert f" {row.name} " in text
+
+
+@pytest.mark.parametrize("width", [80, 114, 124])
+def test_terminal_tables_fit_their_width(width):
+    console = Console(width=width, record=True, file=io.StringIO())
+    print_result(console, complete_result())
+    text = console.export_text()
+    assert "…" not in text
+    assert ("everything else  " in text) is (width >= 114)
+
+
+def test_memory_of_a_step_is_shown_in_both_states(written):
+    _, page = written
+    result = complete_result()
+    rows = answer(result).rows
+    assert [row.memory_bytes // 2**20 for row in rows] == [700, 520, 330, 280, 230, 230, 520, 17]
+    assert result.memory("numba") is None
+    assert any(note.startswith("Memory:") for note in path_notes(result))
+    assert page.count("<td>230 MiB</td>") == 3
+    unmeasured = replace(result, paths=[replace(one, memory_bytes=None) for one in result.paths])
+    assert not any(note.startswith("Memory:") for note in path_notes(unmeasured))
 
 
 def test_removals_add_up_to_the_whole_saving():

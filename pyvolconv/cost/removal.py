@@ -34,6 +34,7 @@ class Row:
         before: the timing of the row above; None for a peer and for the first row.
         to_lstm: its time over the LSTM's in the same allocator state, where that was timed.
         speed_up: torch as installed over its time; None for the LSTM.
+        memory_bytes: what a step of its path adds to the process at its peak, measured with pages returned.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Row:
     before: PathTiming | None
     to_lstm: float | None
     speed_up: float | None
+    memory_bytes: int | None
 
     @property
     def removed(self) -> float | None:
@@ -60,6 +62,7 @@ class Row:
             "removed": self.removed,
             "to_lstm": self.to_lstm,
             "speed_up": self.speed_up,
+            "memory_bytes": self.memory_bytes,
         }
 
 
@@ -193,4 +196,4 @@ def _row(
     lstm = result.lstm_step(timing.pages)
     to_lstm = timing.milliseconds / lstm.milliseconds if lstm else None
     speed_up = installed.milliseconds / timing.milliseconds if timing.network == "cnn" else None
-    return Row(*words, timing, before, to_lstm, speed_up)
+    return Row(*words, timing, before, to_lstm, speed_up, result.memory(timing.path))

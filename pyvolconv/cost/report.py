@@ -25,6 +25,12 @@ PAGES_WORDS = {
 }
 
 
+MEMORY_WORDS = (
+    "Memory: what a step adds to the resident process at its peak, activations and work space together, beyond weights "
+    "and data. It was measured with pages returned; with pages kept, the process holds that much between steps too."
+)
+
+
 @dataclass(frozen=True)
 class Card:
     """One key figure at the top of the report."""
@@ -104,7 +110,7 @@ def render(result: ComparisonResult, words: Answer, plots: dict[str, dict[str, P
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("significant", "milliseconds", "seconds", "ratio", "percent", "scaled", "count"):
+    for name in ("significant", "milliseconds", "seconds", "ratio", "percent", "scaled", "count", "binary"):
         environment.filters[name] = getattr(wording, name)
     images = {name: {theme: _data_uri(path) for theme, path in themes.items()} for name, themes in plots.items()}
     return environment.get_template("report.html.j2").render(_context(result, words), images=images)
@@ -161,6 +167,7 @@ def _context(result: ComparisonResult, words: Answer) -> dict[str, Any]:
         "cards": cards(result),
         "groups": path_rows(result),
         "pages_words": PAGES_WORDS,
+        "measured_memory": {timing.pages for timing in every if timing.memory_bytes is not None},
         "profiles": profiles,
         "estimated": any(row.share_estimated for table in profiles for row in table.rows),
         "path_notes": path_notes(result),
@@ -184,6 +191,8 @@ def path_notes(result: ComparisonResult) -> list[str]:
     if differences:
         words = ", ".join(f"{path} {difference:.1e}" for path, difference in differences.items())
         notes.append(f"Relative difference of all parameter gradients to torch's in the same layout: {words}.")
+    if any(timing.memory_bytes is not None for timing in result.paths):
+        notes.append(MEMORY_WORDS)
     return notes + [f"{path} was left out: {reason}" for path, reason in result.unavailable.items()]
 
 

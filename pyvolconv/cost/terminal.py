@@ -17,8 +17,8 @@ from .removal import PARTS, Row
 from .report import path_notes, path_rows
 from .results import ComparisonResult, TrainingRun
 
-WIDE = 108
-"""Columns of a terminal from which on tables are shown whole."""
+WIDE, WIDEST = 114, 124
+"""Columns of a terminal from which on tables are shown with what they are split into, and with memory."""
 
 
 def print_result(console: Console, result: ComparisonResult) -> None:
@@ -82,19 +82,19 @@ def _to_target(run: TrainingRun) -> str:
 
 
 def removal_table(rows: list[Row]) -> Table:
-    """One row per change on the way from torch as installed, then the peers; ms per training step."""
-    columns = ["Layout", "Pages", "Step", "Removes", "vs installed", "vs LSTM"]
+    """One row per change on the way from torch as installed, then the peers; where pages are kept, the name says so."""
+    columns = ["Layout", "Step", "Removes", "vs installed", "vs LSTM", "Memory"]
     table = _table("What each change removes, ms per training step", "Path", columns)
     for row in rows:
         timing = row.timing
         table.add_row(
             row.name + (" *" if timing.scaled else ""),
             timing.layout or wording.NOT_MEASURED,
-            timing.pages,
             Text(wording.significant(timing.milliseconds), style="bold"),
             wording.significant(row.removed),
             wording.ratio(row.speed_up),
             wording.ratio(row.to_lstm),
+            wording.binary(row.memory_bytes),
             style="blue" if timing.ours else None,
         )
     return table
@@ -103,10 +103,13 @@ def removal_table(rows: list[Row]) -> Table:
 def path_table(result: ComparisonResult, pages: Pages, width: int = 120) -> Table:
     """One row per path in one allocator state, ms per training step; without the split where `width` is small."""
     parts = PARTS if width >= WIDE else {}
-    table = _table(
-        f"One training step, ms (pages {pages})", "Path", ["Layout", *parts.values(), "Step", "vs torch", "vs LSTM"]
-    )
-    for row in path_rows(result)[pages]:
+    rows = path_rows(result)[pages]
+    columns = ["Layout", *parts.values(), "Step", "vs torch", "vs LSTM"]
+    with_memory = width >= WIDEST and any(row.timing.memory_bytes is not None for row in rows)
+    if with_memory:
+        columns.append("Memory")
+    table = _table(f"One training step, ms (pages {pages})", "Path", columns)
+    for row in rows:
         timing = row.timing
         table.add_row(
             timing.path + (" *" if timing.scaled else ""),
@@ -115,6 +118,7 @@ def path_table(result: ComparisonResult, pages: Pages, width: int = 120) -> Tabl
             Text(wording.significant(timing.milliseconds), style="bold"),
             wording.ratio(row.speed_up),
             wording.ratio(row.to_lstm),
+            *([wording.binary(timing.memory_bytes)] if with_memory else []),
             style="blue" if timing.ours else None,
         )
     return table
@@ -157,6 +161,6 @@ def _table(title: str, first: str, columns: list[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, padding=(0, 1))
     table.add_column(first, no_wrap=True)
     for column in columns:
-        text = column in ("Layout", "Pages", "Pass", "Runs in")
+        text = column in ("Layout", "Pass", "Runs in")
         table.add_column(column, justify="left" if text else "right", no_wrap=not text)
     return table

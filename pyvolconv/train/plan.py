@@ -74,8 +74,8 @@ class Budget:
 
 
 STATES = 2
-FIXED_STEPS = 5
-"""Steps that a path takes however short the time is: a warm-up, two turns, and two of `profile_step`'s own."""
+FIXED_STEPS = 6
+"""Steps that a path takes however short the time is: a warm-up, two turns, one for its memory, two of the profiler."""
 QUICK = Budget(total=46.0, steps=18.0, repeats=1)
 FULL = Budget(total=270.0, steps=110.0, repeats=2)
 QUICK_VIDEOS = (256, 128, 128)

@@ -54,8 +54,7 @@ class Trainer:
                 self.data,
                 replace(self.config, time_budget=seconds),
                 memory_format=memory_format,
-                checkpoint_path=self.folder
-                / f"{spec.network}-{spec.path.replace(',', '').replace(' ', '-')}.pt".lower(),
+                checkpoint_path=self.folder / f"{name_of_file}.pt",
                 resume=self.resume,
                 label=label,
                 console=self.console,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..accelerate import accelerate
 from ..cost.breakdown import Pages, PathProfile
 from ..cost.machine import Machine, measure_machine
-from ..cost.pages import keep_pages, page_faults, pages_kept
+from ..cost.pages import keep_pages, measure_memory, page_faults, pages_kept, return_pages
 from ..cost.profiler import profile_step
 from ..cost.results import PathTiming
 from ..cost.timing import alternate, now
@@ -143,6 +143,22 @@ def gradient_difference(one: Candidate, make_model: Callable[[], nn.Module], x: 
     return float((ours - theirs).norm() / theirs.norm())
 
 
+def peak_memory(one: Candidate) -> int | None:
+    """Bytes that one step adds to the resident process at its peak, after what lay free was returned to the system.
+
+    None where that cannot be read: pages are kept, so that a process never shrinks; the step has fewer samples than a
+    batch; the network is not on the CPU; the system has no /proc, or another C library than glibc.
+    """
+    if pages_kept() or one.scaled or any(weight.device.type != "cpu" for weight in one.model.parameters()):
+        return None
+    if not return_pages():
+        return None
+    try:
+        return measure_memory(one.step).added_rss_bytes
+    except OSError:
+        return None
+
+
 def time_paths(
     candidates: Sequence[Candidate],
     pages: Pages,
@@ -152,7 +168,7 @@ def time_paths(
     repeats: int,
     say: Callable[[str], None],
 ) -> tuple[list[PathTiming], list[PathProfile]]:
-    """Time every candidate in turn, then take each apart.
+    """Time every candidate in turn, then measure each one's memory and take it apart.
 
     A path that is too slow for whole batches has no turns: the runs between its profiled ones are its timing.
 
@@ -173,6 +189,7 @@ def time_paths(
     times, profiles = [], []
     for one in candidates:
         say(f"Taking {one.spec.path} apart, pages {pages}")
+        memory = peak_memory(one)
         scale = one.batch_size / one.samples
         profile = profile_step(steps[one.spec.path], one.model, repeats=repeats, warmup=0, machine=machine)
         timed = turns.get(one.spec.path, profile.step.seconds)
@@ -201,6 +218,7 @@ def time_paths(
                 samples=one.samples,
                 batch_size=one.batch_size,
                 page_faults=statistics.median(faults[one.spec.path]) * scale,
+                memory_bytes=memory,
             )
         )
         profiles.append(PathProfile(one.spec.path, one.spec.ours, pages, one.samples, profile))
