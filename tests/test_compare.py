@@ -1,5 +1,6 @@
 """`pyvolconv compare` from end to end on tiny volumes, and the parts of its plan."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,9 @@ from pyvolconv.cost.results import PathTiming
 from pyvolconv.problem import PASSES, ConvProblem
 from pyvolconv.train.compare import _Comparison
 from pyvolconv.train.models import build
+from pyvolconv.train.npz import load_npz
 from pyvolconv.train.paths import our_paths
-from pyvolconv.train.plan import FIXED_STEPS, FULL, QUICK, STATES
+from pyvolconv.train.plan import FIXED_STEPS, FULL, QUICK, STATES, Settings
 from pyvolconv.train.runs import Trainer, projected
 from pyvolconv.train.steps import (
     MOST_ROUNDS,
@@ -124,7 +126,6 @@ def step_of_lstm():
 
 def test_ctrl_c_in_training_ends_the_comparison(volumes, tmp_path, monkeypatch):
     from pyvolconv.train import loop
-    from pyvolconv.train.npz import load_npz
 
     steps = []
 
@@ -193,6 +194,41 @@ def test_path_with_dense_backward_runs_dense_gradients_only(batch, dense):
     sparse = {name.replace("conv3d", "conv3d_max_pool") for name in gradients}
     assert ran == {"conv3d_max_pool", *(gradients if dense else sparse)}
     assert gradient_difference(one, make_cnn, *batch) < 1e-5
+
+
+def test_trying_ends_with_its_time_and_says_what_was_left_out(volumes, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr("pyvolconv.train.compare.now", lambda: float(next(clock)))
+    monkeypatch.setattr("pyvolconv.train.steps.now", lambda: float(next(clock)))
+    comparison = _Comparison(Settings(data=volumes, batch_size=4), Console(quiet=True))
+    comparison.budget = replace(FULL, trying=25.0)
+    data = load_npz(volumes)
+    x, y = comparison._batch(data)
+    layouts = ["ncdhw", "ndhwc"]
+    specs = comparison._paths(dict.fromkeys(("im2col", "cpp", "numba"), layouts), [])
+    found = comparison._candidates(data, x, y, specs)
+    assert [one.spec.path for one in found][:3] == ["torch contiguous", "torch channels_last_3d", "im2col"]
+    assert found[-1].spec.path == "LSTM"
+    left_out = set(comparison.result.unavailable)
+    assert "numba" in left_out
+    assert left_out | {one.spec.path for one in found[:-1]} == {several[0].path for several in specs}
+    assert all("the 25 s for trying paths were over" in why for why in comparison.result.unavailable.values())
+
+
+def test_trying_never_leaves_out_a_peer(volumes):
+    comparison = _Comparison(Settings(data=volumes, batch_size=4), Console(quiet=True))
+    comparison.budget = replace(FULL, trying=0.0)
+    data = load_npz(volumes)
+    found = comparison._candidates(data, *comparison._batch(data), comparison._paths({"im2col": ["ncdhw"]}, []))
+    assert [one.spec.path for one in found] == ["torch contiguous", "torch channels_last_3d", "LSTM"]
+    assert list(comparison.result.unavailable) == ["im2col"]
+
+
+def test_layouts_that_there_was_no_time_for_are_named(batch):
+    specs = [PathSpec("im2col", "cnn", "im2col", layout) for layout in ("ncdhw", "ndhwc")]
+    assert fitted(specs, make_cnn, *batch, longest_step=60.0).untried == ()
+    hurried = fitted(specs, make_cnn, *batch, longest_step=60.0, until=0.0)
+    assert (hurried.spec.layout, hurried.untried) == ("ncdhw", ("ndhwc",))
 
 
 def test_path_runs_on_the_forced_backend_only(batch, monkeypatch):

@@ -24,6 +24,7 @@ from ..cost.counting import count_model
 from ..cost.machine import Machine, measure_machine, versions
 from ..cost.pages import keep_pages, pages_kept
 from ..cost.results import ComparisonResult, DataFacts, NetworkFacts, PathTiming, TrainingRun
+from ..cost.timing import now
 from ..dispatch import backends
 from ..problem import PASSES, ConvProblem, Layout, Pass
 from .checkpoint import CheckpointError
@@ -197,22 +198,41 @@ class _Comparison:
         return specs
 
     def _candidates(self, data: Splits, x: Tensor, y: Tensor, specs: list[list[PathSpec]]) -> list[Candidate]:
-        """One candidate per path, ours in the better layout; their gradients are compared with torch's on the way."""
+        """One candidate per path, in the better layout; the gradients of ours are compared with torch's on the way.
+
+        The peers are tried first: when the time is over, paths of ours are left out, and the report says which.
+        """
         longest = self.budget.longest_step(len(specs))
         seed, size, classes = self.settings.seed, data.input_size, data.classes
-        found = []
+        until = now() + self.budget.trying
+
+        def make_cnn() -> torch.nn.Module:
+            return build("cnn", size, classes, seed)
+
+        lstm = fitted(
+            [PathSpec(LSTM_PATH, "lstm", None, None)], lambda: build(self._lstm, size, classes, seed), x, y, longest
+        )
+        found: list[Candidate] = []
         with self._saying("Trying paths and layouts") as say:
             for several in specs:
-                say(f"Trying {several[0].path}")
-                one = fitted(several, lambda: build("cnn", size, classes, seed), x, y, longest)
+                path = several[0].path
+                if several[0].ours and now() >= until:
+                    self._leave_out(path)
+                    continue
+                say(f"Trying {path}")
+                one = fitted(several, make_cnn, x, y, longest, until)
                 found.append(one)
                 if one.spec.ours:
-                    difference = gradient_difference(one, lambda: build("cnn", size, classes, seed), x, y)
-                    self.differences[one.spec.path] = difference
-            say(f"Trying {LSTM_PATH}")
-            spec = PathSpec(LSTM_PATH, "lstm", None, None)
-            found.append(fitted([spec], lambda: build(self._lstm, size, classes, seed), x, y, longest))
-        return found
+                    self.differences[path] = gradient_difference(one, make_cnn, x, y)
+                if one.untried:
+                    self._note(f"{path} was tried in {one.spec.layout} only: {self._time_was_over()}.")
+        return [*found, lstm]
+
+    def _leave_out(self, path: str) -> None:
+        self.update(unavailable={**self.result.unavailable, path: self._time_was_over()})
+
+    def _time_was_over(self) -> str:
+        return f"the {self.budget.trying:g} s for trying paths were over, which happens on a busy machine"
 
     def _time_in_state(self, candidates: list[Candidate], pages: Pages, machine: Machine) -> None:
         with self._saying(f"Timing every path, pages {pages}") as say:

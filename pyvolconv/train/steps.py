@@ -8,6 +8,7 @@ so slow that its turns would use up the time is given fewer samples, and its tim
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -60,13 +61,17 @@ class PathSpec:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A path ready to be timed: `samples` of a batch's `batch_size` samples are in its step."""
+    """A path ready to be timed: `samples` of a batch's `batch_size` samples are in its step.
+
+    `untried` are layouts that might have been better, for which there was no time.
+    """
 
     spec: PathSpec
     model: nn.Module
     step: Callable[[], None]
     samples: int
     batch_size: int
+    untried: tuple[Layout, ...] = ()
 
     @property
     def scaled(self) -> bool:
@@ -110,26 +115,35 @@ def candidate(spec: PathSpec, make_model: Callable[[], nn.Module], x: Tensor, y:
 
 
 def fitted(
-    specs: Sequence[PathSpec], make_model: Callable[[], nn.Module], x: Tensor, y: Tensor, longest_step: float
+    specs: Sequence[PathSpec],
+    make_model: Callable[[], nn.Module],
+    x: Tensor,
+    y: Tensor,
+    longest_step: float,
+    until: float = math.inf,
 ) -> Candidate:
     """The best of some layouts of one path, on as many samples as are expected to take at most `longest_step` seconds.
 
-    Each is tried on a few samples after a warm-up, in which kernels may be compiled.
+    Each is tried on a few samples after a warm-up, in which kernels may be compiled; the first in any case, the others
+    as long as `now()` is before `until`.
     """
-    tried = {}
+    tried: dict[PathSpec, float] = {}
     for spec in specs:
+        if tried and now() >= until:
+            break
         probe = candidate(spec, make_model, x, y, 1)
         probe.step()
         tried[spec] = _seconds(probe.step)
-        if tried[spec] * PROBE_SAMPLES < longest_step:
+        if tried[spec] * PROBE_SAMPLES < longest_step and now() < until:
             probe = candidate(spec, make_model, x, y, min(PROBE_SAMPLES, x.shape[0]))
             probe.step()
             tried[spec] = min(_seconds(probe.step) for _ in range(2)) / probe.samples
-    best = min(specs, key=lambda spec: tried[spec])
+    best = min(tried, key=lambda spec: tried[spec])
     samples = x.shape[0]
     if tried[best] * samples > SLACK * longest_step:
         samples = min(samples, max(1, int(longest_step / tried[best])))
-    return candidate(best, make_model, x, y, samples)
+    untried = tuple(spec.layout for spec in specs if spec not in tried and spec.layout)
+    return replace(candidate(best, make_model, x, y, samples), untried=untried)
 
 
 def gradient_difference(one: Candidate, make_model: Callable[[], nn.Module], x: Tensor, y: Tensor) -> float:
