@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import pyvolconv
 from pyvolconv.cli import app
+from pyvolconv.cost import busy
 from pyvolconv.cost.machine import measure_machine
 from pyvolconv.cost.pages import keep_pages
 from pyvolconv.cost.profiler import profile_step
@@ -229,6 +230,27 @@ def test_layouts_that_there_was_no_time_for_are_named(batch):
     assert fitted(specs, make_cnn, *batch, longest_step=60.0).untried == ()
     hurried = fitted(specs, make_cnn, *batch, longest_step=60.0, until=0.0)
     assert (hurried.spec.layout, hurried.untried) == ("ncdhw", ("ndhwc",))
+
+
+@pytest.mark.parametrize(("others", "noted"), [(0.0, False), (0.15, False), (1.2, True)])
+def test_a_busy_machine_is_noted(monkeypatch, others, noted):
+    samples = iter([busy.Sample(0.0, 0.0, 0.0, 2), busy.Sample(10.0, 8.0, 8.0 + 10 * others, 2)])
+    monkeypatch.setattr(busy, "sample", lambda: next(samples))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    comparison = _Comparison(Settings(), Console(quiet=True))
+    with comparison._watching_load("the steps were timed"):
+        pass
+    assert [note[:57] for note in comparison.result.notes] == (
+        ["Other processes kept 1.2 of 2 cores busy while the steps "] if noted else []
+    )
+
+
+def test_a_machine_that_does_not_tell_is_not_noted(monkeypatch):
+    monkeypatch.setattr(busy, "sample", lambda: None)
+    comparison = _Comparison(Settings(), Console(quiet=True))
+    with comparison._watching_load("the steps were timed"):
+        pass
+    assert comparison.result.notes == []
 
 
 def test_path_runs_on_the_forced_backend_only(batch, monkeypatch):
