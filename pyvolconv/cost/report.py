@@ -186,11 +186,11 @@ def path_notes(result: ComparisonResult) -> list[str]:
     scaled = {timing.path: timing for timing in result.paths if timing.scaled}
     if scaled:
         names = ", ".join(f"{timing.path} ({timing.samples} of {timing.batch_size})" for timing in scaled.values())
-        notes.append(f"Too slow here for whole batches, so timed on a few samples and scaled up: {names}.")
+        notes.append(f"* Too slow here for whole batches, so timed on a few samples and scaled up: {names}.")
     differences = {t.path: t.gradient_difference for t in result.paths if t.gradient_difference is not None}
     if differences:
         words = ", ".join(f"{path} {difference:.1e}" for path, difference in differences.items())
-        notes.append(f"Relative difference of all parameter gradients to torch's in the same layout: {words}.")
+        notes.append(f"Relative difference of all parameter gradients to torch's in float64: {words}.")
     if any(timing.memory_bytes is not None for timing in result.paths):
         notes.append(MEMORY_WORDS)
     return notes + [f"{path} was left out: {reason}" for path, reason in result.unavailable.items()]

@@ -25,6 +25,8 @@ def print_result(console: Console, result: ComparisonResult) -> None:
     """Print machine, training runs, what each change removes, paths and the answer, as far as they were measured."""
     if result.machine:
         console.print(machine_line(result))
+    for note in result.notes:
+        console.print(Text(note, style="yellow"))
     if result.training:
         console.print(training_table(result))
         console.print()
@@ -38,7 +40,7 @@ def print_result(console: Console, result: ComparisonResult) -> None:
     for pages in path_rows(result):
         console.print(path_table(result, pages, console.width))
         console.print()
-    for note in [*path_notes(result), *result.notes]:
+    for note in path_notes(result):
         console.print(Text(note, style="dim"))
     body = "\n\n".join([words.headline, *words.paragraphs])
     console.print(Panel(Text(body), title="The answer", title_align="left", border_style="blue", padding=(1, 2)))
@@ -61,6 +63,7 @@ def training_table(result: ComparisonResult) -> Table:
     """One row per training run."""
     target = wording.percent(result.training[0].target)
     table = _table("Training", "Run", ["Epochs", "Per epoch", f"To {target} validation", "Test"])
+    table.columns[0].no_wrap = False
     for run in result.training:
         table.add_row(
             run.label,

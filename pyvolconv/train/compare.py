@@ -174,7 +174,7 @@ class _Comparison:
         return specs
 
     def _candidates(self, data: Splits, x: Tensor, y: Tensor, specs: list[list[PathSpec]]) -> list[Candidate]:
-        """One candidate per path, in the better layout; the gradients of ours are compared with torch's on the way.
+        """One candidate per path, in the better layout; their gradients are compared with float64's on the way.
 
         The peers are tried first: when the time is over, paths of ours are left out, and the report says which.
         """
@@ -197,8 +197,7 @@ class _Comparison:
                 say(f"Trying {path}")
                 one = fitted(several, make_cnn, x, y, longest, until)
                 found.append(one)
-                if one.spec.ours:
-                    self.differences[path] = gradient_difference(one, make_cnn, x, y)
+                self.differences[path] = gradient_difference(one, make_cnn, x, y)
                 if one.untried:
                     self._note(f"{path} was tried in {one.spec.layout} only: {self._time_was_over()}.")
         return [*found, lstm]
@@ -293,9 +292,8 @@ class _Comparison:
             load = busy.Load.between(before, after) if before and after else None
             if load and load.disturbs(threads):
                 self._note(
-                    f"Other processes kept {load.others:.1f} of {load.cores} cores busy while {what} with {threads} "
-                    f"thread{'s' if threads > 1 else ''}: times are longer than on a quiet machine and ratios less "
-                    "certain. Run it again when nothing else runs."
+                    f"Other processes kept {load.others:.1f} of {load.cores} cores busy while {what}: "
+                    "times are longer than on a quiet machine, and ratios less certain."
                 )
 
     @contextmanager
