@@ -30,11 +30,10 @@ from pyvolconv.train.steps import (
     ROUNDS_AT_ONCE,
     PathSpec,
     candidate,
-    fitted,
-    gradient_difference,
     peak_memory,
     time_paths,
 )
+from pyvolconv.train.trials import fitted, gradient_difference
 
 SIZE = (6, 8, 10)
 
@@ -200,7 +199,7 @@ def test_path_with_dense_backward_runs_dense_gradients_only(batch, dense):
 def test_trying_ends_with_its_time_and_says_what_was_left_out(volumes, monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr("pyvolconv.train.compare.now", lambda: float(next(clock)))
-    monkeypatch.setattr("pyvolconv.train.steps.now", lambda: float(next(clock)))
+    monkeypatch.setattr("pyvolconv.train.trials.now", lambda: float(next(clock)))
     comparison = _Comparison(Settings(data=volumes, batch_size=4), Console(quiet=True))
     comparison.budget = replace(FULL, trying=25.0)
     data = load_npz(volumes)
@@ -251,6 +250,14 @@ def test_a_machine_that_does_not_tell_is_not_noted(monkeypatch):
     with comparison._watching_load("the steps were timed"):
         pass
     assert comparison.result.notes == []
+
+
+def test_a_step_that_looked_slow_once_is_tried_again(batch, monkeypatch):
+    times = iter([0.1, 9.0, 9.0, 0.1, 0.2, 0.2])
+    monkeypatch.setattr("pyvolconv.train.trials._seconds", lambda step: next(times))
+    spec = PathSpec("torch contiguous", "cnn", None, "ncdhw")
+    assert fitted([spec], make_cnn, *batch, longest_step=1.0).samples == 4
+    assert next(times, None) is None
 
 
 def test_path_runs_on_the_forced_backend_only(batch, monkeypatch):

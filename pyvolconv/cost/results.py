@@ -137,8 +137,8 @@ class PathTiming:
 
     `milliseconds` is the median step; the four parts add up to it. A part is None where the network has no
     convolution. `samples` is how many samples the timed step really had: fewer than the batch for a path so slow
-    that its time was scaled up from a smaller batch. `fused` says that convolution, activation and pool ran as one pass,
-    `dense_backward` that the gradients of such passes visited every voxel and not only those that the pool chose.
+    that its time was scaled up from a smaller batch. `fused` says that convolution, activation and pool ran as one
+    pass, `dense_backward` that the gradients of such passes visited every voxel and not only those that the pool chose.
     `gradient_difference` is |g - g64| / |g64| over all parameter gradients of one step, g64 being torch's in float64.
     `memory_bytes` is what a step adds to the resident process at its peak; it is measured with pages returned only,
     because a process that keeps its pages does not shrink between steps.

@@ -37,7 +37,8 @@ from .npz import load_npz
 from .paths import Need, fuses, our_paths
 from .plan import FULL, LSTM_SHARE, OURS_SHARE, QUICK, QUICK_VIDEOS, Settings
 from .runs import Trainer, projected
-from .steps import LSTM_PATH, TORCH_PATHS, Candidate, PathSpec, fitted, gradient_difference, time_paths
+from .steps import LSTM_PATH, TORCH_PATHS, Candidate, PathSpec, time_paths
+from .trials import fitted, gradient_difference
 
 
 def compare(settings: Settings, console: Console) -> ComparisonResult:

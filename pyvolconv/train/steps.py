@@ -8,10 +8,9 @@ so slow that its turns would use up the time is given fewer samples, and its tim
 from __future__ import annotations
 
 import contextlib
-import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +30,7 @@ from .models import MISSION_SIZE, NetworkName, build
 
 MEMORY_FORMAT = {"ncdhw": torch.contiguous_format, "ndhwc": torch.channels_last_3d}
 LSTM_PATH = "LSTM"
-PROBE_SAMPLES = 4
 ROUNDS_AT_ONCE, MOST_ROUNDS = 2, 10
-SLACK = 2.0
-"""How much longer than allowed a step may be on trial, which is noisy, before it gets fewer samples."""
 TORCH_PATHS: dict[str, Layout] = {"torch contiguous": "ncdhw", "torch channels_last_3d": "ndhwc"}
 
 
@@ -112,56 +108,6 @@ def candidate(spec: PathSpec, make_model: Callable[[], nn.Module], x: Tensor, y:
             training_step(model, optimizer, part, labels)
 
     return Candidate(spec, model, step, samples, x.shape[0])
-
-
-def fitted(
-    specs: Sequence[PathSpec],
-    make_model: Callable[[], nn.Module],
-    x: Tensor,
-    y: Tensor,
-    longest_step: float,
-    until: float = math.inf,
-) -> Candidate:
-    """The best of some layouts of one path, on as many samples as are expected to take at most `longest_step` seconds.
-
-    Each is tried on a few samples after a warm-up, in which kernels may be compiled; the first in any case, the others
-    as long as `now()` is before `until`.
-    """
-    tried: dict[PathSpec, float] = {}
-    for spec in specs:
-        if tried and now() >= until:
-            break
-        probe = candidate(spec, make_model, x, y, 1)
-        probe.step()
-        tried[spec] = _seconds(probe.step)
-        if tried[spec] * PROBE_SAMPLES < longest_step and now() < until:
-            probe = candidate(spec, make_model, x, y, min(PROBE_SAMPLES, x.shape[0]))
-            probe.step()
-            tried[spec] = min(_seconds(probe.step) for _ in range(2)) / probe.samples
-    best = min(tried, key=lambda spec: tried[spec])
-    samples = x.shape[0]
-    if tried[best] * samples > SLACK * longest_step:
-        samples = min(samples, max(1, int(longest_step / tried[best])))
-    untried = tuple(spec.layout for spec in specs if spec not in tried and spec.layout)
-    return replace(candidate(best, make_model, x, y, samples), untried=untried)
-
-
-def gradient_difference(one: Candidate, make_model: Callable[[], nn.Module], x: Tensor, y: Tensor) -> float:
-    """How far the path's parameter gradients are from torch's in float64: |g - g64| / |g64|, on a few samples.
-
-    In float64, because torch's own float32 is no yardstick: where two voxels of a window are equal up to rounding, each
-    path may choose another one, and the gradient follows.
-    """
-    samples = min(one.samples, PROBE_SAMPLES)
-    fresh = candidate(one.spec, make_model, x, y, samples)
-    plain = replace(one.spec, backend=None, fused=False, dense_backward=False)
-    exact = candidate(plain, lambda: make_model().double(), x.double(), y, samples)
-    gradients = []
-    for path in (fresh, exact):
-        path.step()
-        gradients.append(torch.cat([p.grad.flatten() for p in path.model.parameters() if p.grad is not None]).double())
-    found, expected = gradients
-    return float((found - expected).norm() / expected.norm())
 
 
 def peak_memory(one: Candidate) -> int | None:
@@ -298,9 +244,3 @@ def _counted(one: Candidate, faults: list[int]) -> Callable[[], None]:
         faults.append(page_faults() - before)
 
     return step
-
-
-def _seconds(step: Callable[[], None]) -> float:
-    start = now()
-    step()
-    return now() - start
