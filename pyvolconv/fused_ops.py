@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .backends.base import MEMORY_FORMAT
 from .dispatch import choose_or_none
-from .epilogue import KEEPS_PREACTIVATION, NEGATIVE_SLOPE, Activation, MaxPool
+from .epilogue import KEEPS_PREACTIVATION, NEGATIVE_SLOPE, Activation, MaxPool, Size3
 from .fused_voxels import code_of_indices, scatter, select
 from .ops import conv3d, conv3d_grad_input, conv3d_grad_weight, conv3d_problem, layout_of, library
 from .problem import ConvProblem, Layout
@@ -63,6 +63,18 @@ APPLY: dict[str, Callable[[Tensor, float], Tensor]] = {
 def split_sizes(sizes: Sequence[Any]) -> tuple[Sequence[Any], MaxPool]:
     """(stride, padding, dilation, groups) and the pool, out of what every operator's arguments end with."""
     return sizes[:4], _pool(*(tuple(axes) for axes in sizes[-4:-1]), sizes[-1])
+
+
+def dense_size(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> Size3:
+    """(D, H, W) of what is pooled; of symbolic sizes too, which a `ConvProblem` could not hold."""
+    stride, padding, dilation, _ = geometry
+    depth, height, width = (
+        (size + padding[2 * axis] + padding[2 * axis + 1] - dilation[axis] * (weight.shape[2 + axis] - 1) - 1)
+        // stride[axis]
+        + 1
+        for axis, size in enumerate(x.shape[2:])
+    )
+    return depth, height, width
 
 
 @lru_cache(maxsize=1024)
@@ -138,14 +150,8 @@ def _dense(layout: Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _fake_conv3d_max_pool(x: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> tuple[Tensor, Tensor]:
-    (stride, padding, dilation, _), pool = split_sizes(sizes)
-    output_size = tuple(
-        (size + padding[2 * axis] + padding[2 * axis + 1] - dilation[axis] * (weight.shape[2 + axis] - 1) - 1)
-        // stride[axis]
-        + 1
-        for axis, size in enumerate(x.shape[2:])
-    )
-    shape = [x.shape[0], weight.shape[0], *pool.output_size(output_size)]
+    geometry, pool = split_sizes(sizes)
+    shape = [x.shape[0], weight.shape[0], *pool.output_size(dense_size(x, weight, geometry))]
     value, code = x.new_empty(shape), x.new_empty(shape, dtype=torch.uint8)
     memory_format = MEMORY_FORMAT[layout_of(x, weight)]
     return value.to(memory_format=memory_format), code.to(memory_format=memory_format)

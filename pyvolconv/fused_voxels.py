@@ -15,15 +15,12 @@ from .epilogue import MaxPool, Size3
 
 def indices_of_code(code: Tensor, size: Size3, pool: MaxPool) -> Tensor:
     """int64, of the shape of `code` (..., D', H', W'): the chosen voxel's index in a volume of `size` voxels."""
-    rest = code.long()
-    offsets = []
-    for window in reversed(pool.window):
-        offsets.append(rest % window)
-        rest = rest // window
-    index = torch.zeros((), dtype=torch.int64, device=code.device)
-    for axis, offset in enumerate(reversed(offsets)):
-        index = index * size[axis] + _first_voxel(code, axis, pool) + offset
-    return index
+    _, height, width = size
+    # A look-up of each code is one pass over all of them; dividing codes would be ten.
+    depths, rows, columns = (torch.arange(axis, device=code.device) for axis in pool.window)
+    place = ((depths.view(-1, 1, 1) * height + rows.view(-1, 1)) * width + columns).flatten()
+    first = (_first_voxel(code, 0, pool) * height + _first_voxel(code, 1, pool)) * width + _first_voxel(code, 2, pool)
+    return place[code.int()] + first
 
 
 def code_of_indices(indices: Tensor, size: Size3, pool: MaxPool) -> Tensor:

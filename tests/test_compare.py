@@ -1,6 +1,9 @@
 """`pyvolconv compare` from end to end on tiny volumes, and the parts of its plan."""
 
+import itertools
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,22 +13,27 @@ from typer.testing import CliRunner
 
 import pyvolconv
 from pyvolconv.cli import app
+from pyvolconv.cost import busy
 from pyvolconv.cost.machine import measure_machine
+from pyvolconv.cost.pages import keep_pages
+from pyvolconv.cost.profiler import profile_step
 from pyvolconv.cost.results import PathTiming
 from pyvolconv.problem import PASSES, ConvProblem
+from pyvolconv.train.compare import _Comparison
 from pyvolconv.train.models import build
+from pyvolconv.train.npz import load_npz
 from pyvolconv.train.paths import our_paths
-from pyvolconv.train.plan import FIXED_STEPS, FULL, QUICK, STATES
+from pyvolconv.train.plan import FIXED_STEPS, FULL, QUICK, STATES, Settings
 from pyvolconv.train.runs import Trainer, projected
 from pyvolconv.train.steps import (
     MOST_ROUNDS,
     ROUNDS_AT_ONCE,
     PathSpec,
     candidate,
-    fitted,
-    gradient_difference,
+    peak_memory,
     time_paths,
 )
+from pyvolconv.train.trials import fitted, gradient_difference
 
 SIZE = (6, 8, 10)
 
@@ -118,7 +126,6 @@ def step_of_lstm():
 
 def test_ctrl_c_in_training_ends_the_comparison(volumes, tmp_path, monkeypatch):
     from pyvolconv.train import loop
-    from pyvolconv.train.npz import load_npz
 
     steps = []
 
@@ -156,6 +163,101 @@ def test_a_slow_path_gets_fewer_samples(batch):
     spec = PathSpec("torch contiguous", "cnn", None, "ncdhw")
     assert fitted([spec], make_cnn, *batch, longest_step=60.0).samples == 4
     assert fitted([spec], make_cnn, *batch, longest_step=1e-9).samples == 1
+
+
+def test_fused_paths_of_a_family_come_with_dense_and_with_sparse_backward():
+    problem = ConvProblem.parse("cpu-float32-ncdhw-n2ic16oc24-i5x6x7-k3-p1-bias")
+    needs = [(problem, pass_) for pass_ in PASSES]
+    specs = _Comparison._paths({"cpp": ["ncdhw", "ndhwc"], "numba": ["ncdhw"]}, needs)
+    assert [(several[0].path, len(several)) for several in specs] == [
+        ("torch contiguous", 1),
+        ("torch channels_last_3d", 1),
+        ("cpp", 2),
+        ("cpp fused, dense backward", 2),
+        ("cpp fused", 2),
+        ("numba", 1),
+    ]
+    assert [(several[0].fused, several[0].dense_backward) for several in specs[2:5]] == [
+        (False, False),
+        (True, True),
+        (True, False),
+    ]
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_path_with_dense_backward_runs_dense_gradients_only(batch, dense):
+    spec = PathSpec("numba fused", "cnn", "numba", "ndhwc", True, dense)
+    one = candidate(spec, make_cnn, *batch, 2)
+    profile = profile_step(one.step, one.model, repeats=1, warmup=0, machine=measure_machine())
+    ran = {entry.op.removeprefix("pyvolconv.") for entry in profile.entries if entry.op.startswith("pyvolconv.")}
+    gradients = {"conv3d_grad_input", "conv3d_grad_weight"}
+    sparse = {name.replace("conv3d", "conv3d_max_pool") for name in gradients}
+    assert ran == {"conv3d_max_pool", *(gradients if dense else sparse)}
+    assert gradient_difference(one, make_cnn, *batch) < 1e-5
+
+
+def test_trying_ends_with_its_time_and_says_what_was_left_out(volumes, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr("pyvolconv.train.compare.now", lambda: float(next(clock)))
+    monkeypatch.setattr("pyvolconv.train.trials.now", lambda: float(next(clock)))
+    comparison = _Comparison(Settings(data=volumes, batch_size=4), Console(quiet=True))
+    comparison.budget = replace(FULL, trying=25.0)
+    data = load_npz(volumes)
+    x, y = comparison._batch(data)
+    layouts = ["ncdhw", "ndhwc"]
+    specs = comparison._paths(dict.fromkeys(("im2col", "cpp", "numba"), layouts), [])
+    found = comparison._candidates(data, x, y, specs)
+    assert [one.spec.path for one in found][:3] == ["torch contiguous", "torch channels_last_3d", "im2col"]
+    assert found[-1].spec.path == "LSTM"
+    left_out = set(comparison.result.unavailable)
+    assert "numba" in left_out
+    assert left_out | {one.spec.path for one in found[:-1]} == {several[0].path for several in specs}
+    assert all("the 25 s for trying paths were over" in why for why in comparison.result.unavailable.values())
+
+
+def test_trying_never_leaves_out_a_peer(volumes):
+    comparison = _Comparison(Settings(data=volumes, batch_size=4), Console(quiet=True))
+    comparison.budget = replace(FULL, trying=0.0)
+    data = load_npz(volumes)
+    found = comparison._candidates(data, *comparison._batch(data), comparison._paths({"im2col": ["ncdhw"]}, []))
+    assert [one.spec.path for one in found] == ["torch contiguous", "torch channels_last_3d", "LSTM"]
+    assert list(comparison.result.unavailable) == ["im2col"]
+
+
+def test_layouts_that_there_was_no_time_for_are_named(batch):
+    specs = [PathSpec("im2col", "cnn", "im2col", layout) for layout in ("ncdhw", "ndhwc")]
+    assert fitted(specs, make_cnn, *batch, longest_step=60.0).untried == ()
+    hurried = fitted(specs, make_cnn, *batch, longest_step=60.0, until=0.0)
+    assert (hurried.spec.layout, hurried.untried) == ("ncdhw", ("ndhwc",))
+
+
+@pytest.mark.parametrize(("others", "noted"), [(0.0, False), (0.15, False), (1.2, True)])
+def test_a_busy_machine_is_noted(monkeypatch, others, noted):
+    samples = iter([busy.Sample(0.0, 0.0, 0.0, 2), busy.Sample(10.0, 8.0, 8.0 + 10 * others, 2)])
+    monkeypatch.setattr(busy, "sample", lambda: next(samples))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    comparison = _Comparison(Settings(), Console(quiet=True))
+    with comparison._watching_load("the steps were timed"):
+        pass
+    assert [note[:57] for note in comparison.result.notes] == (
+        ["Other processes kept 1.2 of 2 cores busy while the steps "] if noted else []
+    )
+
+
+def test_a_machine_that_does_not_tell_is_not_noted(monkeypatch):
+    monkeypatch.setattr(busy, "sample", lambda: None)
+    comparison = _Comparison(Settings(), Console(quiet=True))
+    with comparison._watching_load("the steps were timed"):
+        pass
+    assert comparison.result.notes == []
+
+
+def test_a_step_that_looked_slow_once_is_tried_again(batch, monkeypatch):
+    times = iter([0.1, 9.0, 9.0, 0.1, 0.2, 0.2])
+    monkeypatch.setattr("pyvolconv.train.trials._seconds", lambda step: next(times))
+    spec = PathSpec("torch contiguous", "cnn", None, "ncdhw")
+    assert fitted([spec], make_cnn, *batch, longest_step=1.0).samples == 4
+    assert next(times, None) is None
 
 
 def test_path_runs_on_the_forced_backend_only(batch, monkeypatch):
@@ -200,6 +302,25 @@ def test_turns_end_with_the_time(batch):
     (long,), profiles = time_paths([one], "returned", machine, seconds=60.0, repeats=1, say=str)
     assert (short.steps, long.steps) == (ROUNDS_AT_ONCE, MOST_ROUNDS)
     assert profiles[0].batch_size == 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system has no /proc")
+def test_memory_of_a_step_is_its_peak_and_not_what_lay_free():
+    x, y = torch.randn(8, 1, *SIZE), torch.arange(8) % 2
+    one = candidate(PathSpec("torch contiguous", "cnn", None, "ncdhw"), make_cnn, x, y, 8)
+    with keep_pages() as kept:
+        if not kept.active:
+            pytest.skip(kept.reason)
+        assert peak_memory(one) is None
+    held = []
+
+    def step():
+        held[:] = [torch.ones(1 << 22), torch.ones(1 << 22)]
+        held.clear()
+
+    for _ in range(3):
+        assert 2 << 24 <= peak_memory(replace(one, step=step)) < 3 << 24
+    assert peak_memory(replace(one, samples=4)) is None
 
 
 def test_a_run_that_came_to_its_own_end_is_not_projected():

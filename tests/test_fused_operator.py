@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyvolconv
 from pyvolconv import fused_ops
 from pyvolconv.backends.registry import REGISTRY
+from pyvolconv.fused_derivatives import use_dense_backward
 
 ACTIVATIONS = {
     "none": lambda x: x,
@@ -81,6 +83,57 @@ def test_values_and_gradients_are_torchs(name, activation, pool, layout, poisone
     assert y.is_contiguous(memory_format=layout)
     # Outside of the block: a gradient keeps the backend of its forward call.
     torch.testing.assert_close(torch.autograd.grad(y, args, cotangent), torch.autograd.grad(expected, args, cotangent))
+
+
+class Called(TorchDispatchMode):
+    """The names of the operators that ran in the block."""
+
+    def __enter__(self):
+        self.names = set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize(("activation", "pool"), ACTIVATION_AND_POOL)
+def test_dense_backward_gives_the_same_gradients(activation, pool, layout, poisoned):
+    args = operands(layout=layout)
+    with use_dense_backward():
+        y = ours(activation, pool)(*args)
+    with Called() as forward:
+        sparse_y = ours(activation, pool)(*args)
+    assert "conv3d_max_pool" in forward.names
+    cotangent = torch.randn_like(y)
+    with Called() as dense:  # outside of the block: a gradient keeps what its forward call was told
+        got = torch.autograd.grad(y, args, cotangent)
+    with Called() as sparse:
+        expected = torch.autograd.grad(sparse_y, args, cotangent)
+    torch.testing.assert_close(got, expected)
+    assert {"conv3d_grad_input", "conv3d_grad_weight", "scatter_add"} <= dense.names
+    assert not {"conv3d_max_pool_grad_input", "conv3d_max_pool_grad_weight"} & dense.names
+    assert {"conv3d_max_pool_grad_input", "conv3d_max_pool_grad_weight"} <= sparse.names
+
+
+@pytest.mark.parametrize("wanted", [{0}, {1}, {2}, {0, 1, 2}])
+def test_dense_backward_of_some_operands(wanted):
+    args = [tensor.detach().requires_grad_(i in wanted) for i, tensor in enumerate(operands(size=(3, 4, 4)))]
+    with use_dense_backward():
+        assert gradcheck(ours("leaky_relu"), args)
+        assert gradgradcheck(ours("leaky_relu"), args)
+
+
+def test_dense_backward_inside_of_transforms():
+    x, w, b = operands()
+
+    def loss(function, w):
+        return function(x, w, b).square().sum()
+
+    expected = jacrev(jacrev(partial(loss, theirs())))(w)
+    with use_dense_backward():
+        torch.testing.assert_close(jacrev(jacrev(partial(loss, ours())))(w), expected)
 
 
 @st.composite

@@ -1,10 +1,12 @@
 """The report of a comparison, from results made up here: what it says, what it holds, what it leaves out."""
 
+import io
 import json
 import re
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from pyvolconv.cost.answer import answer
 from pyvolconv.cost.breakdown import PathProfile
@@ -19,6 +21,7 @@ from pyvolconv.cost.results import (
     PathTiming,
     TrainingRun,
 )
+from pyvolconv.cost.terminal import print_result
 from pyvolconv.cost.timing import Timing
 
 MACHINE = Machine(
@@ -40,21 +43,24 @@ MACHINE = Machine(
 PASS_SHARES = {"forward": 0.3, "grad_input": 0.3, "grad_weight": 0.4}
 
 
-def timing(path, milliseconds, pages, *, ours=False, layout="ncdhw", network="cnn", samples=32):
+def timing(path, milliseconds, pages, *, ours=False, layout="ncdhw", network="cnn", samples=32, fused=False):
     conv = network == "cnn"
     shares = {"forward": 0.25, "grad_input": 0.15, "grad_weight": 0.2, "other": 0.4}
     return PathTiming(
         path=path,
         network=network,
-        backend=path if ours else "aten",
+        backend=path.split()[0] if ours else "torch",
         layout=layout if conv else None,
         ours=ours,
+        fused=fused,
+        dense_backward="dense" in path,
         pages=pages,
         milliseconds=milliseconds,
         steps=1 if samples < 32 else 5,
         samples=samples,
         batch_size=32,
         page_faults=120_000.0 if pages == "returned" else 12.0,
+        memory_bytes=int(milliseconds * 2**20) if pages == "returned" and samples == 32 else None,
         **{part: milliseconds * share if conv else None for part, share in shares.items()},
     )
 
@@ -117,7 +123,9 @@ def complete_result():
             timing("torch channels_last_3d", 520 * scale, pages, layout="ndhwc"),
             timing("im2col", 900 * scale, pages, ours=True),
             timing("numba", 21_000.0, pages, ours=True, samples=2),
-            timing("cpp", 230 * scale, pages, ours=True, layout="ndhwc"),
+            timing("cpp", 330 * scale, pages, ours=True, layout="ndhwc"),
+            timing("cpp fused, dense backward", 280 * scale, pages, ours=True, fused=True),
+            timing("cpp fused", 230 * scale, pages, ours=True, layout="ndhwc", fused=True),
             timing("LSTM", 17 * scale, pages, network="lstm"),
         ]
     return ComparisonResult(
@@ -132,14 +140,14 @@ def complete_result():
         ],
         training=[
             TrainingRun("LSTM", "lstm", "LSTM", False, "kept", epochs(60, 0.4, 0.93), 0.985),
-            TrainingRun("CNN, ours (cpp)", "cnn", "cpp", True, "kept", epochs(10, 3.1, 0.66), 0.996),
+            TrainingRun("CNN, ours (cpp fused)", "cnn", "cpp fused", True, "kept", epochs(10, 3.1, 0.66), 0.996),
             TrainingRun("CNN, torch", "cnn", "torch contiguous", False, "kept", epochs(3, 8.2, 0.66), None, 10),
         ],
         paths=paths,
         profiles=[
             profile("torch contiguous", 2.4, ours=False, pages="returned"),
             profile("torch channels_last_3d", 1.0, ours=False),
-            profile("cpp", 0.35, ours=True),
+            profile("cpp fused", 0.35, ours=True),
         ],
         unavailable={"triton": "no CUDA device"},
         notes=["Difficulty was set so that the networks behave as the mission reports."],
@@ -177,7 +185,7 @@ def test_report_holds_the_measured_numbers(written):
         "120,000",
         "no CUDA device",
         "620 MFLOP",
-        "3.04×",  # 700 / 230, cpp over torch contiguous
+        "3.04×",  # 700 / 230, cpp fused over torch contiguous
     ):
         assert text in page, text
 
@@ -212,10 +220,91 @@ def test_results_json_holds_what_the_report_shows(written):
 
 def test_time_ratio_is_work_ratio_times_efficiency_ratio():
     factors = answer(complete_result()).factors
-    assert [item.path for item in factors] == ["torch contiguous", "torch channels_last_3d", "cpp"]
+    assert [item.path for item in factors] == ["torch contiguous", "torch channels_last_3d", "cpp fused"]
     for item in factors:
         assert item.work_ratio == pytest.approx(31.0)
         assert item.time_ratio == pytest.approx(item.work_ratio * item.efficiency_ratio)
+
+
+def test_each_change_has_its_own_row():
+    rows = answer(complete_result()).rows
+    assert [(row.name, row.timing.path, row.timing.pages) for row in rows] == [
+        ("torch as installed", "torch contiguous", "returned"),
+        ("torch, better layout", "torch channels_last_3d", "returned"),
+        ("direct (cpp)", "cpp", "returned"),
+        ("+ fused forward", "cpp fused, dense backward", "returned"),
+        ("+ sparse backward", "cpp fused", "returned"),
+        ("+ pages kept", "cpp fused", "kept"),
+        ("torch, pages kept", "torch channels_last_3d", "kept"),
+        ("LSTM, pages kept", "LSTM", "kept"),
+    ]
+    assert [row.removed for row in rows] == pytest.approx([None, 180, 190, 50, 50, 80.5, None, None])
+    assert rows[5].speed_up == pytest.approx(700 / (0.65 * 230))
+    assert rows[5].to_lstm == pytest.approx(230 / 17)
+    assert (rows[7].speed_up, rows[7].to_lstm) == (None, 1.0)
+
+
+def test_row_with_dense_backward_says_that_it_scatters(written):
+    _, page = written
+    words = next(row for row in answer(complete_result()).rows if row.timing.dense_backward).meaning
+    assert "scattered" in words
+    assert "this row includes" in words
+    assert words in page
+
+
+@pytest.mark.parametrize(
+    ("keep", "names"),
+    [
+        (lambda timing: timing.path != "cpp fused, dense backward", ["direct (cpp)", "+ sparse backward"]),
+        (lambda timing: not timing.fused, ["direct (cpp)"]),
+        (lambda timing: timing.path != "cpp", ["+ fused forward", "+ sparse backward"]),
+    ],
+    ids=["no dense backward", "nothing fused", "no direct"],
+)
+def test_rows_close_up_where_a_path_was_not_timed(keep, names):
+    result = complete_result()
+    rows = answer(replace(result, paths=list(filter(keep, result.paths)))).rows
+    assert [row.name for row in rows if row.timing.ours] == [*names, "+ pages kept"]
+    assert sum(row.removed for row in rows if row.removed) == pytest.approx(
+        700 - [row for row in rows if row.timing.ours][-1].timing.milliseconds
+    )
+
+
+def test_rows_in_one_allocator_state_only():
+    result = complete_result()
+    rows = answer(replace(result, paths=[one for one in result.paths if one.pages == "returned"])).rows
+    assert [row.name for row in rows][-2:] == ["+ sparse backward", "LSTM, pages returned"]
+
+
+def test_terminal_shows_every_row():
+    console = Console(width=120, record=True, file=io.StringIO())
+    print_result(console, complete_result())
+    text = console.export_text()
+    for row in answer(complete_result()).rows:
+        assert f" {row.name} " in text
+
+
+@pytest.mark.parametrize("width", [80, 114, 124])
+def test_terminal_tables_fit_their_width(width):
+    console = Console(width=width, record=True, file=io.StringIO())
+    result = complete_result()
+    cut = replace(result.training[2], label="CNN, torch channels_last_3d", epochs=result.training[0].epochs)
+    print_result(console, replace(result, training=[*result.training, cut]))
+    text = console.export_text()
+    assert "…" not in text
+    assert ("everything else  " in text) is (width >= 114)
+
+
+def test_memory_of_a_step_is_shown_in_both_states(written):
+    _, page = written
+    result = complete_result()
+    rows = answer(result).rows
+    assert [row.memory_bytes // 2**20 for row in rows] == [700, 520, 330, 280, 230, 230, 520, 17]
+    assert result.memory("numba") is None
+    assert any(note.startswith("Memory:") for note in path_notes(result))
+    assert page.count("<td>230 MiB</td>") == 3
+    unmeasured = replace(result, paths=[replace(one, memory_bytes=None) for one in result.paths])
+    assert not any(note.startswith("Memory:") for note in path_notes(unmeasured))
 
 
 def test_removals_add_up_to_the_whole_saving():
@@ -237,8 +326,8 @@ def test_every_other_path_is_set_against_torch_in_its_layout():
 
 def test_speed_up_is_against_torch_in_the_same_allocator_state():
     rows = {(pages, row.timing.path): row for pages, group in path_rows(complete_result()).items() for row in group}
-    assert rows["kept", "cpp"].speed_up == pytest.approx(700 / 230)
-    assert rows["kept", "cpp"].to_lstm == pytest.approx(230 / 17)
+    assert rows["kept", "cpp fused"].speed_up == pytest.approx(700 / 230)
+    assert rows["kept", "cpp fused"].to_lstm == pytest.approx(230 / 17)
     assert rows["kept", "LSTM"].speed_up is None
 
 

@@ -12,19 +12,14 @@ frame. The work ratio is a property of the two networks; only the efficiency rat
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from . import wording
 from .breakdown import Pages
+from .removal import PARTS, Removal, Row, as_installed, removals, rows_of_removal
 from .results import ComparisonResult, PathTiming
 
-PARTS = {
-    "forward": "forward",
-    "grad_input": "grad_input",
-    "grad_weight": "grad_weight",
-    "other": "everything else",
-}
 PAGES_WORDS = {"returned": "pages returned (the allocator as installed)", "kept": "pages kept"}
 
 
@@ -42,35 +37,18 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class Removal:
-    """What going from one path to the next takes away, in ms per step and part by part (negative: added)."""
-
-    change: str
-    before: PathTiming
-    after: PathTiming
-    parts: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def milliseconds(self) -> float:
-        """The whole saving of a step."""
-        return self.before.milliseconds - self.after.milliseconds
-
-    def to_dict(self) -> dict[str, Any]:
-        """The change and what it takes away, as plain values for JSON."""
-        return {"change": self.change, "milliseconds": self.milliseconds, "parts": self.parts}
-
-
-@dataclass(frozen=True)
 class Answer:
     """The report's first and last words, and the numbers that they rest on.
 
-    `removals` lead step by step from torch as installed to our fastest path, so they add up; `other_paths` set each of
-    our other paths against torch in the same layout.
+    `rows` lead step by step from torch as installed to all of our fastest backend, with the peers at their best at the
+    end; `removals` are the differences of neighbours among them, so they add up; `other_paths` set each of our other
+    backends against torch in the same layout.
     """
 
     headline: str
     paragraphs: list[str]
     factors: list[Factors]
+    rows: list[Row]
     removals: list[Removal]
     other_paths: list[Removal]
 
@@ -80,6 +58,7 @@ class Answer:
             "headline": self.headline,
             "paragraphs": self.paragraphs,
             "factors": [asdict(item) for item in self.factors],
+            "rows": [item.to_dict() for item in self.rows],
             "removals": [item.to_dict() for item in self.removals],
             "other_paths": [item.to_dict() for item in self.other_paths],
         }
@@ -88,9 +67,10 @@ class Answer:
 def answer(result: ComparisonResult) -> Answer:
     """Put a result into words. What was not measured is left out, so a partial result has a shorter answer."""
     factors = [found for path, pages in _landmarks(result) if (found := factors_of(result, path, pages)) is not None]
-    removals = _removals(result)
-    paragraphs = _paragraphs(result, factors, removals)
-    return Answer(_headline(result), paragraphs, factors, removals, _other_paths(result))
+    rows = rows_of_removal(result)
+    taken = removals(rows)
+    paragraphs = _paragraphs(result, factors, taken)
+    return Answer(_headline(result), paragraphs, factors, rows, taken, _other_paths(result, rows))
 
 
 def factors_of(result: ComparisonResult, path: PathTiming, pages: Pages) -> Factors | None:
@@ -109,11 +89,6 @@ def factors_of(result: ComparisonResult, path: PathTiming, pages: Pages) -> Fact
         cnn_gflops=cnn_rate,
         lstm_gflops=lstm_rate,
     )
-
-
-def as_installed(result: ComparisonResult) -> PathTiming | None:
-    """torch as its users have it: contiguous tensors, the allocator untouched."""
-    return result.timing("torch contiguous", result.before)
 
 
 def _landmarks(result: ComparisonResult) -> list[tuple[PathTiming, Pages]]:
@@ -142,10 +117,10 @@ def _headline(result: ComparisonResult) -> str:
     )
 
 
-def _paragraphs(result: ComparisonResult, factors: list[Factors], removals: list[Removal]) -> list[str]:
+def _paragraphs(result: ComparisonResult, factors: list[Factors], taken: list[Removal]) -> list[str]:
     paragraphs = [text for text in (_work(result),) if text]
     paragraphs += [_identity(item) for item in factors]
-    paragraphs += [_removal(item) for item in removals]
+    paragraphs += [_removal(item) for item in taken]
     return paragraphs
 
 
@@ -185,47 +160,15 @@ def _removal(item: Removal) -> str:
     return f"{text}; the largest part in {PARTS[largest]} ({wording.milliseconds(abs(item.parts[largest]))})."
 
 
-def _removals(result: ComparisonResult) -> list[Removal]:
-    plain, plain_kept = as_installed(result), result.timing("torch contiguous", result.after)
-    torch_best, ours = result.best(result.after, ours=False), result.best(result.after, ours=True)
-    direct = _unfused(result, ours) if ours is not None else None
-    chain = [
-        ("Keeping freed pages instead of returning them to the system", plain, plain_kept),
-        ("Torch's channels_last_3d layout instead of contiguous", plain_kept, torch_best),
-        (f"The hand-written path ({direct.path if direct else ''}) instead of torch's", torch_best, direct),
-        ("Convolution, ReLU and pool in one pass, with a backward that visits only the pooled voxels,", direct, ours),
-    ]
-    return [
-        Removal(change, before, after, _parts(before, after))
-        for change, before, after in chain
-        if before is not None and after is not None and before is not after
-    ]
-
-
-def _unfused(result: ComparisonResult, ours: PathTiming) -> PathTiming | None:
-    """The same backend's path without fusion, or the path itself where it is not fused."""
-    same = [one for one in result.cnn_paths(result.after) if one.backend == ours.backend and not one.fused]
-    return ours if not ours.fused else next(iter(same), None)
-
-
-def _other_paths(result: ComparisonResult) -> list[Removal]:
-    fastest = result.best(result.after, ours=True)
+def _other_paths(result: ComparisonResult, rows: list[Row]) -> list[Removal]:
+    shown = {row.timing.path for row in rows}
     found = []
     for timing in result.cnn_paths(result.after):
         peers = [one for one in result.cnn_paths(result.after) if not one.ours and one.layout == timing.layout]
-        if timing.ours and timing is not fastest and peers:
+        if timing.ours and timing.path not in shown and peers:
             change = f"{timing.path} instead of {peers[0].path}"
-            found.append(Removal(change, peers[0], timing, _parts(peers[0], timing)))
+            found.append(Removal.of(change, peers[0], timing))
     return found
-
-
-def _parts(before: PathTiming, after: PathTiming) -> dict[str, float]:
-    saved = {}
-    for part in PARTS:
-        old, new = getattr(before, part), getattr(after, part)
-        if old is not None and new is not None:
-            saved[part] = old - new
-    return saved
 
 
 def _times(value: float) -> str:

@@ -134,6 +134,19 @@ def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if sys.platform != "win32" else 0
 
 
+def return_pages() -> bool:
+    """Give the memory that glibc holds free back to the system now; whether that could be done.
+
+    Example:
+        >>> return_pages() in (True, False)
+        True
+    """
+    if _unsupported_reason():
+        return False
+    ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
+    return True
+
+
 def measure_memory(step: Callable[[], object]) -> StepMemory:
     """Page faults and peak resident set of one call of `step`.
 

@@ -17,10 +17,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from . import wording
-from .answer import PARTS
 from .breakdown import LayerRow
 from .machine import Machine
 from .palette import DPI, PASS_COLOURS, THEMES, Theme, pass_colour, style
+from .removal import PARTS
 from .results import PAGES, ComparisonResult, PathTiming, TrainingRun
 
 WIDTH = 8.0

@@ -10,9 +10,10 @@ from typing import Any
 import jinja2
 
 from . import wording
-from .answer import Answer, answer, as_installed
+from .answer import Answer, answer
 from .breakdown import LayerRow, Pages, PathProfile
 from .plots import write_plots
+from .removal import as_installed
 from .results import PAGES, TARGET_ACCURACY, ComparisonResult, PathTiming
 
 PAGES_WORDS = {
@@ -22,6 +23,12 @@ PAGES_WORDS = {
     ),
     "kept": "The allocator told to keep freed buffers for the next step, for torch and for ours alike.",
 }
+
+
+MEMORY_WORDS = (
+    "Memory: what a step adds to the resident process at its peak, activations and work space together, beyond weights "
+    "and data. It was measured with pages returned; with pages kept, the process holds that much between steps too."
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ def render(result: ComparisonResult, words: Answer, plots: dict[str, dict[str, P
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("significant", "milliseconds", "seconds", "ratio", "percent", "scaled", "count"):
+    for name in ("significant", "milliseconds", "seconds", "ratio", "percent", "scaled", "count", "binary"):
         environment.filters[name] = getattr(wording, name)
     images = {name: {theme: _data_uri(path) for theme, path in themes.items()} for name, themes in plots.items()}
     return environment.get_template("report.html.j2").render(_context(result, words), images=images)
@@ -160,6 +167,7 @@ def _context(result: ComparisonResult, words: Answer) -> dict[str, Any]:
         "cards": cards(result),
         "groups": path_rows(result),
         "pages_words": PAGES_WORDS,
+        "measured_memory": {timing.pages for timing in every if timing.memory_bytes is not None},
         "profiles": profiles,
         "estimated": any(row.share_estimated for table in profiles for row in table.rows),
         "path_notes": path_notes(result),
@@ -178,11 +186,13 @@ def path_notes(result: ComparisonResult) -> list[str]:
     scaled = {timing.path: timing for timing in result.paths if timing.scaled}
     if scaled:
         names = ", ".join(f"{timing.path} ({timing.samples} of {timing.batch_size})" for timing in scaled.values())
-        notes.append(f"Too slow here for whole batches, so timed on a few samples and scaled up: {names}.")
+        notes.append(f"* Too slow here for whole batches, so timed on a few samples and scaled up: {names}.")
     differences = {t.path: t.gradient_difference for t in result.paths if t.gradient_difference is not None}
     if differences:
         words = ", ".join(f"{path} {difference:.1e}" for path, difference in differences.items())
-        notes.append(f"Relative difference of all parameter gradients to torch's in the same layout: {words}.")
+        notes.append(f"Relative difference of all parameter gradients to torch's in float64: {words}.")
+    if any(timing.memory_bytes is not None for timing in result.paths):
+        notes.append(MEMORY_WORDS)
     return notes + [f"{path} was left out: {reason}" for path, reason in result.unavailable.items()]
 
 

@@ -137,9 +137,11 @@ class PathTiming:
 
     `milliseconds` is the median step; the four parts add up to it. A part is None where the network has no
     convolution. `samples` is how many samples the timed step really had: fewer than the batch for a path so slow
-    that its time was scaled up from a smaller batch. `fused` says
-    that convolution, activation and pool ran as one pass. `gradient_difference` is |g - g_torch| / |g_torch| over all
-    parameter gradients of one step.
+    that its time was scaled up from a smaller batch. `fused` says that convolution, activation and pool ran as one
+    pass, `dense_backward` that the gradients of such passes visited every voxel and not only those that the pool chose.
+    `gradient_difference` is |g - g64| / |g64| over all parameter gradients of one step, g64 being torch's in float64.
+    `memory_bytes` is what a step adds to the resident process at its peak; it is measured with pages returned only,
+    because a process that keeps its pages does not shrink between steps.
     """
 
     path: str
@@ -157,8 +159,10 @@ class PathTiming:
     samples: int
     batch_size: int
     fused: bool = False
+    dense_backward: bool = False
     page_faults: float | None = None
     gradient_difference: float | None = None
+    memory_bytes: int | None = None
 
     @property
     def scaled(self) -> bool:
@@ -214,6 +218,11 @@ class ComparisonResult:
     def timing(self, path: str, pages: Pages) -> PathTiming | None:
         """The step of one path in one allocator state, if it was timed."""
         return next((timing for timing in self.paths if timing.path == path and timing.pages == pages), None)
+
+    def memory(self, path: str) -> int | None:
+        """What a step of that path adds at its peak, in bytes, in whichever allocator state it was measured."""
+        found = (timing.memory_bytes for timing in self.paths if timing.path == path)
+        return next((size for size in found if size is not None), None)
 
     def timings(self, pages: Pages) -> list[PathTiming]:
         """Every step in one allocator state: the CNN's paths, then the LSTM."""

@@ -10,27 +10,38 @@ from rich.table import Table
 from rich.text import Text
 
 from . import wording
-from .answer import PARTS, answer
+from .answer import answer
 from .breakdown import LayerRow, Pages, PathProfile
 from .profiler import StepProfile
+from .removal import PARTS, Row
 from .report import path_notes, path_rows
 from .results import ComparisonResult, TrainingRun
 
-WIDE = 108
-"""Columns of a terminal from which on tables are shown whole."""
+WIDE, WIDEST = 114, 124
+"""Columns of a terminal from which on tables are shown with what they are split into, and with memory."""
 
 
 def print_result(console: Console, result: ComparisonResult) -> None:
-    """Print machine, training runs, paths and the answer, as far as they were measured."""
+    """Print machine, training runs, what each change removes, paths and the answer, as far as they were measured."""
     if result.machine:
         console.print(machine_line(result))
+    for note in result.notes:
+        console.print(Text(note, style="yellow"))
     if result.training:
         console.print(training_table(result))
+        console.print()
+    words = answer(result)
+    if words.rows:
+        console.print(removal_table(words.rows))
+        for row in words.rows:
+            if row.timing.ours:
+                console.print(Text(f"{row.name}: {row.meaning}", style="dim"))
+        console.print()
     for pages in path_rows(result):
         console.print(path_table(result, pages, console.width))
-    for note in [*path_notes(result), *result.notes]:
+        console.print()
+    for note in path_notes(result):
         console.print(Text(note, style="dim"))
-    words = answer(result)
     body = "\n\n".join([words.headline, *words.paragraphs])
     console.print(Panel(Text(body), title="The answer", title_align="left", border_style="blue", padding=(1, 2)))
 
@@ -52,6 +63,7 @@ def training_table(result: ComparisonResult) -> Table:
     """One row per training run."""
     target = wording.percent(result.training[0].target)
     table = _table("Training", "Run", ["Epochs", "Per epoch", f"To {target} validation", "Test"])
+    table.columns[0].no_wrap = False
     for run in result.training:
         table.add_row(
             run.label,
@@ -72,13 +84,35 @@ def _to_target(run: TrainingRun) -> str:
     return "not one epoch finished"
 
 
+def removal_table(rows: list[Row]) -> Table:
+    """One row per change on the way from torch as installed, then the peers; where pages are kept, the name says so."""
+    columns = ["Layout", "Step", "Removes", "vs installed", "vs LSTM", "Memory"]
+    table = _table("What each change removes, ms per training step", "Path", columns)
+    for row in rows:
+        timing = row.timing
+        table.add_row(
+            row.name + (" *" if timing.scaled else ""),
+            timing.layout or wording.NOT_MEASURED,
+            Text(wording.significant(timing.milliseconds), style="bold"),
+            wording.significant(row.removed),
+            wording.ratio(row.speed_up),
+            wording.ratio(row.to_lstm),
+            wording.binary(row.memory_bytes),
+            style="blue" if timing.ours else None,
+        )
+    return table
+
+
 def path_table(result: ComparisonResult, pages: Pages, width: int = 120) -> Table:
     """One row per path in one allocator state, ms per training step; without the split where `width` is small."""
     parts = PARTS if width >= WIDE else {}
-    table = _table(
-        f"One training step, ms (pages {pages})", "Path", ["Layout", *parts.values(), "Step", "vs torch", "vs LSTM"]
-    )
-    for row in path_rows(result)[pages]:
+    rows = path_rows(result)[pages]
+    columns = ["Layout", *parts.values(), "Step", "vs torch", "vs LSTM"]
+    with_memory = width >= WIDEST and any(row.timing.memory_bytes is not None for row in rows)
+    if with_memory:
+        columns.append("Memory")
+    table = _table(f"One training step, ms (pages {pages})", "Path", columns)
+    for row in rows:
         timing = row.timing
         table.add_row(
             timing.path + (" *" if timing.scaled else ""),
@@ -87,6 +121,7 @@ def path_table(result: ComparisonResult, pages: Pages, width: int = 120) -> Tabl
             Text(wording.significant(timing.milliseconds), style="bold"),
             wording.ratio(row.speed_up),
             wording.ratio(row.to_lstm),
+            *([wording.binary(timing.memory_bytes)] if with_memory else []),
             style="blue" if timing.ours else None,
         )
     return table

@@ -89,13 +89,15 @@ def scaled(value: float | None, unit: str) -> str:
     return f"{significant(value)} {unit}"
 
 
-def binary(size: int) -> str:
+def binary(size: int | None) -> str:
     """A size of memory in binary units.
 
     Example:
         >>> binary(32768), binary(32 * 2**20)
         ('32 KiB', '32 MiB')
     """
+    if size is None:
+        return NOT_MEASURED
     for factor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if size >= factor:
             return f"{significant(size / factor)} {unit}".replace(".0 ", " ")

@@ -19,33 +19,26 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..cost import busy
 from ..cost.breakdown import Pages
-from ..cost.counting import count_model
 from ..cost.machine import Machine, measure_machine, versions
 from ..cost.pages import keep_pages, pages_kept
-from ..cost.results import ComparisonResult, DataFacts, NetworkFacts, PathTiming, TrainingRun
+from ..cost.results import ComparisonResult, DataFacts, PathTiming, TrainingRun
+from ..cost.timing import now
 from ..dispatch import backends
-from ..problem import PASSES, ConvProblem, Layout, Pass
+from ..problem import Layout
 from .checkpoint import CheckpointError
 from .data import Splits, batches, frame_average_accuracy
+from .description import DIGITS_WORDS, describe
 from .digits import moving_digits
 from .loop import TrainConfig
-from .models import NetworkName, build, parameter_count
+from .models import NetworkName, build
 from .npz import load_npz
 from .paths import Need, fuses, our_paths
 from .plan import FULL, LSTM_SHARE, OURS_SHARE, QUICK, QUICK_VIDEOS, Settings
 from .runs import Trainer, projected
-from .steps import LSTM_PATH, TORCH_PATHS, Candidate, PathSpec, fitted, gradient_difference, time_paths
-
-CNN_WORDS = (
-    "Conv3d 1-16-24-32 (3×3×3, stride 1, padding 1), each with ReLU and 2×2×2 max-pool; dense 16, dense {classes}"
-)
-LSTM_WORDS = "{frames} frames of {values} values: LSTM {values}-16-16{directions}, dense {classes}{variant}"
-DIGITS_WORDS = (
-    "Scanned handwritten digits that move round a field, clockwise or counter-clockwise, in noise. How hard that is "
-    "was set on purpose, so that both networks come near 100%: in the full run with batches of 32 the CNN "
-    "in about 10 epochs, the LSTM in 50 to 70. No digit of a test video was seen in training."
-)
+from .steps import LSTM_PATH, TORCH_PATHS, Candidate, PathSpec, time_paths
+from .trials import fitted, gradient_difference
 
 
 def compare(settings: Settings, console: Console) -> ComparisonResult:
@@ -103,11 +96,11 @@ class _Comparison:
         with self._section("trying paths"):
             x, y = self._batch(data)
             candidates = self._candidates(data, x, y, self._paths(chosen, needs))
-        with self._section("steps"):
+        with self._section("steps"), self._watching_load("the steps were timed"):
             self._time_steps(candidates, machine)
         with self._section("difficulty"):
             self._judge_difficulty(data)
-        with self._section("training"):
+        with self._section("training"), self._watching_load("the networks were trained"):
             try:
                 self._train(data, {one.spec.path: one.spec for one in candidates})
             except CheckpointError as error:
@@ -145,28 +138,13 @@ class _Comparison:
         self.update(machine=machine)
         return machine
 
-    def _describe_networks(self, data: Splits) -> list[tuple[ConvProblem, Pass]]:
+    def _describe_networks(self, data: Splits) -> list[Need]:
         """Record both networks' work; the convolution passes that the CNN runs."""
-        batch = self.settings.batch_size
-        x, y = self._batch(data)
         facts, needs = [], []
         for name in ("cnn", self._lstm):
-            model = build(name, data.input_size, data.classes, self.settings.seed).to(x.device)
-            costs = count_model(model, x, lambda logits: torch.nn.functional.cross_entropy(logits, y))
-            weights = sum(cost.weights for cost in costs)
-            facts.append(
-                NetworkFacts(
-                    name="cnn" if name == "cnn" else "lstm",
-                    description=self._words(name, data),
-                    parameters=parameter_count(model),
-                    flops=sum(cost.flops for cost in costs) / len(x),
-                    weight_uses=sum(cost.weights * cost.weight_uses for cost in costs) / weights,
-                )
-            )
-            for cost in costs:
-                if cost.problem is not None:
-                    problem = ConvProblem.parse(cost.problem).with_(batch=batch)
-                    needs += [(problem, pass_) for pass_ in PASSES if pass_ in cost.passes]
+            described, convolutions = describe(name, data, self._batch(data), self.settings.seed)
+            facts.append(described)
+            needs += convolutions
         self.update(networks=facts)
         return needs
 
@@ -188,31 +166,48 @@ class _Comparison:
         specs = [[PathSpec(path, "cnn", None, layout)] for path, layout in TORCH_PATHS.items()]
         for name, layouts in chosen.items():
             specs.append([PathSpec(name, "cnn", name, layout) for layout in layouts])
-            fused = [
-                PathSpec(f"{name} fused", "cnn", name, layout, True) for layout in layouts if fuses(name, needs, layout)
-            ]
-            # The readable reference is too slow to be worth a second row.
+            fused = [layout for layout in layouts if fuses(name, needs, layout)]
+            # The readable reference is too slow to be worth more rows.
             if fused and all(backend.automatic for backend in backends() if name in (backend.name, backend.family)):
-                specs.append(fused)
+                dense = f"{name} fused, dense backward"
+                specs.append([PathSpec(dense, "cnn", name, layout, True, True) for layout in fused])
+                specs.append([PathSpec(f"{name} fused", "cnn", name, layout, True) for layout in fused])
         return specs
 
     def _candidates(self, data: Splits, x: Tensor, y: Tensor, specs: list[list[PathSpec]]) -> list[Candidate]:
-        """One candidate per path, ours in the better layout; their gradients are compared with torch's on the way."""
+        """One candidate per path, in the better layout; their gradients are compared with float64's on the way.
+
+        The peers are tried first: when the time is over, paths of ours are left out, and the report says which.
+        """
         longest = self.budget.longest_step(len(specs))
         seed, size, classes = self.settings.seed, data.input_size, data.classes
-        found = []
-        with self._saying("Trying paths and layouts") as say:
-            for several in specs:
-                say(f"Trying {several[0].path}")
-                one = fitted(several, lambda: build("cnn", size, classes, seed), x, y, longest)
-                found.append(one)
-                if one.spec.ours:
-                    difference = gradient_difference(one, lambda: build("cnn", size, classes, seed), x, y)
-                    self.differences[one.spec.path] = difference
-            say(f"Trying {LSTM_PATH}")
+        until = now() + self.budget.trying
+
+        def make_cnn() -> torch.nn.Module:
+            return build("cnn", size, classes, seed)
+
+        found: list[Candidate] = []
+        with self._saying(f"Trying {LSTM_PATH}") as say:
             spec = PathSpec(LSTM_PATH, "lstm", None, None)
-            found.append(fitted([spec], lambda: build(self._lstm, size, classes, seed), x, y, longest))
-        return found
+            lstm = fitted([spec], lambda: build(self._lstm, size, classes, seed), x, y, longest)
+            for several in specs:
+                path = several[0].path
+                if several[0].ours and now() >= until:
+                    self._leave_out(path)
+                    continue
+                say(f"Trying {path}")
+                one = fitted(several, make_cnn, x, y, longest, until)
+                found.append(one)
+                self.differences[path] = gradient_difference(one, make_cnn, x, y)
+                if one.untried:
+                    self._note(f"{path} was tried in {one.spec.layout} only: {self._time_was_over()}.")
+        return [*found, lstm]
+
+    def _leave_out(self, path: str) -> None:
+        self.update(unavailable={**self.result.unavailable, path: self._time_was_over()})
+
+    def _time_was_over(self) -> str:
+        return f"the {self.budget.trying:g} s for trying paths were over, which happens on a busy machine"
 
     def _time_in_state(self, candidates: list[Candidate], pages: Pages, machine: Machine) -> None:
         with self._saying(f"Timing every path, pages {pages}") as say:
@@ -275,17 +270,6 @@ class _Comparison:
         x, y = next(iter(batches(data.train, self.settings.batch_size)))
         return x.to(self.settings.device), y.to(self.settings.device)
 
-    def _words(self, name: NetworkName, data: Splits) -> str:
-        frames, height, width = data.input_size
-        bidirectional = parameter_count(build("bilstm", data.input_size, data.classes))
-        return (CNN_WORDS if name == "cnn" else LSTM_WORDS).format(
-            classes=data.classes,
-            frames=frames,
-            values=height * width,
-            directions=" in both directions" if name == "bilstm" else "",
-            variant="" if name == "bilstm" else f" (its bidirectional variant has {bidirectional:,} parameters)",
-        )
-
     def _note(self, text: str) -> None:
         self.update(notes=[*self.result.notes, text])
 
@@ -297,6 +281,21 @@ class _Comparison:
             yield
         finally:
             self.update(sections={**self.result.sections, name: time.perf_counter() - began})
+
+    @contextmanager
+    def _watching_load(self, what: str) -> Iterator[None]:
+        """Note it when other processes took cores from this one; on Linux, others do not tell."""
+        before = busy.sample()
+        try:
+            yield
+        finally:
+            after, threads = busy.sample(), torch.get_num_threads()
+            load = busy.Load.between(before, after) if before and after else None
+            if load and load.disturbs(threads):
+                self._note(
+                    f"Other processes kept {load.others:.1f} of {load.cores} cores busy while {what}: "
+                    "times are longer than on a quiet machine, and ratios less certain."
+                )
 
     @contextmanager
     def _saying(self, text: str) -> Iterator[Callable[[str], None]]:

@@ -47,13 +47,14 @@ class Trainer:
         model = build(name, self.data.input_size, self.data.classes, self.config.seed).to(self.device)
         prepare(spec, model)
         memory_format = MEMORY_FORMAT[spec.layout] if spec.layout else torch.contiguous_format
+        name_of_file = "-".join([spec.network, *spec.path.replace(",", "").split()]).lower()
         with on_path(spec):
             result = train(
                 model,
                 self.data,
                 replace(self.config, time_budget=seconds),
                 memory_format=memory_format,
-                checkpoint_path=self.folder / f"{spec.network}-{spec.path.replace(' ', '-')}.pt".lower(),
+                checkpoint_path=self.folder / f"{name_of_file}.pt",
                 resume=self.resume,
                 label=label,
                 console=self.console,

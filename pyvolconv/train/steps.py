@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +18,19 @@ from torch import Tensor, nn
 from ..accelerate import accelerate
 from ..cost.breakdown import Pages, PathProfile
 from ..cost.machine import Machine, measure_machine
-from ..cost.pages import keep_pages, page_faults, pages_kept
+from ..cost.pages import keep_pages, measure_memory, page_faults, pages_kept, return_pages
 from ..cost.profiler import profile_step
 from ..cost.results import PathTiming
 from ..cost.timing import alternate, now
 from ..dispatch import use_backend
+from ..fused_derivatives import use_dense_backward
 from ..problem import Layout
 from .loop import make_optimizer, training_step
 from .models import MISSION_SIZE, NetworkName, build
 
 MEMORY_FORMAT = {"ncdhw": torch.contiguous_format, "ndhwc": torch.channels_last_3d}
 LSTM_PATH = "LSTM"
-PROBE_SAMPLES = 4
 ROUNDS_AT_ONCE, MOST_ROUNDS = 2, 10
-SLACK = 2.0
-"""How much longer than allowed a step may be on trial, which is noisy, before it gets fewer samples."""
 TORCH_PATHS: dict[str, Layout] = {"torch contiguous": "ncdhw", "torch channels_last_3d": "ndhwc"}
 
 
@@ -41,7 +39,7 @@ class PathSpec:
     """Which network runs how.
 
     `backend` None is torch itself, `layout` None a network without volumes; with `fused`, chains of convolution,
-    activation and pool run as one pass.
+    activation and pool run as one pass, and `dense_backward` says that their gradients visit every voxel all the same.
     """
 
     path: str
@@ -49,6 +47,7 @@ class PathSpec:
     backend: str | None
     layout: Layout | None
     fused: bool = False
+    dense_backward: bool = False
 
     @property
     def ours(self) -> bool:
@@ -58,13 +57,17 @@ class PathSpec:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A path ready to be timed: `samples` of a batch's `batch_size` samples are in its step."""
+    """A path ready to be timed: `samples` of a batch's `batch_size` samples are in its step.
+
+    `untried` are layouts that might have been better, for which there was no time.
+    """
 
     spec: PathSpec
     model: nn.Module
     step: Callable[[], None]
     samples: int
     batch_size: int
+    untried: tuple[Layout, ...] = ()
 
     @property
     def scaled(self) -> bool:
@@ -81,11 +84,12 @@ def prepare(spec: PathSpec, model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def on_path(spec: PathSpec) -> Iterator[None]:
-    """Force the path's backend inside the block; torch's own paths need no forcing."""
-    if spec.backend is None:
-        yield
-        return
-    with use_backend(spec.backend):
+    """Force the path's backend and way back inside the block; torch's own paths need no forcing."""
+    with contextlib.ExitStack() as forced:
+        if spec.backend is not None:
+            forced.enter_context(use_backend(spec.backend))
+        if spec.dense_backward:
+            forced.enter_context(use_dense_backward())
         yield
 
 
@@ -106,38 +110,20 @@ def candidate(spec: PathSpec, make_model: Callable[[], nn.Module], x: Tensor, y:
     return Candidate(spec, model, step, samples, x.shape[0])
 
 
-def fitted(
-    specs: Sequence[PathSpec], make_model: Callable[[], nn.Module], x: Tensor, y: Tensor, longest_step: float
-) -> Candidate:
-    """The best of some layouts of one path, on as many samples as are expected to take at most `longest_step` seconds.
+def peak_memory(one: Candidate) -> int | None:
+    """Bytes that one step adds to the resident process at its peak, after what lay free was returned to the system.
 
-    Each is tried on a few samples after a warm-up, in which kernels may be compiled.
+    None where that cannot be read: pages are kept, so that a process never shrinks; the step has fewer samples than a
+    batch; the network is not on the CPU; the system has no /proc, or another C library than glibc.
     """
-    tried = {}
-    for spec in specs:
-        probe = candidate(spec, make_model, x, y, 1)
-        probe.step()
-        tried[spec] = _seconds(probe.step)
-        if tried[spec] * PROBE_SAMPLES < longest_step:
-            probe = candidate(spec, make_model, x, y, min(PROBE_SAMPLES, x.shape[0]))
-            probe.step()
-            tried[spec] = min(_seconds(probe.step) for _ in range(2)) / probe.samples
-    best = min(specs, key=lambda spec: tried[spec])
-    samples = x.shape[0]
-    if tried[best] * samples > SLACK * longest_step:
-        samples = min(samples, max(1, int(longest_step / tried[best])))
-    return candidate(best, make_model, x, y, samples)
-
-
-def gradient_difference(one: Candidate, make_model: Callable[[], nn.Module], x: Tensor, y: Tensor) -> float:
-    """How far the path's parameter gradients are from torch's: |g - g_torch| / |g_torch|, on a few samples."""
-    gradients = []
-    for spec in (one.spec, replace(one.spec, backend=None, fused=False)):
-        fresh = candidate(spec, make_model, x, y, min(one.samples, PROBE_SAMPLES))
-        fresh.step()
-        gradients.append(torch.cat([p.grad.flatten() for p in fresh.model.parameters() if p.grad is not None]).double())
-    ours, theirs = gradients
-    return float((ours - theirs).norm() / theirs.norm())
+    if pages_kept() or one.scaled or any(weight.device.type != "cpu" for weight in one.model.parameters()):
+        return None
+    if not return_pages():
+        return None
+    try:
+        return measure_memory(one.step).added_rss_bytes
+    except OSError:
+        return None
 
 
 def time_paths(
@@ -149,7 +135,7 @@ def time_paths(
     repeats: int,
     say: Callable[[str], None],
 ) -> tuple[list[PathTiming], list[PathProfile]]:
-    """Time every candidate in turn, then take each apart.
+    """Time every candidate in turn, then measure each one's memory and take it apart.
 
     A path that is too slow for whole batches has no turns: the runs between its profiled ones are its timing.
 
@@ -170,6 +156,7 @@ def time_paths(
     times, profiles = [], []
     for one in candidates:
         say(f"Taking {one.spec.path} apart, pages {pages}")
+        memory = peak_memory(one)
         scale = one.batch_size / one.samples
         profile = profile_step(steps[one.spec.path], one.model, repeats=repeats, warmup=0, machine=machine)
         timed = turns.get(one.spec.path, profile.step.seconds)
@@ -187,6 +174,7 @@ def time_paths(
                 layout=one.spec.layout,
                 ours=one.spec.ours,
                 fused=one.spec.fused,
+                dense_backward=one.spec.dense_backward,
                 pages=pages,
                 milliseconds=total,
                 forward=split.forward * share if conv else None,
@@ -197,6 +185,7 @@ def time_paths(
                 samples=one.samples,
                 batch_size=one.batch_size,
                 page_faults=statistics.median(faults[one.spec.path]) * scale,
+                memory_bytes=memory,
             )
         )
         profiles.append(PathProfile(one.spec.path, one.spec.ours, pages, one.samples, profile))
@@ -255,9 +244,3 @@ def _counted(one: Candidate, faults: list[int]) -> Callable[[], None]:
         faults.append(page_faults() - before)
 
     return step
-
-
-def _seconds(step: Callable[[], None]) -> float:
-    start = now()
-    step()
-    return now() - start
