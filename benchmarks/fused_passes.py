@@ -16,7 +16,7 @@ from rich.table import Table
 
 import pyvolconv
 from pyvolconv.backends.base import MEMORY_FORMAT
-from pyvolconv.backends.registry import REGISTRY
+from pyvolconv.backends.registry import select
 from pyvolconv.cost.machine import measure_machine
 from pyvolconv.cost.timing import alternate
 from pyvolconv.problem import LAYOUTS, ConvProblem
@@ -33,7 +33,7 @@ def passes_of(problem: ConvProblem) -> dict[str, tuple[Callable[[], object], int
 
     x, weight, bias = draw(problem.input_shape), draw(problem.weight_shape), torch.randn(problem.out_channels)
     grad = draw(problem.pooled_shape)
-    direct, winograd = (REGISTRY[name] for name in ("cpp.direct", "cpp.winograd"))
+    direct, winograd = (select(name)[0] for name in ("cpp.direct", "cpp.winograd"))
     _, code = direct.forward_max_pool(problem, x, weight, bias)
     dense, sparse = problem.flops("forward"), problem.flops("grad_weight")
     passes: dict[str, tuple[Callable[[], object], int]] = {
