@@ -1,0 +1,1 @@
+"""What must hold: `pytest` (see conftest.py for what every test shares)."""

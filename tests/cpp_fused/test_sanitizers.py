@@ -1,0 +1,32 @@
+"""The fused passes built with sanitizers: no access outside of their buffers."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+
+from pyvolconv.problem import LAYOUTS
+
+from .kernels import ISAS, compile_harness, numbers
+from .problems import CUT, parse
+
+
+@pytest.mark.slow
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("flags", [["-DPVC_ISA=baseline"], ["-DPVC_ISA=avx2", "-mavx2", "-mfma"]], ids=["sse2", "avx2"])
+def test_no_access_outside_of_buffers(flags, tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to build with a sanitizer")
+    if "avx2" in flags[0] and "avx2" not in ISAS:
+        pytest.skip("this machine lacks AVX2")
+    program = tmp_path / "harness"
+    compile_harness(
+        program, "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DHARNESS_MAIN", *flags
+    )
+    problems = [parse(text, layout) for text in CUT for layout in LAYOUTS]
+    text = "\n".join(" ".join(map(str, numbers(problem))) for problem in problems)
+    ran = subprocess.run([str(program)], input=text, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[:4000]
+    assert ran.stdout == f"{len(problems)} problems\n"

@@ -1,0 +1,1 @@
+"""Tests of `accelerate`'s fusing: models.py holds what they share."""
