@@ -19,7 +19,7 @@ struct PassTable {
     void (*grad_input_max_pool)(const PooledProblem&, const T* grad_pooled, const uint8_t* code, const T* weight,
                                 T* grad_input);
     void (*grad_weight_max_pool)(const PooledProblem&, const T* grad_pooled, const uint8_t* code, const T* x,
-                                 T* grad_weight);
+                                 T* grad_weight, T* grad_bias /* or null */);
 
     // By Winograd, `outputs` per axis and tile; algorithm/winograd_gather.h and winograd_pooled.h
     // say what the problem must be like. has_winograd: whether there is such a scheme.

@@ -164,11 +164,11 @@ void grad_input_max_pool(const PooledPlan& plan, uintptr_t grad_pooled, uintptr_
 }
 
 void grad_weight_max_pool(const PooledPlan& plan, uintptr_t grad_pooled, uintptr_t code, uintptr_t x,
-                          uintptr_t result) {
+                          uintptr_t grad_weight, uintptr_t grad_bias) {
     with_passes(plan, [&](const auto& passes, auto zero) {
         using T = decltype(zero);
         passes.grad_weight_max_pool(plan.problem, pointer<T>(grad_pooled), pointer<uint8_t>(code), pointer<T>(x),
-                                    pointer<T>(result));
+                                    pointer<T>(grad_weight), pointer<T>(grad_bias));
     });
 }
 
@@ -271,7 +271,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("grad_input_max_pool", &grad_input_max_pool, py::arg("plan"), py::arg("grad_pooled"), py::arg("code"),
                py::arg("weight"), py::arg("grad_input"));
     module.def("grad_weight_max_pool", &grad_weight_max_pool, py::arg("plan"), py::arg("grad_pooled"), py::arg("code"),
-               py::arg("x"), py::arg("grad_weight"));
+               py::arg("x"), py::arg("grad_weight"), py::arg("grad_bias"));
 
     module.def("winograd_forward", &winograd_forward, py::arg("plan"), py::arg("outputs"), py::arg("x"),
                py::arg("weight"), py::arg("bias"), py::arg("y"));

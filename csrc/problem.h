@@ -28,7 +28,10 @@ enum class Activation { none, relu, leaky_relu, silu, gelu, gelu_tanh };
 // A convolution whose output goes through an activation and a max-pool without being stored. Window p of an axis covers
 // the output voxels p * pool_stride - pool_padding + [0, pool_window), those outside of the output left out; every
 // window has at least one voxel and at most 255 in all. A code is the index (d * window_h + h) * window_w + w of a
-// voxel inside the whole window.
+// voxel inside the whole window, or kNoVoxel: behind a ReLU, a window without a positive value (or NaN) chooses none,
+// because no gradient passes through it.
+constexpr uint8_t kNoVoxel = 255;
+
 struct PooledProblem {
     ConvProblem conv;
     Activation activation;

@@ -5,7 +5,8 @@ Letters as in `reference`, and (p, q, r) for a pooled voxel. Its window holds th
     voxel = pooled * pool_stride - pool_padding + offset,  0 <= offset < window,    along each axis
 
 that exist. The first of them with the largest activation is chosen; a NaN is larger than any number, the last NaN
-the largest. `code` is the chosen offset, counted row by row: (offset_d * window_h + offset_h) * window_w + offset_w.
+the largest. `code` is the chosen offset, counted row by row: (offset_d * window_h + offset_h) * window_w + offset_w, or
+NO_VOXEL where relu makes the whole window zero: nothing is chosen there, since no gradient passes.
 
 Of the gradient before the pool only the chosen voxels are not zero, so each gradient runs over pooled voxels, looks up
 the output voxel that was chosen, and goes on as without a pool. One thread sums a result, in the order of the loops.
@@ -26,6 +27,9 @@ from .reference import Array, Triple, machine_code
 
 NONE, RELU, LEAKY_RELU, SILU, GELU, GELU_TANH = range(6)
 """Activations, in the order of `pyvolconv.epilogue.ACTIVATIONS`."""
+
+NO_VOXEL = 255
+"""The code of a window that chooses none, `pyvolconv.epilogue.NO_VOXEL`."""
 
 
 @numba.njit(inline="always")
@@ -126,6 +130,8 @@ def forward(
                             largest = activated
                             pooled[n, o, p, q, r] = value if activation >= SILU else activated
                             code[n, o, p, q, r] = offset
+                    if activation == RELU and largest <= 0:
+                        code[n, o, p, q, r] = NO_VOXEL
 
 
 def grad_input(
@@ -154,6 +160,8 @@ def grad_input(
             for p in range(pooled_depth):
                 for q in range(pooled_height):
                     for r in range(pooled_width):
+                        if code[n, o, p, q, r] == NO_VOXEL:
+                            continue
                         d, h, w = chosen_voxel(code[n, o, p, q, r], p, q, r, window, pool_stride, pool_padding)
                         for i in range(kernel_depth):
                             for j in range(kernel_height):
@@ -178,8 +186,9 @@ def grad_weight(
     pool_stride: Triple,
     pool_padding: Triple,
     grad_w: Array,
+    grad_b: Array,
 ) -> None:
-    """grad_w[o, c, i, j, k] = sum of grad * x over (n, p, q, r)."""
+    """grad_w[o, c, i, j, k] = sum of grad * x over (n, p, q, r), grad_b[o] = sum of grad."""
     batch, _, depth, height, width = x.shape
     _, _, pooled_depth, pooled_height, pooled_width = grad.shape
     out_channels, channels_per_group, kernel_depth, kernel_height, kernel_width = grad_w.shape
@@ -187,10 +196,16 @@ def grad_weight(
         o, c = divmod(np.int64(pair), channels_per_group)
         channel = o // (out_channels // groups) * channels_per_group + c
         grad_w[o, c] = 0
+        if c == 0:
+            grad_b[o] = 0
         for n in range(batch):
             for p in range(pooled_depth):
                 for q in range(pooled_height):
                     for r in range(pooled_width):
+                        if code[n, o, p, q, r] == NO_VOXEL:
+                            continue
+                        if c == 0:
+                            grad_b[o] += grad[n, o, p, q, r]
                         d, h, w = chosen_voxel(code[n, o, p, q, r], p, q, r, window, pool_stride, pool_padding)
                         for i in range(kernel_depth):
                             for j in range(kernel_height):

@@ -25,7 +25,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 
 from .dispatch import forced_backend, use_backend_of_forward
-from .ops import conv3d, conv3d_grad_input, conv3d_grad_weight, library
+from .ops import conv3d, conv3d_grad_input, conv3d_grad_weight, grad_bias, library
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,6 @@ class _BilinearFunction(_SingleLevelFunction):
                 terms.append(torch.zeros_like(ctx.rule.operator(first, second, ctx.size, *ctx.geometry)))
             terms.append(bias_tangent.view(-1, 1, 1, 1))
         return sum(terms[1:], start=terms[0])
-
-
-def grad_bias(grad: Tensor) -> Tensor:
-    """dL/dbias of a convolution with dL/dy."""
-    # Sample by sample: in channels_last_3d three times as fast as one sum over four axes, in any layout as exact.
-    return grad.sum((2, 3, 4)).sum(0)
 
 
 def inside_node(operator: Any, keyset: Any, args: tuple[Any, ...]) -> Any:

@@ -25,6 +25,8 @@ KEEPS_PREACTIVATION: frozenset[Activation] = frozenset({"silu", "gelu", "gelu_ta
 NEGATIVE_SLOPE = 0.01
 LARGEST_WINDOW = 255
 """Voxels; the chosen one is kept as an index of one byte."""
+NO_VOXEL = 255
+"""Kept in place of an index where relu makes the whole window zero, so that no voxel gets a gradient."""
 
 _POOL = re.compile(r"(?P<window>[\dx]+)(?:s(?P<stride>[\dx]+))?(?:p(?P<padding>[\dx]+))?(?P<ceil>ceil)?")
 

@@ -1,15 +1,18 @@
 """Derivatives of the fused operators, of every order, in reverse and in forward mode.
 
 With the chosen voxels held fixed, as max-pooling does almost everywhere, let S be the linear map that selects them from
-a dense tensor (`fused_voxels.select`). Then z = S(conv3d(x, w) + b) is what the activation is applied to, and
+a dense tensor, and gives zero where none was chosen (`fused_voxels.select`). Then z = S(conv3d(x, w) + b) is what the
+activation is applied to, and
 
-    dx = conv3d_max_pool_grad_input(dz, code, w)  = conv3d_grad_input(S^T(dz), w)
-    dw = conv3d_max_pool_grad_weight(dz, code, x) = conv3d_grad_weight(S^T(dz), x)
+    dx     = conv3d_max_pool_grad_input(dz, code, w)  = conv3d_grad_input(S^T(dz), w)
+    dw, db = conv3d_max_pool_grad_weight(dz, code, x) = conv3d_grad_weight(S^T(dz), x), sum of S^T(dz)
 
-are its two transposes. As without a pool, <dz, S(conv3d(x, w))> = <dx, x> = <dw, w>, so the derivatives of dx and dw
-are again one another and S(conv3d(., .)), of which every factor is differentiable: all orders follow by recursion.
+are its transposes. As without a pool, <dz, S(conv3d(x, w) + b)> = <dx, x> + <db, b> = <dw, w> + <db, b>, so the
+derivatives of these are again one another and S(conv3d(., .) + .), of which every factor is differentiable: all orders
+follow by recursion.
 
-The activation's own derivative comes from the value that the operator returned, for relu and leaky_relu from its sign.
+A relu is part of S, which is why it has no derivative of its own here; that of leaky_relu comes from the sign of the
+value that the operator returned.
 
 Inside of `use_dense_backward()` the right-hand sides are computed as they stand: S^T(dz) is made once, in full, and
 both gradients visit all of its voxels. The difference in time is what the sparse gradients save.
@@ -17,18 +20,16 @@ both gradients visit all of its voxels. The difference in time is what the spars
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
-from .derivatives import autograd_kernel, grad_bias, inside_node
+from .derivatives import autograd_kernel, inside_node
 from .dispatch import forced_backend, use_backend_of_forward
 from .fused_ops import (
     conv3d_max_pool,
@@ -37,8 +38,8 @@ from .fused_ops import (
     dense_size,
     split_sizes,
 )
-from .fused_voxels import scatter, select
-from .ops import conv3d, conv3d_grad_input, conv3d_grad_weight, library
+from .fused_voxels import passed, scatter, select
+from .ops import conv3d, conv3d_grad_input, conv3d_grad_weight, grad_bias, library
 
 _dense_backward: ContextVar[bool] = ContextVar("pyvolconv_dense_backward", default=False)
 
@@ -56,42 +57,44 @@ def use_dense_backward() -> Iterator[None]:
         _dense_backward.reset(token)
 
 
-def _conv3d_at_chosen(x: Tensor, weight: Tensor, code: Tensor, sizes: Sequence[Any]) -> Tensor:
+def _conv3d_at_chosen(x: Tensor, weight: Tensor, bias: Tensor | None, code: Tensor, sizes: Sequence[Any]) -> Tensor:
     geometry, pool = split_sizes(sizes)
-    return select(conv3d(x, weight, None, *geometry), code, pool)
+    return select(conv3d(x, weight, bias, *geometry), code, pool)
 
 
-def _through_activation(grad: Tensor, value: Tensor, activation: str, slope: float) -> Tensor:
-    """`grad` times the activation's derivative; silu's and gelu's is taken where they are applied."""
-    if activation == "relu":
-        grad = torch.ops.aten.threshold_backward(grad, value, 0)
-    if activation == "leaky_relu":
-        grad = torch.ops.aten.leaky_relu_backward(grad, value, slope, True)
-    return grad
+def _bias_at_chosen(bias: Tensor, code: Tensor) -> Tensor:
+    return passed(bias.view(-1, 1, 1, 1), code)
 
 
-_Gradients = tuple[Tensor | None, Tensor | None]
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    total: Tensor = sum(terms[1:], start=terms[0])
+    return total
+
+
+_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _sparse_gradients(
-    grad: Tensor, code: Tensor, x: Tensor, weight: Tensor, sizes: Sequence[Any], needs_x: bool, needs_weight: bool
+    grad: Tensor, code: Tensor, x: Tensor, weight: Tensor, sizes: Sequence[Any], needs: Sequence[bool]
 ) -> _Gradients:
-    return (
-        conv3d_max_pool_grad_input(grad, code, weight, x.shape[2:], *sizes) if needs_x else None,
-        conv3d_max_pool_grad_weight(grad, code, x, weight.shape[2:], *sizes) if needs_weight else None,
-    )
+    needs_x, needs_weight, needs_bias = needs
+    of_x = conv3d_max_pool_grad_input(grad, code, weight, x.shape[2:], *sizes) if needs_x else None
+    if not needs_weight:
+        return of_x, None, grad_bias(passed(grad, code)) if needs_bias else None
+    of_weight, of_bias = conv3d_max_pool_grad_weight(grad, code, x, weight.shape[2:], needs_bias, *sizes)
+    return of_x, of_weight, of_bias if needs_bias else None
 
 
 def _dense_gradients(
-    grad: Tensor, code: Tensor, x: Tensor, weight: Tensor, sizes: Sequence[Any], needs_x: bool, needs_weight: bool
+    grad: Tensor, code: Tensor, x: Tensor, weight: Tensor, sizes: Sequence[Any], needs: Sequence[bool]
 ) -> _Gradients:
-    if not (needs_x or needs_weight):
-        return None, None
+    needs_x, needs_weight, needs_bias = needs
     geometry, pool = split_sizes(sizes)
-    dense = scatter(grad, code, dense_size(x, weight, geometry), pool)
+    dense = scatter(grad, code, dense_size(x, weight, geometry), pool) if needs_x or needs_weight else None
     return (
-        conv3d_grad_input(dense, weight, x.shape[2:], *geometry) if needs_x else None,
-        conv3d_grad_weight(dense, x, weight.shape[2:], *geometry) if needs_weight else None,
+        None if dense is None or not needs_x else conv3d_grad_input(dense, weight, x.shape[2:], *geometry),
+        None if dense is None or not needs_weight else conv3d_grad_weight(dense, x, weight.shape[2:], *geometry),
+        grad_bias(passed(grad, code)) if needs_bias else None,
     )
 
 
@@ -101,32 +104,28 @@ class _MaxPoolFunction(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, keyset: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> Any:
         value, code = inside_node(conv3d_max_pool, keyset, (x, weight, bias, *sizes))
-        ctx.save_for_backward(x, weight, value, code)
-        ctx.save_for_forward(x, weight, value, code)
+        activation, ctx.slope = sizes[4:6]
+        kept = value if activation == "leaky_relu" else None
+        ctx.save_for_backward(x, weight, kept, code)
+        ctx.save_for_forward(x, weight, kept, code)
         ctx.mark_non_differentiable(code)
         ctx.set_materialize_grads(False)
-        ctx.sizes = sizes
+        ctx.sizes = (*sizes[:4], *sizes[6:])
         ctx.forced_backend = forced_backend()
         ctx.dense_backward = _dense_backward.get()
         return value, code
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
-        nothing = (None,) * len(ctx.sizes)
+        rest = (None,) * (2 + len(ctx.sizes))
         if grad is None:
-            return (None, None, None, None, *nothing)
+            return (None, None, None, None, *rest)
         x, weight, value, code = ctx.saved_tensors
-        _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        sizes = (*ctx.sizes[:4], *ctx.sizes[6:])
+        gradients = _dense_gradients if ctx.dense_backward else _sparse_gradients
         with use_backend_of_forward(ctx.forced_backend):
-            grad = _through_activation(grad, value, *ctx.sizes[4:6])
-            gradients = _dense_gradients if ctx.dense_backward else _sparse_gradients
-            return (
-                None,
-                *gradients(grad, code, x, weight, sizes, needs_x, needs_weight),
-                grad_bias(grad) if needs_bias else None,
-                *nothing,
-            )
+            if value is not None:
+                grad = torch.ops.aten.leaky_relu_backward(grad, value, ctx.slope, True)
+            return (None, *gradients(grad, code, x, weight, ctx.sizes, ctx.needs_input_grad[1:4]), *rest)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -134,89 +133,111 @@ class _MaxPoolFunction(_SingleLevelFunction):
         x, weight, value, code = ctx.saved_tensors
         terms = []
         if x_tangent is not None:
-            terms.append(_conv3d_at_chosen(x_tangent, weight, code, ctx.sizes))
+            terms.append(_conv3d_at_chosen(x_tangent, weight, None, code, ctx.sizes))
         if weight_tangent is not None:
-            terms.append(_conv3d_at_chosen(x, weight_tangent, code, ctx.sizes))
+            terms.append(_conv3d_at_chosen(x, weight_tangent, None, code, ctx.sizes))
         if bias_tangent is not None:
-            terms.append(bias_tangent.view(-1, 1, 1, 1).expand(value.shape))
-        return _through_activation(sum(terms[1:], start=terms[0]), value, *ctx.sizes[4:6]), None
+            terms.append(_bias_at_chosen(bias_tangent, code))
+        tangent = _sum(terms)
+        if value is not None:
+            tangent = torch.ops.aten.leaky_relu_backward(tangent, value, ctx.slope, True)
+        return tangent, None
 
 
-@dataclass(frozen=True)
-class _Sparse:
-    """A sparse gradient, bilinear in `grad` and `other`, and its two transposes of (grad, code, other, cotangent)."""
-
-    operator: Any
-    transpose_grad: Callable[[Tensor, Tensor, Tensor, Sequence[Any]], Tensor]
-    transpose_other: Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[Any]], Tensor]
-
-
-_RULES = (
-    _Sparse(
-        conv3d_max_pool_grad_input,
-        lambda code, weight, cotangent, sizes: _conv3d_at_chosen(cotangent, weight, code, sizes),
-        lambda grad, code, weight, cotangent, sizes: conv3d_max_pool_grad_weight(
-            grad, code, cotangent, weight.shape[2:], *sizes
-        ),
-    ),
-    _Sparse(
-        conv3d_max_pool_grad_weight,
-        lambda code, x, cotangent, sizes: _conv3d_at_chosen(x, cotangent, code, sizes),
-        lambda grad, code, x, cotangent, sizes: conv3d_max_pool_grad_input(grad, code, cotangent, x.shape[2:], *sizes),
-    ),
-)
-
-
-class _SparseFunction(_SingleLevelFunction):
-    """Autograd node of the two sparse gradients, called as operator(grad, code, other, size, *sizes)."""
+class _GradInputFunction(_SingleLevelFunction):
+    """Autograd node of conv3d_max_pool_grad_input."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rule: _Sparse, keyset: Any, grad: Tensor, code: Tensor, other: Tensor, size: Any, *sizes: Any
-    ) -> Tensor:
-        ctx.save_for_backward(grad, code, other)
-        ctx.save_for_forward(grad, code, other)
+    def forward(ctx: Any, keyset: Any, grad: Tensor, code: Tensor, weight: Tensor, size: Any, *sizes: Any) -> Tensor:
+        ctx.save_for_backward(grad, code, weight)
+        ctx.save_for_forward(grad, code, weight)
         ctx.set_materialize_grads(False)
-        ctx.rule, ctx.size, ctx.sizes = rule, size, sizes
+        ctx.size, ctx.sizes = size, sizes
         ctx.forced_backend = forced_backend()
-        result: Tensor = inside_node(rule.operator, keyset, (grad, code, other, size, *sizes))
+        result: Tensor = inside_node(conv3d_max_pool_grad_input, keyset, (grad, code, weight, size, *sizes))
         return result
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor | None) -> Any:
-        nothing = (None,) * (1 + len(ctx.sizes))
+        rest = (None,) * (1 + len(ctx.sizes))
         if cotangent is None:
-            return (None, None, None, None, None, *nothing)
-        grad, code, other = ctx.saved_tensors
-        _, _, needs_grad, _, needs_other, *_ = ctx.needs_input_grad
+            return (None, None, None, None, *rest)
+        grad, code, weight = ctx.saved_tensors
+        _, needs_grad, _, needs_weight, *_ = ctx.needs_input_grad
         with use_backend_of_forward(ctx.forced_backend):
-            return (
-                None,
-                None,
-                ctx.rule.transpose_grad(code, other, cotangent, ctx.sizes) if needs_grad else None,
-                None,
-                ctx.rule.transpose_other(grad, code, other, cotangent, ctx.sizes) if needs_other else None,
-                *nothing,
-            )
+            of_grad = _conv3d_at_chosen(cotangent, weight, None, code, ctx.sizes) if needs_grad else None
+            of_weight = None
+            if needs_weight:
+                of_weight, _ = conv3d_max_pool_grad_weight(grad, code, cotangent, weight.shape[2:], False, *ctx.sizes)
+            return (None, of_grad, None, of_weight, *rest)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        _, _, grad_tangent, _, other_tangent, *_ = tangents
-        grad, code, other = ctx.saved_tensors
-        terms = []
+        _, grad_tangent, _, weight_tangent, *_ = tangents
+        grad, code, weight = ctx.saved_tensors
+        pairs = ((grad_tangent, weight), (grad, weight_tangent))
+        return _sum(
+            [
+                conv3d_max_pool_grad_input(first, code, second, ctx.size, *ctx.sizes)
+                for first, second in pairs
+                if first is not None and second is not None
+            ]
+        )
+
+
+class _GradWeightFunction(_SingleLevelFunction):
+    """Autograd node of conv3d_max_pool_grad_weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, keyset: Any, grad: Tensor, code: Tensor, x: Tensor, size: Any, bias: bool, *sizes: Any
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(grad, code, x)
+        ctx.save_for_forward(grad, code, x)
+        ctx.set_materialize_grads(False)
+        ctx.size, ctx.bias, ctx.sizes = size, bias, sizes
+        ctx.forced_backend = forced_backend()
+        of_weight, of_bias = inside_node(conv3d_max_pool_grad_weight, keyset, (grad, code, x, size, bias, *sizes))
+        if not bias:
+            ctx.mark_non_differentiable(of_bias)
+        return of_weight, of_bias
+
+    @staticmethod
+    def backward(ctx: Any, weight_cotangent: Tensor | None, bias_cotangent: Tensor | None) -> Any:
+        rest = (None,) * (2 + len(ctx.sizes))
+        grad, code, x = ctx.saved_tensors
+        _, needs_grad, _, needs_x, *_ = ctx.needs_input_grad
+        of_grad = of_x = None
+        with use_backend_of_forward(ctx.forced_backend):
+            if weight_cotangent is None:
+                if needs_grad and bias_cotangent is not None:
+                    of_grad = _bias_at_chosen(bias_cotangent, code)
+                return (None, of_grad, None, None, *rest)
+            if needs_grad:
+                of_grad = _conv3d_at_chosen(x, weight_cotangent, bias_cotangent, code, ctx.sizes)
+            if needs_x:
+                of_x = conv3d_max_pool_grad_input(grad, code, weight_cotangent, x.shape[2:], *ctx.sizes)
+            return (None, of_grad, None, of_x, *rest)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        _, grad_tangent, _, x_tangent, *_ = tangents
+        grad, code, x = ctx.saved_tensors
+        of_weight, of_bias = [], None
         if grad_tangent is not None:
-            terms.append(ctx.rule.operator(grad_tangent, code, other, ctx.size, *ctx.sizes))
-        if other_tangent is not None:
-            terms.append(ctx.rule.operator(grad, code, other_tangent, ctx.size, *ctx.sizes))
-        return sum(terms[1:], start=terms[0])
+            term, of_bias = conv3d_max_pool_grad_weight(grad_tangent, code, x, ctx.size, ctx.bias, *ctx.sizes)
+            of_weight.append(term)
+        if x_tangent is not None:
+            of_weight.append(conv3d_max_pool_grad_weight(grad, code, x_tangent, ctx.size, False, *ctx.sizes)[0])
+        if ctx.bias and of_bias is None:
+            of_bias = grad.new_zeros(grad.shape[1])
+        return _sum(of_weight), of_bias if ctx.bias else None
 
 
-library.impl(
-    conv3d_max_pool,
-    autograd_kernel(conv3d_max_pool, _MaxPoolFunction.apply),  # type: ignore[attr-defined]
-    "Autograd",
-    with_keyset=True,
+_NODES: tuple[tuple[Any, Any], ...] = (
+    (conv3d_max_pool, _MaxPoolFunction),
+    (conv3d_max_pool_grad_input, _GradInputFunction),
+    (conv3d_max_pool_grad_weight, _GradWeightFunction),
 )
-for _rule in _RULES:
-    _node = partial(_SparseFunction.apply, _rule)  # type: ignore[attr-defined]
-    library.impl(_rule.operator, autograd_kernel(_rule.operator, _node), "Autograd", with_keyset=True)
+for _operator, _function in _NODES:
+    library.impl(_operator, autograd_kernel(_operator, _function.apply), "Autograd", with_keyset=True)

@@ -2,13 +2,15 @@
 
     value, code = conv3d_max_pool(x, weight, bias, ...)
     dx          = conv3d_max_pool_grad_input(grad, code, weight, input_size, ...)
-    dw          = conv3d_max_pool_grad_weight(grad, code, x, kernel_size, ...)
+    dw, db      = conv3d_max_pool_grad_weight(grad, code, x, kernel_size, ...)
 
 What is pooled never exists in memory. `code` keeps which voxel of its window each pooled value is, in one byte
 (`backends/base.py` says how, and how ties and NaN resolve), and the gradients are sums over these voxels alone: with a
-window of 2x2x2 an eighth of the dense ones' multiplications. `value` is the pooled activation; for silu and gelu, whose
+window of 2x2x2 an eighth of the dense ones' multiplications. Behind a relu, a window without a positive value chooses
+no voxel: the activation's derivative is part of the choice. `value` is the pooled activation; for silu and gelu, whose
 derivative does not follow from their value, it is what the chosen voxel held before the activation, and the caller
-applies the activation to it. `grad` is the gradient of that pre-activation at the chosen voxels.
+applies the activation to it. `grad` is the gradient of that pre-activation at the chosen voxels. db, the gradient of
+the bias, is empty unless it is asked for.
 
 Where no allowed backend has a fused pass, an operator puts it together from the plain pass and torch's pooling.
 """
@@ -25,9 +27,9 @@ from torch import Tensor
 
 from .backends.base import MEMORY_FORMAT
 from .dispatch import choose_or_none
-from .epilogue import KEEPS_PREACTIVATION, NEGATIVE_SLOPE, Activation, MaxPool, Size3
-from .fused_voxels import code_of_indices, scatter, select
-from .ops import conv3d, conv3d_grad_input, conv3d_grad_weight, conv3d_problem, layout_of, library
+from .epilogue import KEEPS_PREACTIVATION, NEGATIVE_SLOPE, NO_VOXEL, Activation, MaxPool, Size3
+from .fused_voxels import code_of_indices, passed, scatter, select
+from .ops import conv3d, conv3d_grad_input, conv3d_grad_weight, conv3d_problem, grad_bias, layout_of, library
 from .problem import ConvProblem, Layout
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
@@ -42,7 +44,7 @@ library.define(
 )
 library.define(
     "conv3d_max_pool_grad_weight"
-    f"(Tensor grad, Tensor code, Tensor x, SymInt[] kernel_size, {_GEOMETRY}, {_POOL}) -> Tensor"
+    f"(Tensor grad, Tensor code, Tensor x, SymInt[] kernel_size, bool bias, {_GEOMETRY}, {_POOL}) -> (Tensor, Tensor)"
 )
 
 conv3d_max_pool = torch.ops.pyvolconv.conv3d_max_pool.default
@@ -111,6 +113,8 @@ def _run_conv3d_max_pool(x: Tensor, weight: Tensor, bias: Tensor | None, *sizes:
     code = code_of_indices(indices, plain.output_size, pool)
     if activation in KEEPS_PREACTIVATION:
         value = select(dense, code, pool)
+    if activation == "relu":
+        code = torch.where(value <= 0, NO_VOXEL, code)
     value, code = _dense(layout, value, code)
     return value, code
 
@@ -131,18 +135,20 @@ def _run_conv3d_max_pool_grad_input(
 
 
 def _run_conv3d_max_pool_grad_weight(
-    grad: Tensor, code: Tensor, x: Tensor, kernel_size: Sequence[int], *sizes: Any
-) -> Tensor:
+    grad: Tensor, code: Tensor, x: Tensor, kernel_size: Sequence[int], bias: bool, *sizes: Any
+) -> tuple[Tensor, Tensor]:
     geometry, pool = split_sizes(sizes)
     layout = layout_of(grad, code, x)
     shape = (grad.shape[1], x.shape[1] // geometry[3], *kernel_size)
-    plain = conv3d_problem(x.shape, shape, geometry, grad, layout)  # type: ignore[arg-type]
+    plain = conv3d_problem(x.shape, shape, geometry, grad, layout, bias)  # type: ignore[arg-type]
     problem = fused_problem(plain, pool)
     backend = choose_or_none(problem, "grad_weight") if grad.numel() and x.numel() else None
     if backend is not None:
-        return backend.grad_weight_max_pool(problem, *_dense(layout, grad, code, x))
+        weight_part, bias_part = backend.grad_weight_max_pool(problem, *_dense(layout, grad, code, x))
+        return weight_part, grad.new_empty(0) if bias_part is None else bias_part
     grad_output = scatter(grad, code, plain.output_size, pool)
-    return _dense(layout, conv3d_grad_weight(grad_output, x, kernel_size, *geometry))[0]
+    (weight_part,) = _dense(layout, conv3d_grad_weight(grad_output, x, kernel_size, *geometry))
+    return weight_part, grad_bias(passed(grad, code)) if bias else grad.new_empty(0)
 
 
 def _dense(layout: Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -165,10 +171,11 @@ def _fake_conv3d_max_pool_grad_input(
 
 
 def _fake_conv3d_max_pool_grad_weight(
-    grad: Tensor, code: Tensor, x: Tensor, kernel_size: Sequence[int], *sizes: Any
-) -> Tensor:
+    grad: Tensor, code: Tensor, x: Tensor, kernel_size: Sequence[int], bias: bool, *sizes: Any
+) -> tuple[Tensor, Tensor]:
     shape = (grad.shape[1], x.shape[1] // sizes[3], *kernel_size)
-    return grad.new_empty(shape).to(memory_format=MEMORY_FORMAT[layout_of(grad, code, x)])
+    grad_weight = grad.new_empty(shape).to(memory_format=MEMORY_FORMAT[layout_of(grad, code, x)])
+    return grad_weight, grad.new_empty(grad.shape[1] if bias else 0)
 
 
 for _operator, _kernel, _fake in (

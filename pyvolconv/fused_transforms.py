@@ -66,11 +66,13 @@ def _vmap_conv3d_max_pool_grad_input(
 
 
 def _vmap_conv3d_max_pool_grad_weight(
-    info: Any, in_dims: Sequence[Any], grad: Tensor, code: Tensor, x: Tensor, kernel_size: Any, *sizes: Any
-) -> tuple[Tensor, int]:
+    info: Any, in_dims: Sequence[Any], grad: Tensor, code: Tensor, x: Tensor, kernel_size: Any, bias: bool, *sizes: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     size = info.batch_size
     operands = [_fold(tensor, axis, 1, size) for tensor, axis in zip((grad, code, x), in_dims, strict=False)]
-    return _unfold(conv3d_max_pool_grad_weight(*operands, kernel_size, *_more_groups(sizes, size)), size, 0), 0
+    results = conv3d_max_pool_grad_weight(*operands, kernel_size, bias, *_more_groups(sizes, size))
+    of_weight, of_bias = (_unfold(result, size, 0) for result in results)
+    return (of_weight, of_bias), (0, 0)
 
 
 def _multiplications(batch: int, weight: Sequence[int], voxels: Sequence[int]) -> int:
@@ -95,6 +97,7 @@ def _flops_conv3d_max_pool_grad_weight(
     code: Sequence[int],
     x: Sequence[int],
     kernel_size: Sequence[int],
+    bias: bool,
     stride: Any,
     padding: Any,
     dilation: Any,

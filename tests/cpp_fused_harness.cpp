@@ -37,23 +37,23 @@ pvc::PooledProblem read_problem(const int64_t* n, double negative_slope) {
     return pooled;
 }
 
-// pass 0, 1, 2: forward (first = x, second = weight), grad_input (grad, weight), grad_weight (grad, x).
+// pass 0, 1, 2: forward (first = x, second = weight), grad_input (grad, weight), grad_weight (grad, x; writes `bias`).
 template <typename T>
 void run(const pvc::PassTable<T>& passes, const pvc::PooledProblem& problem, int pass, const void* first,
-         const void* second, const void* bias, void* result, uint8_t* code) {
+         const void* second, void* bias, void* result, uint8_t* code) {
     const T* a = static_cast<const T*>(first);
     const T* b = static_cast<const T*>(second);
     T* to = static_cast<T*>(result);
     if (pass == 0) passes.forward_max_pool(problem, a, b, static_cast<const T*>(bias), to, code);
     if (pass == 1) passes.grad_input_max_pool(problem, a, code, b, to);
-    if (pass == 2) passes.grad_weight_max_pool(problem, a, code, b, to);
+    if (pass == 2) passes.grad_weight_max_pool(problem, a, code, b, to, static_cast<T*>(bias));
 }
 
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) void run_pass(const int64_t* numbers, double negative_slope,
                                                                 int double_precision, int pass, const void* first,
-                                                                const void* second, const void* bias, void* result,
+                                                                const void* second, void* bias, void* result,
                                                                 uint8_t* code) {
     const pvc::PooledProblem problem = read_problem(numbers, negative_slope);
     if (double_precision != 0) {
@@ -89,7 +89,7 @@ void run_all(const pvc::PassTable<T>& passes, const pvc::PooledProblem& pooled) 
     for (int round = 0; round < 2; ++round) {
         for (int64_t i = 0; i < values; ++i) y[i] = static_cast<T>(i % 5 - 2);
         passes.grad_input_max_pool(pooled, y, code, weight, x);
-        passes.grad_weight_max_pool(pooled, y, code, x, weight);
+        passes.grad_weight_max_pool(pooled, y, code, x, weight, round == 0 ? bias : nullptr);
         for (int64_t i = 0; i < values; ++i) code[i] = static_cast<uint8_t>(i * 37 + 255);
     }
     T* const buffers[] = {x, y, weight, bias};

@@ -311,7 +311,7 @@ def test_opcheck(activation, layout):
     value, code = fused_ops.conv3d_max_pool(x, w, b, *sizes(activation))
     value, rest = value.detach().requires_grad_(), (*sizes()[:4], *sizes()[6:])
     torch.library.opcheck(fused_ops.conv3d_max_pool_grad_input, (value, code, w, list(x.shape[2:]), *rest))
-    torch.library.opcheck(fused_ops.conv3d_max_pool_grad_weight, (value, code, x, list(w.shape[2:]), *rest))
+    torch.library.opcheck(fused_ops.conv3d_max_pool_grad_weight, (value, code, x, list(w.shape[2:]), True, *rest))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -371,7 +371,7 @@ def test_one_sample_and_an_empty_batch():
 
 
 def test_keeps_one_byte_per_pooled_value():
-    """Saved for backward: operands, result and code, and nothing of the size of what is pooled."""
+    """Saved for backward: operands and code, and nothing of the size of what is pooled."""
     x, w, b = operands(torch.float32)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pyvolconv.backends import base
 from pyvolconv.backends.base import MEMORY_FORMAT
 from pyvolconv.backends.registry import REGISTRY
+from pyvolconv.epilogue import NO_VOXEL
 from pyvolconv.problem import LAYOUTS, ConvProblem
 
 PROBLEMS = (
@@ -101,7 +102,9 @@ def code_of(problem, indices):
 
 
 def indices_of(problem, code):
-    """The inverse, for what a backend returned; an index outside of the volume is an error."""
+    """The inverse, for what a backend returned; an index outside of the volume is an error. NO_VOXEL has none."""
+    _, some = pool_of(problem, torch.zeros(problem.output_shape))
+    code = torch.where(code == NO_VOXEL, code_of(problem, some), code)
     offsets = np.stack(np.unravel_index(code.contiguous().numpy(), problem.pool.window), axis=2)
     voxels = tuple(np.moveaxis(offsets + first_voxels(problem), 2, 0))
     return torch.from_numpy(np.ravel_multi_index(voxels, problem.output_size))
@@ -137,13 +140,25 @@ def operands(problem, integers=False):
 
 
 def gradient_operands(problem, pass_, integers=False):
-    """(grad, code, other) and torch's indices; a fifth of the gradients is zero, as behind a ReLU."""
+    """(grad, code, other), torch's indices, and what of the gradients counts.
+
+    A fifth of the gradients is zero; a tenth of the windows chose no voxel, and what stands there may not be read.
+    """
     _, indices = pool_of(problem, torch.randn(problem.output_shape, dtype=torch.float64))
     code = code_of(problem, indices).contiguous(memory_format=MEMORY_FORMAT[problem.layout])
     grad = tensor_of(problem, problem.pooled_shape, integers)
     grad[torch.rand(grad.shape) < 0.2] = 0
+    counts = grad.clone()
+    nowhere = torch.rand(grad.shape) < 0.1
+    counts[nowhere], grad[nowhere], code[nowhere] = 0, math.nan, NO_VOXEL
     other = tensor_of(problem, problem.weight_shape if pass_ == "grad_input" else problem.input_shape, integers)
-    return (grad, between_guards(code), other), indices
+    return (grad, between_guards(code), other), indices, counts
+
+
+def gradient_of(able, problem, pass_, operands):
+    """(dL/dx or dL/dw, dL/dbias or None)"""
+    result = getattr(able, f"{pass_}_max_pool")(problem, *operands)
+    return result if pass_ == "grad_weight" else (result, None)
 
 
 def dense_gradient(problem, pass_, grad_output, other):
@@ -154,7 +169,7 @@ def dense_gradient(problem, pass_, grad_output, other):
 
 @pytest.fixture
 def guarded_results(monkeypatch):
-    """Results lie between guards, hold NaN (codes: 255) at first, and a write outside of them fails the test."""
+    """Results lie between guards, hold NaN (codes: 254) at first, and a write outside of them fails the test."""
     buffers = []
     torch_empty = torch.empty
 
@@ -163,7 +178,7 @@ def guarded_results(monkeypatch):
         sentinel = 12345.0 if plain.is_floating_point() else 77
         buffer = plain.new_full((plain.numel() + 134,), sentinel)
         buffers.append((buffer, sentinel))
-        fill = float("nan") if plain.is_floating_point() else 255
+        fill = float("nan") if plain.is_floating_point() else 254
         return buffer.as_strided(plain.shape, plain.stride(), 67).fill_(fill)
 
     monkeypatch.setattr(base.torch, "empty", empty)
@@ -197,10 +212,16 @@ def test_forward_within_bound(able, fused, guarded_results, poisoned, magnitude)
     bound += torch.finfo(x.dtype).eps * exact.abs()
     indices = indices_of(fused, code)
     expected = chosen(exact if keeps_preactivation(fused) else activate(fused, exact), indices)
-    assert bool(((value.double() - expected).abs() <= chosen(bound, indices)).all())
-    largest, _ = pool_of(fused, activate(fused, exact))
+    nowhere = code == NO_VOXEL
+    expected[nowhere] = 0
+    assert fused.activation == "relu" or not nowhere.any()
+    assert torch.equal(nowhere, value <= 0) or fused.activation != "relu"
     slack = 2 * STEEPEST * pool_of(fused, bound)[0]
-    assert bool((chosen(activate(fused, exact), indices) >= largest - slack).all())
+    error = (value.double() - expected).abs()
+    assert bool((error <= torch.where(nowhere, slack, chosen(bound, indices))).all())
+    largest, _ = pool_of(fused, activate(fused, exact))
+    found = torch.where(nowhere, 0, chosen(activate(fused, exact), indices))
+    assert bool((found >= largest - slack).all())
 
 
 @pytest.mark.parametrize(("able", "fused"), cases(["float32"]))
@@ -217,7 +238,10 @@ def test_forward_exact_on_integers_with_ties_and_nan(able, fused, poisoned):
         bias[0] = -float("inf")
     value, code = able.forward_max_pool(fused, x, weight, bias)
     expected, indices = pool_of(fused, activate(fused, convolve(fused, x, weight, bias)))
-    assert torch.equal(code, code_of(fused, indices))
+    expected_code = code_of(fused, indices)
+    if fused.activation == "relu":
+        expected_code[expected <= 0] = NO_VOXEL
+    assert torch.equal(code, expected_code)
     torch.testing.assert_close(value.double(), expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -225,29 +249,36 @@ def test_forward_exact_on_integers_with_ties_and_nan(able, fused, poisoned):
 @pytest.mark.parametrize(("able", "fused"), cases())
 def test_gradients_within_bound(able, fused, gradient, guarded_results, poisoned):
     require(able, fused, gradient)
-    (grad, code, other), indices = gradient_operands(fused, gradient)
+    (grad, code, other), indices, counts = gradient_operands(fused, gradient)
     copies = [tensor.clone() for tensor in (grad, code, other)]
-    got = getattr(able, f"{gradient}_max_pool")(fused, grad, code, other)
+    got, of_bias = gradient_of(able, fused, gradient, (grad, code, other))
     assert got.is_contiguous(memory_format=MEMORY_FORMAT[fused.layout])
     for tensor, copy in zip((grad, code, other), copies, strict=True):
-        assert torch.equal(tensor, copy), "a pass wrote to its argument"
-    exact = dense_gradient(fused, gradient, scattered(fused, grad, indices), other)
-    magnitude = dense_gradient(fused, gradient, scattered(fused, grad.abs(), indices), other.abs())
+        torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True, msg="a pass wrote to its argument")
+    exact = dense_gradient(fused, gradient, scattered(fused, counts, indices), other)
+    magnitude = dense_gradient(fused, gradient, scattered(fused, counts.abs(), indices), other.abs())
     accuracy = able.accuracy(fused, gradient)
     unit = torch.finfo(getattr(torch, accuracy.accumulate_dtype)).eps
     bound = accuracy.constant * unit * fused.reduction_length(gradient) * magnitude
     bound += torch.finfo(grad.dtype).eps * exact.abs()
     assert got.shape == exact.shape
     assert bool(((got.double() - exact).abs() <= bound).all())
+    assert (of_bias is not None) == (gradient == "grad_weight" and fused.bias)
+    if of_bias is not None:
+        error = (of_bias.double() - counts.double().sum((0, 2, 3, 4))).abs()
+        terms = counts[:, 0].numel()
+        assert bool((error <= unit * terms * counts.double().abs().sum((0, 2, 3, 4))).all())
 
 
 @pytest.mark.parametrize("gradient", ["grad_input", "grad_weight"])
 @pytest.mark.parametrize(("able", "fused"), cases(["float32"]))
 def test_gradients_exact_on_integers(able, fused, gradient, poisoned):
     require(able, fused, gradient)
-    (grad, code, other), indices = gradient_operands(fused, gradient, integers=True)
-    got = getattr(able, f"{gradient}_max_pool")(fused, grad, code, other)
-    assert torch.equal(got.double(), dense_gradient(fused, gradient, scattered(fused, grad, indices), other))
+    operands, indices, counts = gradient_operands(fused, gradient, integers=True)
+    got, of_bias = gradient_of(able, fused, gradient, operands)
+    assert torch.equal(got.double(), dense_gradient(fused, gradient, scattered(fused, counts, indices), operands[2]))
+    if of_bias is not None:
+        assert torch.equal(of_bias.double(), counts.double().sum((0, 2, 3, 4)))
 
 
 @pytest.mark.parametrize(("able", "fused"), cases(["float32"]))
@@ -259,7 +290,7 @@ def test_same_bits_for_every_run_and_thread_count(able, fused, pass_, threads):
     for count in (1, 1, 2, 3):
         threads(count)
         result = run(fused, *args)
-        results.append(result if pass_ == "forward" else (result,))
+        results.append([result] if pass_ == "grad_input" else [part for part in result if part is not None])
     for again in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(again, results[0], strict=True))
 

@@ -2,7 +2,8 @@
 //
 // As torch's max_pool3d: of equal maxima the first in the order depth, height, width is chosen; a NaN is larger than
 // any number and the last NaN stays. Comparing activated values decides ties that the activation makes. ReLU needs no
-// activation per value: where the largest pre-activation is not positive, all values are zero and the first wins.
+// activation per value: where the largest pre-activation is not positive, all values are zero and none is chosen
+// (kNoVoxel).
 //
 // Where the derivative of an activation does not follow from its value (SiLU, GELU), the pre-activation of the chosen
 // voxel is written in place of the maximum: the value follows from it.
@@ -25,8 +26,7 @@ class Choice {
     using vector = typename Vector<T>::type;
     using integers = typename VectorType<T>::integers;
 
-    Choice(vector first, int32_t code, T slope)
-        : first_code_(all(code)), codes_(first_code_), code_(first_code_), slope_(slope), kept_(first) {
+    Choice(vector first, int32_t code, T slope) : codes_(all(code)), code_(codes_), slope_(slope), kept_(first) {
         best_ = compared(first);
     }
 
@@ -48,7 +48,7 @@ class Choice {
     }
 
     inline integers codes() const {
-        if constexpr (A == Activation::relu) return best_ <= T(0) ? first_code_ : codes_;
+        if constexpr (A == Activation::relu) return best_ <= T(0) ? all(kNoVoxel) : codes_;
         return codes_;
     }
 
@@ -68,7 +68,6 @@ class Choice {
         return activate<A, T>(value, slope_);
     }
 
-    const integers first_code_;
     integers codes_, code_;
     const T slope_;
     vector best_, kept_;

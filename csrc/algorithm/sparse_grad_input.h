@@ -176,7 +176,8 @@ class SparseGradInput {
                     int32_t offset = static_cast<int32_t>(-depth * entry_plane_);
                     for (int64_t c = 0; c < channels; ++c, offset += filter) {
                         const uint8_t code = codes[c * channel];
-                        visit(gradients[c * channel], window + code_voxels[code], offset + code_planes[code]);
+                        visit(passed(gradients[c * channel], code), window + code_voxels[code],
+                              offset + code_planes[code]);
                     }
                 }
             }

@@ -11,6 +11,7 @@
 // leave lanes of a segment idle, have a kernel of their own (select_grad_weight.h).
 #pragma once
 
+#include "chosen_sum.h"
 #include "select_grad_weight.h"
 #include "sparse_gradient.h"
 
@@ -138,8 +139,9 @@ class SparseGradWeight {
                     const T* gradients = grad_ + at;
                     const uint8_t* codes = code_ + at;
                     for (int64_t w = 0; w < width; ++w, place += cell_step_[2]) {
-                        const T gradient = gradients[w * voxel];
-                        list[length] = {gradient, static_cast<int32_t>(place) + code_offsets_[codes[w * voxel]]};
+                        const uint8_t code = codes[w * voxel];
+                        const T gradient = passed(gradients[w * voxel], code);
+                        list[length] = {gradient, static_cast<int32_t>(place) + code_offsets_[code]};
                         length += nonzero(gradient);
                     }
                 }
@@ -191,12 +193,13 @@ class SparseGradWeight {
 
 template <typename T>
 void sparse_grad_weight(const PooledProblem& problem, const T* grad_pooled, const uint8_t* code, const T* x,
-                        T* grad_weight) {
+                        T* grad_weight, T* grad_bias) {
     if (SelectGradWeight<T>::suits(problem)) {
         SelectGradWeight<T>(problem, grad_pooled, code, x).run(grad_weight);
     } else {
         SparseGradWeight<T>(problem, grad_pooled, code, x).run(grad_weight);
     }
+    if (grad_bias != nullptr) sum_chosen(problem, grad_pooled, code, grad_bias);
 }
 
 }  // namespace

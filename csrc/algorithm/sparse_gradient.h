@@ -1,8 +1,9 @@
 // The gradient behind a max-pool, read as what it is: one non-zero pre-pool voxel per pooled value.
 //
 // Pooled voxel p with code c is the gradient of output voxel p * pool_stride - pool_padding + position(c). Both sparse
-// passes turn codes into offsets that are linear in the position, a table of 256 entries. A code beyond the window is
-// read as 0, so that no byte can lead outside of what the passes allocate for whole windows.
+// passes turn codes into offsets that are linear in the position, a table of 256 entries. kNoVoxel stands for a
+// gradient of zero. Any other code beyond the window is read as 0, so that no byte can lead outside of what the passes
+// allocate for whole windows.
 #pragma once
 
 #include "../microkernel/grad_weight_pack.h"
@@ -24,6 +25,12 @@ inline bool nonzero(double value) {
     uint64_t bits;
     std::memcpy(&bits, &value, sizeof(bits));
     return bits + bits != 0;
+}
+
+// What a gradient gives to the voxel that its code names.
+template <typename T>
+inline T passed(T gradient, uint8_t code) {
+    return code == kNoVoxel ? T(0) : gradient;
 }
 
 inline void list_code_offsets(const PooledProblem& problem, const int64_t step[3], int32_t offsets[256]) {

@@ -1,7 +1,7 @@
 // The register tile of the weight gradient behind a max-pool for few input channels: B blocks x S shifts x one vector
 // of output channels.
 //
-//     sums[b * S + s][lane] += sum over v < count of
+//     sums[b * S + s][lane] += sum over v < count with codes[v][lane] != kNoVoxel of
 //         values[v][lane] * blocks[v * step + offsets[b] + s * shift + lane_of_code[codes[v][lane]]]
 //
 // A block holds all voxels of a window, shifted by one tap: it is loaded as one vector, and each output channel
@@ -10,6 +10,7 @@
 #pragma once
 
 #include "../isa.h"
+#include "../problem.h"
 
 #if defined(__AVX2__) && PVC_VECTOR_BYTES == 32
 #include <immintrin.h>
@@ -42,7 +43,7 @@ struct SelectArguments {
     const T* blocks;
     int64_t step;          // in `blocks`, from one voxel to the next
     const T* values;       // `pitch` from one voxel to the next
-    const uint8_t* codes;  // likewise; taken modulo the number of lanes
+    const uint8_t* codes;  // likewise; kNoVoxel, or taken modulo the number of lanes
     int64_t pitch, count;
     const typename VectorType<T>::integer* lane_of_code;  // as many as there are lanes
     int64_t shift;
@@ -79,10 +80,11 @@ void select_tile(const SelectArguments<T>& a, const int32_t* offsets, T* sums) {
     const uint8_t* codes = a.codes;
     for (int64_t v = 0, place = 0; v < a.count; ++v, values += a.pitch, codes += a.pitch, place += a.step) {
         integers lanes[S];
-        lanes[0] = permute(table, widen<T>(codes));
+        const integers chosen = widen<T>(codes);
+        lanes[0] = permute(table, chosen);
 #pragma GCC unroll 4
         for (int s = 1; s < S; ++s) lanes[s] = lanes[s - 1] + static_cast<integer>(a.shift);
-        const typename V::type value = V::load(values);
+        const typename V::type value = chosen == kNoVoxel ? typename V::type{} : V::load(values);
 #pragma GCC unroll 16
         for (int b = 0; b < B; ++b) {
             const typename V::type voxels = V::load(block[b] + place);

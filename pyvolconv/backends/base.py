@@ -12,11 +12,14 @@ A problem with a pool asks for the fused passes (`forward_max_pool` and its grad
 
 - forward computes max_pool3d(activation(conv3d(x, weight) + bias)) without storing what is pooled, and chooses a voxel
   of each window as torch's max_pool3d does: the first maximum in the order d, h, w; a NaN wins, the last one stays;
-- for each pooled value it returns a byte, the chosen voxel's index (d * window_h + h) * window_w + w in its window;
+- for each pooled value it returns a byte, the chosen voxel's index (d * window_h + h) * window_w + w in its window, or
+  `epilogue.NO_VOXEL` where the activation is relu and the pooled value is zero: no gradient passes through it;
 - where the activation's derivative does not follow from its value (`epilogue.KEEPS_PREACTIVATION`) the first result is
   the value before the activation at the voxel that was chosen after it;
-- gradients take `grad`, that of the pre-activation at the chosen voxels, of the shape and layout of `code`; where
-  windows overlap, a voxel chosen twice counts twice.
+- gradients take `grad`, that of the pre-activation at the chosen voxels, of the shape and layout of `code`; what stands
+  at NO_VOXEL counts as zero, whatever it is, and where windows overlap, a voxel chosen twice counts twice;
+- the gradient of the bias, the sum of all of `grad` that counts, comes with that of the weight when `problem.bias` is
+  set.
 """
 
 from __future__ import annotations
@@ -106,8 +109,10 @@ class Backend(ABC):
         """dL/dx of shape `problem.input_shape`."""
         raise NotImplementedError(f"{self.name} has no fused passes: {problem}")
 
-    def grad_weight_max_pool(self, problem: ConvProblem, grad: Tensor, code: Tensor, x: Tensor) -> Tensor:
-        """dL/dw of shape `problem.weight_shape`."""
+    def grad_weight_max_pool(
+        self, problem: ConvProblem, grad: Tensor, code: Tensor, x: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """dL/dw of shape `problem.weight_shape`, and dL/dbias (C_out,) when `problem.bias` is set, else None."""
         raise NotImplementedError(f"{self.name} has no fused passes: {problem}")
 
     @abstractmethod

@@ -161,15 +161,23 @@ class CppDirect(Backend):
         )
         return result
 
-    def grad_weight_max_pool(self, problem: ConvProblem, grad: Tensor, code: Tensor, x: Tensor) -> Tensor:
+    def grad_weight_max_pool(
+        self, problem: ConvProblem, grad: Tensor, code: Tensor, x: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         from .. import _C
 
-        result = empty(problem, "weight", x)
+        grad_weight = empty(problem, "weight", x)
+        grad_bias = x.new_empty(problem.out_channels) if problem.bias else None
         follow_torch_threads()
         _C.grad_weight_max_pool(
-            pooled_plan_of(problem), grad.data_ptr(), code.data_ptr(), x.data_ptr(), result.data_ptr()
+            pooled_plan_of(problem),
+            grad.data_ptr(),
+            code.data_ptr(),
+            x.data_ptr(),
+            grad_weight.data_ptr(),
+            0 if grad_bias is None else grad_bias.data_ptr(),
         )
-        return result
+        return grad_weight, grad_bias
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
         return Accuracy(constant=1.0, accumulate_dtype=problem.dtype, bitwise_reproducible=True)

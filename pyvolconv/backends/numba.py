@@ -87,11 +87,13 @@ class NumbaBackend(Backend):
         _call("reference_max_pool", "grad_input", (grad, code, weight), sizes, (grad_x,))
         return grad_x
 
-    def grad_weight_max_pool(self, problem: ConvProblem, grad: Tensor, code: Tensor, x: Tensor) -> Tensor:
-        grad_w = empty(problem, "weight", like=x)
+    def grad_weight_max_pool(
+        self, problem: ConvProblem, grad: Tensor, code: Tensor, x: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        grad_w, grad_b = empty(problem, "weight", like=x), x.new_empty(problem.out_channels)
         sizes = (*_geometry(problem), *_pool(problem))
-        _call("reference_max_pool", "grad_weight", (grad, code, x), sizes, (grad_w,))
-        return grad_w
+        _call("reference_max_pool", "grad_weight", (grad, code, x), sizes, (grad_w, grad_b))
+        return grad_w, grad_b if problem.bias else None
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
         return Accuracy(constant=1.0, accumulate_dtype=problem.dtype, bitwise_reproducible=True)

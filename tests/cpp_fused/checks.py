@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyvolconv.backends.base import MEMORY_FORMAT
-from pyvolconv.epilogue import KEEPS_PREACTIVATION, MaxPool
+from pyvolconv.epilogue import KEEPS_PREACTIVATION, NO_VOXEL, MaxPool
 from pyvolconv.fused_ops import APPLY
 from pyvolconv.fused_voxels import code_of_indices, scatter, select
 from pyvolconv.problem import ConvProblem
@@ -29,6 +29,8 @@ def expected(problem: ConvProblem, dense: Tensor) -> tuple[Tensor, Tensor]:
     """(value, code) that the forward pass returns for these convolution results."""
     value, indices = pooled(problem, activate(problem, dense))
     code = code_of_indices(indices, problem.output_size, problem.pool)
+    if problem.activation == "relu":
+        code[value <= 0] = NO_VOXEL
     return select(dense, code, problem.pool) if problem.activation in KEEPS_PREACTIVATION else value, code
 
 
@@ -42,9 +44,11 @@ def with_bias(args: list[Tensor]) -> list[Tensor | None]:
 
 
 def random_code(problem: ConvProblem) -> Tensor:
-    """Codes of random maxima, which lie inside the output."""
+    """Codes of random maxima, which lie inside the output; a tenth chose no voxel."""
     _, indices = pooled(problem, torch.randn(problem.output_shape))
-    return dense_in(problem, code_of_indices(indices, problem.output_size, problem.pool))
+    code = code_of_indices(indices, problem.output_size, problem.pool)
+    code[torch.rand(code.shape) < 0.1] = NO_VOXEL
+    return dense_in(problem, code)
 
 
 def random_grad(problem: ConvProblem, integers: bool) -> Tensor:
@@ -76,6 +80,6 @@ def check_integer_gradients(fused: Fused, problem: ConvProblem, code: Tensor, op
     assert torch.equal(
         fused.grad_input(problem, grad, code, weight).double(), reference(plain(problem), "grad_input", [dense, weight])
     )
-    assert torch.equal(
-        fused.grad_weight(problem, grad, code, x).double(), reference(plain(problem), "grad_weight", [dense, x])
-    )
+    of_weight, of_bias = fused.grad_weight(problem, grad, code, x)
+    assert torch.equal(of_weight.double(), reference(plain(problem), "grad_weight", [dense, x]))
+    assert torch.equal(of_bias.double(), dense.double().sum((0, 2, 3, 4)))

@@ -52,8 +52,10 @@ class Fused:
     def grad_input(self, problem: ConvProblem, grad: Tensor, code: Tensor, weight: Tensor) -> Tensor:
         return CPP.grad_input_max_pool(problem, grad, code, weight)
 
-    def grad_weight(self, problem: ConvProblem, grad: Tensor, code: Tensor, x: Tensor) -> Tensor:
-        return CPP.grad_weight_max_pool(problem, grad, code, x)
+    def grad_weight(self, problem: ConvProblem, grad: Tensor, code: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        of_weight, of_bias = CPP.grad_weight_max_pool(problem.with_(bias=True), grad, code, x)
+        assert of_bias is not None
+        return of_weight, of_bias
 
 
 class WideFused(Fused):
@@ -82,7 +84,7 @@ class WideFused(Fused):
         self._run(problem, 1, grad, weight, None, result, code)
         return result
 
-    def grad_weight(self, problem: ConvProblem, grad: Tensor, code: Tensor, x: Tensor) -> Tensor:
-        result = empty(problem, "weight", grad)
-        self._run(problem, 2, grad, x, None, result, code)
-        return result
+    def grad_weight(self, problem: ConvProblem, grad: Tensor, code: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        of_weight, of_bias = empty(problem, "weight", grad), grad.new_empty(problem.out_channels)
+        self._run(problem, 2, grad, x, of_bias, of_weight, code)
+        return of_weight, of_bias

@@ -31,7 +31,7 @@ def test_within_bound_and_same_bits_for_every_thread_count(
         return [
             *fused.forward(problem, *with_bias(args)),
             fused.grad_input(problem, grad, code, weight),
-            fused.grad_weight(problem, grad, code, x),
+            *fused.grad_weight(problem, grad, code, x),
         ]
 
     threads(1)

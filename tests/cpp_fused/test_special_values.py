@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyvolconv.backends.base import MEMORY_FORMAT
+from pyvolconv.epilogue import NO_VOXEL
 from pyvolconv.problem import LAYOUTS, ConvProblem
 
 from .checks import check_integers, dense_in, expected, random_code, random_grad
@@ -54,9 +55,13 @@ def test_zero_gradients_are_skipped_and_nan_reaches_its_own_values_only(fused):
         hit = fused.grad_input(problem, grad, code, weight).isnan()
         assert hit[0, :, 2:5, 3:6, 6:9].all()
         assert hit.sum() == channels * 27
-        hit = fused.grad_weight(problem, grad, code, x).isnan()
-        assert hit[4].all()
-        assert hit.sum() == hit[4].numel()
+        of_weight, of_bias = fused.grad_weight(problem, grad, code, x)
+        for hit in (of_weight.isnan(), of_bias.isnan()):
+            assert hit[4].all()
+            assert hit.sum() == hit[4].numel()
+        code[code == 5] = NO_VOXEL
+        assert not fused.grad_input(problem, grad, code, weight).any()
+        assert not any(result.any() for result in fused.grad_weight(problem, grad, code, x))
 
 
 def test_scratch_of_a_larger_problem_does_not_leak(fused, operands, reference):
