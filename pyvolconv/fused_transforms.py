@@ -76,7 +76,7 @@ def _vmap_conv3d_max_pool_grad_weight(
 
 
 def _multiplications(batch: int, weight: Sequence[int], voxels: Sequence[int]) -> int:
-    """FLOPs of a gradient: every weight meets every chosen voxel once, an FMA counted as two."""
+    """FLOPs of a gradient as torch counts them: every weight meets every chosen voxel once, an FMA is two."""
     return 2 * batch * int(torch.Size(weight).numel()) * int(torch.Size(voxels).numel())
 
 

@@ -189,12 +189,13 @@ class ConvProblem:
         """Floating-point operations of direct convolution, an FMA counted as two, padding counted as work.
 
         The three passes do the same multiplications in another order, so the number is the same for each;
-        adding the bias is one more per output value, in the forward pass only. With a pool the gradients
-        need only the chosen voxels. Comparisons and activations are not counted.
+        adding the bias is one more per output value of the forward pass. With a pool the gradients need only
+        the chosen voxels, and that of the bias, one addition for each, comes with that of the weight.
+        Comparisons and activations are not counted.
         """
         summed = self.output_shape if pass_ == "forward" else self.pooled_shape
         multiply_adds = math.prod(summed) * math.prod(self.weight_shape[1:])
-        return 2 * multiply_adds + (math.prod(self.output_shape) if self.bias and pass_ == "forward" else 0)
+        return 2 * multiply_adds + (math.prod(summed) if self._has_bias(pass_) else 0)
 
     def min_bytes(self, pass_: Pass) -> int:
         """Bytes that a pass must move at the least: each operand read once, the result written once.
@@ -202,9 +203,12 @@ class ConvProblem:
         With a pool each pooled value has a byte beside it, the index of the chosen voxel.
         """
         values = math.prod(self.input_shape) + math.prod(self.pooled_shape) + math.prod(self.weight_shape)
-        if self.bias and pass_ == "forward":
+        if self._has_bias(pass_):
             values += self.out_channels
         return values * DTYPE_BYTES[self.dtype] + (math.prod(self.pooled_shape) if self.pool else 0)
+
+    def _has_bias(self, pass_: Pass) -> bool:
+        return self.bias and (pass_ == "forward" or (pass_ == "grad_weight" and self.pool is not None))
 
     def reduction_length(self, pass_: Pass) -> int:
         """The largest number of products summed into one value of the result; scales rounding error."""

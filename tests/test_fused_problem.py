@@ -67,10 +67,12 @@ def test_work_of_a_fused_pass():
     pooled = 2 * 6 * 4 * 5 * 5
     assert fused.pooled_shape == (2, 6, 4, 5, 5)
     assert fused.flops("forward") == PLAIN.flops("forward")
-    assert fused.flops("grad_input") == fused.flops("grad_weight") == 2 * pooled * 4 * 27
+    assert fused.flops("grad_input") == 2 * pooled * 4 * 27
+    assert fused.flops("grad_weight") == 2 * pooled * 4 * 27 + pooled  # the gradient of the bias comes with it
+    assert fused.with_(bias=False).flops("grad_weight") == 2 * pooled * 4 * 27
     values = math.prod(PLAIN.input_shape) + pooled + math.prod(PLAIN.weight_shape)
-    assert fused.min_bytes("grad_weight") == 4 * values + pooled
-    assert fused.min_bytes("forward") == 4 * (values + 6) + pooled
+    assert fused.min_bytes("grad_input") == 4 * values + pooled
+    assert fused.min_bytes("grad_weight") == fused.min_bytes("forward") == 4 * (values + 6) + pooled
     assert fused.reduction_length("grad_weight") == 2 * 4 * 5 * 5
     assert fused.reduction_length("grad_input") == PLAIN.reduction_length("grad_input")
     overlapping = PLAIN.with_(pool=MaxPool((3, 3, 3), (2, 2, 1)))

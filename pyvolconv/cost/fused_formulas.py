@@ -40,9 +40,10 @@ def _grad_input(args: Sequence[Any], result: Tensor, is_weight: IsWeight) -> Ope
 
 
 def _grad_weight(args: Sequence[Any], result: tuple[Tensor, Tensor], is_weight: IsWeight) -> OperatorCost:
-    grad, code, x, _, _, *sizes = args
+    grad, code, x, _, bias, *sizes = args
     geometry, pool = split_sizes(sizes)
-    plain = conv3d_problem(x.shape, result[0].shape, geometry, grad, layout_of(grad, code, x))  # type: ignore[arg-type]
+    layout = layout_of(grad, code, x)
+    plain = conv3d_problem(x.shape, result[0].shape, geometry, grad, layout, bias)  # type: ignore[arg-type]
     problem = fused_problem(plain, pool)
     work = Work("grad_weight", problem.flops("grad_weight"), problem.min_bytes("grad_weight"), problem)
     return OperatorCost("conv", (work,))

@@ -73,19 +73,17 @@ def test_training_gives_the_same_losses(layout):
 
 
 def test_the_profiler_sees_the_pass_that_runs(passes):
-    """Counted at its convolution, with the gradients' sparse work; of the rest only ReLU's mask, of pooled size."""
+    """Counted at its convolution, with the gradients' sparse work; nothing else is left of the chain."""
     model = pyvolconv.accelerate(nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU(), nn.MaxPool3d(2)))
     costs = {
         (cost.layer, cost.kind): cost for cost in count_model(model, torch.zeros(2, 3, 8, 9, 7, requires_grad=True))
     }
     assert passes == {"fused": 1, "plain": 0}
-    assert set(costs) == {("0", "conv"), ("0", "activation"), ("0", "elementwise")}
-    assert costs["0", "activation"].passes["backward"].flops == 2 * 4 * 3 * 3 * 2
+    assert set(costs) == {("0", "conv")}
     conv = costs["0", "conv"]
     voxels, chosen, taps = 2 * 4 * 6 * 7 * 5, 2 * 4 * 3 * 3 * 2, 3 * 27
     assert conv.passes["forward"].flops == 2 * voxels * taps + voxels
-    assert conv.passes["grad_weight"].flops >= 2 * chosen * taps
-    assert conv.passes["grad_weight"].flops < 2 * voxels * taps / 4
+    assert conv.passes["grad_weight"].flops == 2 * chosen * taps + chosen
     model[1].register_forward_hook(lambda module, args, output: None)
     count_model(model, torch.zeros(2, 3, 8, 9, 7))
     assert passes == {"fused": 1, "plain": 1}
