@@ -1,8 +1,9 @@
 """The mission's fused passes one by one: `python benchmarks/fused_passes.py`.
 
 For each of the CNN's three convolutions with ReLU and 2x2x2 max-pool, batch 32, float32: the time of the forward pass,
-directly and by Winograd, and of the two sparse gradients, beside the multiplications that each needs at the machine's
-measured floating-point peak. The gradients are random, none zero: a step of training has some zeros behind the ReLU.
+directly, by Winograd and by the first layer's kernel, and of the two sparse gradients, beside the multiplications that
+each needs at the machine's measured floating-point peak. The gradients are random, none zero: a step of training has
+some zeros behind the ReLU.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ def passes_of(problem: ConvProblem) -> dict[str, tuple[Callable[[], object], int
 
     x, weight, bias = draw(problem.input_shape), draw(problem.weight_shape), torch.randn(problem.out_channels)
     grad = draw(problem.pooled_shape)
-    direct, winograd = (select(name)[0] for name in ("cpp.direct", "cpp.winograd"))
+    direct, winograd, first = (select(name)[0] for name in ("cpp.direct", "cpp.winograd", "cpp.first_layer"))
     _, code = direct.forward_max_pool(problem, x, weight, bias)
     dense, sparse = problem.flops("forward"), problem.flops("grad_weight")
     passes: dict[str, tuple[Callable[[], object], int]] = {
         "forward": (lambda: direct.forward_max_pool(problem, x, weight, bias), dense),
         "grad_weight": (lambda: direct.grad_weight_max_pool(problem, grad, code, x), sparse),
     }
+    if not first.unsupported_reasons(problem, "forward"):
+        passes["forward, first layer"] = (lambda: first.forward_max_pool(problem, x, weight, bias), dense)
     if problem.in_channels > 1:
         passes["forward, Winograd"] = (lambda: winograd.forward_max_pool(problem, x, weight, bias), dense)
         passes["grad_input"] = (lambda: direct.grad_input_max_pool(problem, grad, code, weight), sparse)

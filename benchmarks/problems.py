@@ -42,6 +42,13 @@ PROBLEM_SETS: dict[str, dict[str, str]] = {
         "small-2": "n32ic8oc16-i16-k3-p1",
         "small-3": "n32ic32oc64-i8-k3-p1",
         "dilated": "n4ic32oc32-i32-k3-p2-d2",
+        "pointwise-up": "n2ic64oc256-i16-k1",
+        "pointwise-down": "n2ic256oc64-i16-k1",
+        "in-plane": "n2ic64oc64-i16x28x28-k1x3x3-p0x1x1",
+        "along-depth": "n2ic64oc64-i16x28x28-k3x1x1-p1x0x0",
+        "depthwise-3": "n2g64ic64oc64-i32-k3-p1",
+        "depthwise-5": "n2g64ic64oc64-i32-k5-p2",
+        "transposed": "n2ic32oc64-i64-k2-s2",  # its grad_input is the ConvTranspose3d(64, 32, 2, 2) of a 32^3 input
     },
 }
 

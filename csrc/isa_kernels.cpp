@@ -6,10 +6,12 @@
 #include "algorithm/direct_forward.h"
 #include "algorithm/direct_grad_input.h"
 #include "algorithm/direct_grad_weight.h"
+#include "algorithm/first_layer.h"
 #include "algorithm/pooled_forward.h"
 #include "algorithm/sparse_grad_input.h"
 #include "algorithm/sparse_grad_weight.h"
 #include "algorithm/winograd_gather.h"
+#include "algorithm/winograd_grad_weight.h"
 #include "algorithm/winograd_pooled.h"
 #include "isa.h"
 #include "kernel_table.h"
@@ -23,10 +25,12 @@ namespace pvc {
 const KernelTable PVC_JOIN(kernels_, PVC_ISA) = {
     {direct_forward<float>, direct_grad_input<float>, direct_grad_weight<float>, pooled_forward<float>,
      sparse_grad_input<float>, sparse_grad_weight<float>, has_winograd<float>, winograd_forward<float>,
-     winograd_grad_input<float>, winograd_pooled<float>},
+     winograd_grad_input<float>, winograd_grad_weight<float>, winograd_pooled<float>, first_layer_forward<float>,
+     first_layer_pooled<float>},
     {direct_forward<double>, direct_grad_input<double>, direct_grad_weight<double>, pooled_forward<double>,
      sparse_grad_input<double>, sparse_grad_weight<double>, has_winograd<double>, winograd_forward<double>,
-     winograd_grad_input<double>, winograd_pooled<double>},
+     winograd_grad_input<double>, winograd_grad_weight<double>, winograd_pooled<double>, first_layer_forward<double>,
+     first_layer_pooled<double>},
     measure_fma_peak,
 };
 

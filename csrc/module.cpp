@@ -134,8 +134,8 @@ void grad_weight(const Plan& plan, uintptr_t grad_output, uintptr_t x, uintptr_t
 }
 
 // Calls body(passes, T{}) with the passes of the plan's dtype, without the interpreter lock.
-template <typename Body>
-void with_passes(const PooledPlan& plan, const Body& body) {
+template <typename AnyPlan, typename Body>
+void with_passes(const AnyPlan& plan, const Body& body) {
     const pvc::KernelTable& kernels = pvc::current_kernels();
     const py::gil_scoped_release release;
     if (plan.double_precision) {
@@ -216,6 +216,19 @@ void winograd_grad_input(const Plan& plan, const Size3& outputs, uintptr_t grad_
     });
 }
 
+void winograd_grad_weight(const Plan& plan, const Size3& outputs, uintptr_t grad_output, uintptr_t x,
+                          uintptr_t result) {
+    for (const int64_t count : outputs) {
+        if (count > 2)
+            throw std::invalid_argument("the gradient of a weight takes one or two outputs per tile and axis");
+    }
+    with_winograd(plan.problem, plan.double_precision, outputs, [&](const auto& passes, auto zero) {
+        using T = decltype(zero);
+        passes.winograd_grad_weight(plan.problem, outputs.data(), pointer<T>(grad_output), pointer<T>(x),
+                                    pointer<T>(result));
+    });
+}
+
 void winograd_forward_max_pool(const PooledPlan& plan, const Size3& outputs, uintptr_t x, uintptr_t weight,
                                uintptr_t bias, uintptr_t pooled, uintptr_t code) {
     const pvc::PooledProblem& problem = plan.problem;
@@ -229,6 +242,39 @@ void winograd_forward_max_pool(const PooledPlan& plan, const Size3& outputs, uin
         using T = decltype(zero);
         passes.winograd_forward_max_pool(problem, outputs.data(), pointer<T>(x), pointer<T>(weight), pointer<T>(bias),
                                          pointer<T>(pooled), pointer<uint8_t>(code));
+    });
+}
+
+// What the kernels for few input channels rely on.
+void check_first_layer(const pvc::ConvProblem& problem) {
+    bool fits = problem.groups == 1;
+    for (int axis = 0; axis < 3; ++axis) {
+        fits = fits && problem.stride[axis] == 1 && problem.dilation[axis] == 1 && problem.kernel_size[axis] == 3;
+    }
+    if (!fits) throw std::invalid_argument("the first-layer kernels need 3x3x3 taps, stride 1 and one group");
+}
+
+void first_layer_forward(const Plan& plan, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t y) {
+    check_first_layer(plan.problem);
+    with_passes(plan, [&](const auto& passes, auto zero) {
+        using T = decltype(zero);
+        passes.first_layer_forward(plan.problem, pointer<T>(x), pointer<T>(weight), pointer<T>(bias), pointer<T>(y));
+    });
+}
+
+void first_layer_forward_max_pool(const PooledPlan& plan, uintptr_t x, uintptr_t weight, uintptr_t bias,
+                                  uintptr_t pooled, uintptr_t code) {
+    const pvc::PooledProblem& problem = plan.problem;
+    check_first_layer(problem.conv);
+    for (int axis = 0; axis < 3; ++axis) {
+        if (problem.pool_window[axis] != 2 || problem.pool_stride[axis] != 2 || problem.pool_padding[axis] != 0) {
+            throw std::invalid_argument("the first-layer kernels pool windows of 2x2x2 with stride 2 and no padding");
+        }
+    }
+    with_passes(plan, [&](const auto& passes, auto zero) {
+        using T = decltype(zero);
+        passes.first_layer_forward_max_pool(problem, pointer<T>(x), pointer<T>(weight), pointer<T>(bias),
+                                            pointer<T>(pooled), pointer<uint8_t>(code));
     });
 }
 
@@ -277,8 +323,15 @@ PYBIND11_MODULE(_C, module) {
                py::arg("weight"), py::arg("bias"), py::arg("y"));
     module.def("winograd_grad_input", &winograd_grad_input, py::arg("plan"), py::arg("outputs"), py::arg("grad_output"),
                py::arg("weight"), py::arg("grad_input"));
+    module.def("winograd_grad_weight", &winograd_grad_weight, py::arg("plan"), py::arg("outputs"),
+               py::arg("grad_output"), py::arg("x"), py::arg("grad_weight"));
     module.def("winograd_forward_max_pool", &winograd_forward_max_pool, py::arg("plan"), py::arg("outputs"),
                py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("pooled"), py::arg("code"));
+
+    module.def("first_layer_forward", &first_layer_forward, py::arg("plan"), py::arg("x"), py::arg("weight"),
+               py::arg("bias"), py::arg("y"));
+    module.def("first_layer_forward_max_pool", &first_layer_forward_max_pool, py::arg("plan"), py::arg("x"),
+               py::arg("weight"), py::arg("bias"), py::arg("pooled"), py::arg("code"));
 
     module.def("compiled_isas", &pvc::compiled_isas);
     module.def("supported_isas", &pvc::supported_isas);

@@ -70,6 +70,35 @@ struct Vector {
 #endif
     }
 
+    // a * *scalar, and sum + a * *scalar in one instruction where there is one. With AVX-512 the scalar is an embedded
+    // broadcast: GCC 12 writes a load of its own, which takes a slot of the arithmetic pipes.
+    static inline type multiply(type a, const T* scalar) {
+#if defined(__AVX512F__) && PVC_VECTOR_BYTES == 64
+        type product;
+        if constexpr (sizeof(T) == 4) {
+            asm("vmulps %2%{1to16%}, %1, %0" : "=v"(product) : "v"(a), "m"(*scalar));
+        } else {
+            asm("vmulpd %2%{1to8%}, %1, %0" : "=v"(product) : "v"(a), "m"(*scalar));
+        }
+        return product;
+#else
+        return a * *scalar;
+#endif
+    }
+
+    static inline type multiply_add(type a, const T* scalar, type sum) {
+#if defined(__AVX512F__) && PVC_VECTOR_BYTES == 64
+        if constexpr (sizeof(T) == 4) {
+            asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*scalar));
+        } else {
+            asm("vfmadd231pd %2%{1to8%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*scalar));
+        }
+        return sum;
+#else
+        return sum + a * *scalar;
+#endif
+    }
+
     // The first `count` (0 to lanes) elements, the rest zero; reads nothing beyond them.
     static inline type load_partial(const T* from, int64_t count) {
         type value = {};
@@ -80,6 +109,26 @@ struct Vector {
     // Writes the first `count` (0 to lanes) elements and nothing beyond them.
     static inline void store_partial(T* to, type value, int64_t count) {
         std::memcpy(to, &value, static_cast<size_t>(count) * sizeof(T));
+    }
+};
+
+// Half of a vector where vectors have 64 bytes, for what does not fill a whole one.
+constexpr bool kHalfVectors = PVC_VECTOR_BYTES == 64;
+
+template <typename T, bool Half>
+struct VectorPart {
+    static constexpr int bytes = PVC_VECTOR_BYTES / (Half ? 2 : 1), lanes = bytes / static_cast<int>(sizeof(T));
+    typedef T type __attribute__((vector_size(bytes)));
+    typedef T unaligned __attribute__((vector_size(bytes), aligned(sizeof(T)), may_alias));
+
+    static inline type load(const T* from) { return *reinterpret_cast<const unaligned*>(from); }
+
+    static inline void store(T* to, type value) { *reinterpret_cast<unaligned*>(to) = value; }
+
+    // The lanes' bits that `mask` has.
+    static inline type keep(type value, typename VectorType<T>::integer mask) {
+        typedef typename VectorType<T>::integer integers __attribute__((vector_size(bytes)));
+        return reinterpret_cast<type>(reinterpret_cast<integers>(value) & mask);
     }
 };
 

@@ -21,10 +21,11 @@ import copyreg
 from functools import cache
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from .autotune import tune as time_passes
+from .example_run import forward, forward_and_backward
 from .fusion import find
 from .nn import Conv3d, ConvTranspose3d
 
@@ -35,19 +36,26 @@ _REPLACEMENTS: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
 )
 
 
-def accelerate(model: Model, example_input: Any = None, *, fuse: bool = True) -> Model:
+def accelerate(model: Model, example_input: Any = None, *, fuse: bool = True, tune: bool = True) -> Model:
     """Swap every `nn.Conv3d` and `nn.ConvTranspose3d` of `model` in place, user subclasses included.
 
     With `fuse`, chains of Conv3d, BatchNorm3d (while in eval mode), ReLU, LeakyReLU, SiLU or GELU, and MaxPool3d run as
     one pass where it can be proven that nobody sees what is in between: in `nn.Sequential` of any nesting, and in
     forward code that torch.fx can follow. `fusion_report(model)` says what became of each convolution, and why no more.
 
+    With an example the model is checked, and tuned to this machine: it runs forward before and after the swap, then
+    backward (where gradients are enabled), and every pass of every convolution that this asks for is timed in all
+    backends, torch's own among them. The fastest is used from then on, by every call with the same sizes, and kept for
+    later processes (`pyvolconv info` says where). Tuning takes a minute at the most. Parameters, their gradients,
+    buffers and random generators are as before afterwards.
+
     Args:
         model: any module; parameters, state_dict keys, hooks and isinstance relations stay as they are.
-        example_input: a tensor or tuple of arguments for `model`. When given, the model is run on it before
-            and after the swap, without gradients and in its current mode, and the swap is undone if the
-            shapes or dtypes of the results differ or a convolution cannot be run.
+        example_input: a tensor or tuple of arguments for `model`, of the sizes that it will be used with. The model
+            runs on it in its current mode, and the swap is undone if the shapes or dtypes of the results differ or a
+            convolution cannot be run.
         fuse: whether chains run as one pass; without it only the convolutions are replaced.
+        tune: whether the convolutions of the example are timed; without it the cost model decides.
 
     Returns:
         The same `model`.
@@ -70,16 +78,18 @@ def accelerate(model: Model, example_input: Any = None, *, fuse: bool = True) ->
         _swap(model, fuse)
         return model
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    before = _describe(model, arguments)
+    before = forward(model, arguments)
     swapped = _swap(model, fuse)
     try:
-        after = _describe(model, arguments)
+        after, asked = forward_and_backward(model, arguments)
         if after != before:
             raise RuntimeError(f"accelerate() changed the result on example_input from {before} to {after}; undone")
     except BaseException:
         for module in swapped:
             _revert(module)
         raise
+    if tune:
+        time_passes(asked)
     return model
 
 
@@ -177,11 +187,3 @@ def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
     memo[id(self)] = result
     result.__setstate__(copy.deepcopy(self.__dict__, memo))
     return result
-
-
-def _describe(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
-    with torch.no_grad():
-        return torch.utils._pytree.tree_map(
-            lambda value: (tuple(value.shape), str(value.dtype)) if isinstance(value, torch.Tensor) else type(value),
-            model(*arguments),
-        )

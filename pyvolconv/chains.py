@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from .arguments import triple
 from .epilogue import LARGEST_WINDOW, Activation, Size3
-from .functional import conv3d, triple
+from .functional import conv3d
 from .fused_functional import conv3d_max_pool
 from .nn import Conv3d
 

@@ -159,6 +159,48 @@ def profile(
     console.print(layer_table(found, console.width))
 
 
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="cnn, or package.module:callable that returns a torch.nn.Module.")],
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option("--input", metavar="N,C,D,H,W", help="Shape of the input; once per argument of the model."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float64, float16 or bfloat16.")] = "float32",
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Use channels_last_3d.")] = False,
+    inference: Annotated[bool, typer.Option("--inference", help="Forward only, in eval mode.")] = False,
+    high: Annotated[bool, typer.Option("--high", help='Tune for set_precision("high").')] = False,
+    seconds: Annotated[float, typer.Option(min=0, help="Longest time that is spent on timing.")] = 60.0,
+    again: Annotated[bool, typer.Option("--again", help="Also time what was timed before.")] = False,
+    threads: Threads = None,
+) -> None:
+    """Time every convolution of a model in every backend, torch included, and keep the fastest for later runs."""
+    from rich.console import Console
+
+    from .dispatch import set_precision
+    from .tune_model import find_model, parse_inputs, print_tuned, tune_model
+
+    _prepare(threads, Device.cpu)
+    console = Console()
+    if high:
+        set_precision("high")
+    try:
+        sizes = parse_inputs(model, shapes or [])
+        found = tune_model(
+            find_model(model, sizes),
+            sizes,
+            dtype=dtype,
+            channels_last=channels_last,
+            inference=inference,
+            seconds=seconds,
+            again=again,
+            console=console,
+        )
+    except (ValueError, RuntimeError) as error:
+        _fail(str(error))
+    print_tuned(console, found)
+
+
 def _prepare(threads: int | None, device: Device) -> None:
     import torch
 

@@ -25,7 +25,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 
 from .dispatch import forced_backend, use_backend_of_forward
-from .ops import conv3d, conv3d_grad_input, conv3d_grad_weight, grad_bias, library
+from .ops import conv3d, conv3d_grad_input, conv3d_grad_weight, grad_bias, kernel_of, library
+from .ordinary import is_ordinary
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,28 @@ class _Bilinear:
     grad_second: Callable[[Tensor, Tensor, Tensor, Sequence[Any]], Tensor]
 
 
+def _once(operator: Any, first: Tensor, second: Tensor, *sizes: Any) -> Tensor:
+    """What the operator returns; without the dispatcher where nobody differentiates it further or steps in."""
+    short = not torch.is_grad_enabled() and is_ordinary(first, second)
+    result: Tensor = (kernel_of(operator) if short else operator)(first, second, *sizes)
+    return result
+
+
+CONV3D = _Bilinear(
+    conv3d,
+    lambda x, weight, grad, geometry: _once(conv3d_grad_input, grad, weight, x.shape[2:], *geometry),
+    lambda x, weight, grad, geometry: _once(conv3d_grad_weight, grad, x, weight.shape[2:], *geometry),
+)
+CONV3D_GRAD_INPUT = _Bilinear(
+    conv3d_grad_input,
+    lambda grad_output, weight, grad, geometry: _once(conv3d, grad, weight, None, *geometry),
+    lambda grad_output, weight, grad, geometry: _once(
+        conv3d_grad_weight, grad_output, grad, weight.shape[2:], *geometry
+    ),
+)
 _RULES = (
-    _Bilinear(
-        conv3d,
-        lambda x, weight, grad, geometry: conv3d_grad_input(grad, weight, x.shape[2:], *geometry),
-        lambda x, weight, grad, geometry: conv3d_grad_weight(grad, x, weight.shape[2:], *geometry),
-    ),
-    _Bilinear(
-        conv3d_grad_input,
-        lambda grad_output, weight, grad, geometry: conv3d(grad, weight, None, *geometry),
-        lambda grad_output, weight, grad, geometry: conv3d_grad_weight(grad_output, grad, weight.shape[2:], *geometry),
-    ),
+    CONV3D,
+    CONV3D_GRAD_INPUT,
     _Bilinear(
         conv3d_grad_weight,
         lambda grad_output, x, grad, geometry: conv3d(x, grad, None, *geometry),
@@ -58,15 +70,16 @@ _RULES = (
 
 # The dispatcher brings a call here once per level of torch.func transforms, with the levels above it taken
 # off, so the node belongs to that one level; autograd.Function.apply would start at the outermost again.
-class _BilinearFunction(_SingleLevelFunction):
+class BilinearFunction(_SingleLevelFunction):
     """Autograd node of an operator called as operator(first, second, third, *geometry).
 
-    The third argument is the bias of conv3d, in which the operator is affine, and a size for the others.
+    The third argument is the bias of conv3d, in which the operator is affine, and a size for the others. `below` is
+    what `inside_node` takes.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, rule: _Bilinear, keyset: Any, first: Tensor, second: Tensor, third: Any, *geometry: Any
+        ctx: Any, rule: _Bilinear, below: Any, first: Tensor, second: Tensor, third: Any, *geometry: Any
     ) -> Tensor:
         ctx.save_for_backward(first, second)
         ctx.save_for_forward(first, second)
@@ -74,7 +87,7 @@ class _BilinearFunction(_SingleLevelFunction):
         ctx.rule, ctx.geometry = rule, geometry
         ctx.size = None if rule.operator is conv3d else third
         ctx.forced_backend = forced_backend()
-        result: Tensor = inside_node(rule.operator, keyset, (first, second, third, *geometry))
+        result: Tensor = inside_node(rule.operator, below, (first, second, third, *geometry))
         return result
 
     @staticmethod
@@ -112,13 +125,22 @@ class _BilinearFunction(_SingleLevelFunction):
         return sum(terms[1:], start=terms[0])
 
 
-def inside_node(operator: Any, keyset: Any, args: tuple[Any, ...]) -> Any:
-    """What the operator returns one dispatch key below the node of this level."""
+def inside_node(operator: Any, below: Any, args: tuple[Any, ...]) -> Any:
+    """What the operator returns one dispatch key below the node of this level.
+
+    Args:
+        operator: the torch operator.
+        below: the key set with which the dispatcher came to the node; or, in an ordinary call that did not go through
+            the dispatcher, the function that computes the operator.
+        args: of either.
+    """
+    if callable(below):
+        return below(*args)
     if not torch._C._are_functorch_transforms_active():
-        return _below_autograd(operator, keyset, args)
+        return _below_autograd(operator, below, args)
     # The node switches gradients off for its own level only: outer levels differentiate the call too.
     with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
-        return _below_autograd(operator, keyset, args)
+        return _below_autograd(operator, below, args)
 
 
 def _below_autograd(operator: Any, keyset: Any, args: tuple[Any, ...]) -> Any:
@@ -142,5 +164,5 @@ def autograd_kernel(operator: Any, node: Callable[..., Any]) -> Callable[..., An
 
 
 for _rule in _RULES:
-    _node = partial(_BilinearFunction.apply, _rule)  # type: ignore[attr-defined]
+    _node = partial(BilinearFunction.apply, _rule)  # type: ignore[attr-defined]
     library.impl(_rule.operator, autograd_kernel(_rule.operator, _node), "Autograd", with_keyset=True)

@@ -1,30 +1,36 @@
-"""Which backend runs a pass of a problem: forced > cost model > a clear error.
+"""Which backend runs a pass of a problem: forced > tuned > cost model > a clear error.
 
 A backend is forced by `use_backend("cpp")` in a `with` block or by the environment variable
-PYVOLCONV_BACKEND; the innermost wins. Without one, the cost model takes among the backends that can run
-the problem the one which expects to reach the largest share of the machine's FMA peak
-(`Backend.expected_efficiency`): all of them do the same multiplications, so that is the least time.
+PYVOLCONV_BACKEND; the innermost wins. Among those that are allowed and can run the problem, the one that was
+measured to be fastest is taken where times are known (`tuned`, filled by `autotune`). Otherwise the cost model takes
+the one which expects to reach the largest share of the machine's FMA peak (`Backend.expected_efficiency`): all of them
+do the same multiplications, so that is the least time.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache
+from math import inf
+
+import torch
 
 from .backends.base import Backend
 from .backends.registry import REGISTRY, select
 from .errors import UnsupportedProblemError
 from .precision import Precision, store_precision
 from .problem import ConvProblem, Pass
+from .tuned import milliseconds
 
 ENVIRONMENT_VARIABLE = "PYVOLCONV_BACKEND"
 
 logger = logging.getLogger("pyvolconv")
 _forced: ContextVar[str | None] = ContextVar("pyvolconv_forced_backend", default=None)
+_listeners: list[set[tuple[ConvProblem, Pass]]] = []
 
 
 def backends() -> tuple[Backend, ...]:
@@ -84,16 +90,44 @@ def choose(problem: ConvProblem, pass_: Pass) -> Backend:
         UnsupportedProblemError: no allowed backend can run it.
         ValueError: PYVOLCONV_BACKEND names no backend.
     """
-    forced = forced_backend()
-    backend = _choose(problem, pass_, forced)
+    backend = choose_or_none(problem, pass_)
     if backend is None:
+        forced = forced_backend()
         raise UnsupportedProblemError(problem, pass_, _refusals(problem, pass_, forced), forced)
     return backend
 
 
 def choose_or_none(problem: ConvProblem, pass_: Pass) -> Backend | None:
-    """As `choose`, and None where no allowed backend can run the pass."""
-    return _choose(problem, pass_, forced_backend())
+    """As `choose`, and None where no allowed backend can run the pass.
+
+    Of a problem with a pool also where putting the pass together from plain passes was measured to be faster.
+    """
+    for asked in _listeners:
+        asked.add((problem, pass_))
+    return _choose(problem, pass_, forced_backend(), torch.get_num_threads())
+
+
+@contextmanager
+def listen() -> Iterator[set[tuple[ConvProblem, Pass]]]:
+    """Every problem and pass that any thread asks the dispatcher for inside the block."""
+    asked: set[tuple[ConvProblem, Pass]] = set()
+    _listeners.append(asked)
+    try:
+        yield asked
+    finally:
+        # By identity: sets with equal contents are equal.
+        _listeners[:] = [listener for listener in _listeners if listener is not asked]
+
+
+def able_backends(problem: ConvProblem, pass_: Pass) -> list[Backend]:
+    """The backends that may be chosen for a pass without being named."""
+    reasons = _refusals(problem, pass_, None)
+    return [backend for backend in _candidates(None) if not reasons[backend.name]]
+
+
+def expected_fastest(problem: ConvProblem, pass_: Pass, able: Sequence[Backend]) -> Backend:
+    """What the cost model takes among backends that can run the pass."""
+    return max(able, key=lambda candidate: candidate.expected_efficiency(problem, pass_))
 
 
 def forget_choices() -> None:
@@ -136,13 +170,26 @@ def _refusals(problem: ConvProblem, pass_: Pass, forced: str | None) -> dict[str
 
 
 @lru_cache(maxsize=4096)
-def _choose(problem: ConvProblem, pass_: Pass, forced: str | None) -> Backend | None:
+def _choose(problem: ConvProblem, pass_: Pass, forced: str | None, threads: int) -> Backend | None:
+    # `threads` is part of the key only: measured times are those of one number of threads.
     reasons = _refusals(problem, pass_, forced)
     able = [backend for backend in _candidates(forced) if not reasons[backend.name]]
     if not able:
         return None
-    backend = max(able, key=lambda candidate: candidate.expected_efficiency(problem, pass_))
+    times = milliseconds(problem, pass_)
+    timed = [backend for backend in able if backend.name in times]
+    if timed:
+        backend = min(timed, key=lambda candidate: times[candidate.name])
+        if not forced and problem.pool is not None and _peer_time(times) < times[backend.name]:
+            return None
+    else:
+        backend = expected_fastest(problem, pass_, able)
     if not forced and not backend.ours:
         refused = "; ".join(f"{name}: {several[0]}" for name, several in reasons.items() if several)
-        logger.warning("%s of %s runs in ATen (%s)", pass_, problem, refused or "expected to be faster")
+        why = "measured to be faster" if timed else refused or "expected to be faster"
+        logger.warning("%s of %s runs in ATen (%s)", pass_, problem, why)
     return backend
+
+
+def _peer_time(times: Mapping[str, float]) -> float:
+    return min((times[backend.name] for backend in REGISTRY if not backend.ours and backend.name in times), default=inf)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,10 +15,9 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from . import derivatives as derivatives
 from . import ops
 from . import transforms as transforms
+from .arguments import Sizes, conv3d_arguments, conv_transpose3d_sizes
 from .dispatch import logger
-from .problem import DTYPE_BYTES
-
-Sizes = int | Sequence[int]
+from .shortcut import call_of, transposed_call_of
 
 
 def conv3d(
@@ -57,6 +55,9 @@ def conv3d(
     if has_torch_function_variadic(input, weight, bias):
         operands = (input, weight, bias)
         return handle_torch_function(conv3d, operands, *operands, stride, padding, dilation, groups)
+    call = call_of(input, weight, bias, stride, padding, dilation, groups)
+    if call is not None:
+        return call(input, weight, bias)
     args = conv3d_arguments(input, weight, bias, stride, padding, dilation, groups)
     if args is None:
         return _leave_to_torch(F.conv3d, input, weight, bias, stride, padding, dilation, groups)
@@ -107,7 +108,10 @@ def conv_transpose3d(
         return handle_torch_function(
             conv_transpose3d, operands, *operands, stride, padding, output_padding, groups, dilation
         )
-    sizes = _conv_transpose3d_sizes(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    call = transposed_call_of(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    if call is not None:
+        return call(input, weight, bias)
+    sizes = conv_transpose3d_sizes(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if sizes is None:
         return _leave_to_torch(
             F.conv_transpose3d, input, weight, bias, stride, padding, output_padding, groups, dilation
@@ -133,106 +137,3 @@ def _leave_to_torch(function: Callable[..., Tensor], *args: Any) -> Tensor:
 @lru_cache(maxsize=4096)
 def _log_once(message: str) -> None:
     logger.warning(message)
-
-
-def triple(value: Any) -> tuple[int, int, int] | None:
-    """Three ints out of what torch accepts for them, or None."""
-    sizes = value if isinstance(value, (tuple, list)) else (value,)
-    sizes = tuple(int(size) if isinstance(size, np.integer) else size for size in sizes)
-    if not all(isinstance(size, (int, torch.SymInt)) and not isinstance(size, bool) for size in sizes):
-        return None
-    if len(sizes) == 1:
-        return sizes * 3
-    return sizes if len(sizes) == 3 else None
-
-
-def _are_operands(input: Any, weight: Any, bias: Any, out_channels_axis: int, groups: Any) -> bool:
-    """Whether tensors and groups fit one another; what does not is left to torch to name."""
-    if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
-        return False
-    if (
-        not isinstance(groups, int)
-        or isinstance(groups, bool)
-        or str(input.dtype).removeprefix("torch.") not in DTYPE_BYTES
-    ):
-        return False
-    if input.dim() not in (4, 5) or weight.dim() != 5 or groups < 1 or input.device.type not in ("cpu", "cuda", "meta"):
-        return False
-    if weight.device != input.device or weight.layout != torch.strided or input.layout != torch.strided:
-        return False
-    channels = weight.shape[out_channels_axis] * (groups if out_channels_axis == 1 else 1)
-    if bias is not None and (
-        not isinstance(bias, Tensor) or bias.dim() != 1 or bias.shape[0] != channels or bias.device != input.device
-    ):
-        return False
-    if weight.shape[0] == 0 or weight.shape[0] % groups or min(weight.shape[2:]) < 1:
-        return False
-    if torch.is_autocast_enabled(input.device.type if input.device.type != "meta" else "cpu"):
-        return True
-    return input.dtype == weight.dtype and (bias is None or bias.dtype == input.dtype)
-
-
-def conv3d_arguments(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: Any
-) -> tuple[Any, ...] | None:
-    """(stride, padding as six numbers, dilation, groups), or None for arguments that torch refuses."""
-    stride, dilation = triple(stride), triple(dilation)
-    if stride is None or dilation is None or not _are_operands(input, weight, bias, 0, groups):
-        return None
-    if min(stride) < 1 or min(dilation) < 1 or input.shape[-4] != weight.shape[1] * groups or weight.shape[1] == 0:
-        return None
-    kernel_size, input_size = weight.shape[2:], input.shape[-3:]
-    if padding == "same" and stride == (1, 1, 1):
-        totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
-        pairs = [side for total in totals for side in (total // 2, total - total // 2)]
-    else:
-        sides = (0, 0, 0) if padding == "valid" else triple(padding)
-        if sides is None or min(sides) < 0:
-            return None
-        pairs = [side for both in sides for side in (both, both)]
-    for axis in range(3):
-        size = input_size[axis] + pairs[2 * axis] + pairs[2 * axis + 1]
-        if input_size[axis] == 0 or size < dilation[axis] * (kernel_size[axis] - 1) + 1:
-            return None
-    return stride, tuple(pairs), dilation, groups
-
-
-def _conv_transpose3d_sizes(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    output_padding: Any,
-    groups: Any,
-    dilation: Any,
-) -> tuple[list[int], tuple[Any, ...], list[int]] | None:
-    """(size computed, geometry of the convolution, zeros to append), or None for what torch refuses.
-
-    The convolution must map the result's size to the input's size exactly, so output_padding first takes
-    away from the padding at the end, then uses the remainder that a stride discards; what is still left
-    (output_padding >= stride + padding) no tap reaches, and it is appended.
-    """
-    stride, padding, dilation = triple(stride), triple(padding), triple(dilation)
-    extra = triple(output_padding)
-    if stride is None or padding is None or dilation is None or extra is None:
-        return None
-    if not _are_operands(input, weight, bias, 1, groups) or input.shape[-4] != weight.shape[0] or weight.shape[1] == 0:
-        return None
-    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0 or min(extra) < 0 or min(input.shape[-3:]) < 1:
-        return None
-    size: list[int] = []
-    pairs: list[int] = []
-    missing: list[int] = []
-    for axis in range(3):
-        s, p, d, e = stride[axis], padding[axis], dilation[axis], extra[axis]
-        if e >= s and e >= d:
-            return None
-        end = max(p - e, 0)
-        reached = min(e - p + end, s - 1)
-        missing = [0, e - p + end - reached, *missing]
-        pairs += [p, end]
-        size.append((input.shape[axis - 3] - 1) * s + d * (weight.shape[2 + axis] - 1) + 1 - p - end + reached)
-        if size[-1] < 1:
-            return None
-    return size, (stride, tuple(pairs), dilation, groups), missing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +13,12 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from . import fused_derivatives as fused_derivatives
 from . import fused_ops
 from . import fused_transforms as fused_transforms
+from .arguments import Sizes, conv3d_arguments, triple
+from .dispatch import choose_or_none
 from .epilogue import KEEPS_PREACTIVATION, NEGATIVE_SLOPE, Activation, MaxPool, check_activation
-from .functional import Sizes, conv3d, conv3d_arguments, triple
+from .functional import conv3d
+from .problem import ConvProblem
+from .shortcut import is_differentiated, plain_call, remembered
 
 
 def conv3d_max_pool(
@@ -62,20 +67,23 @@ def conv3d_max_pool(
     """
     if has_torch_function_variadic(input, weight, bias):
         operands = (input, weight, bias)
-        rest: tuple[Any, ...] = (stride, padding, dilation, groups, activation, negative_slope)
-        rest += (pool_size, pool_stride, pool_padding, ceil_mode)
-        return handle_torch_function(conv3d_max_pool, operands, *operands, *rest)
-    window, steps, pad = (
-        triple(pool_size),
-        triple(pool_size if pool_stride is None else pool_stride),
-        triple(pool_padding),
-    )
-    if window is None or steps is None or pad is None:
-        raise ValueError(
-            f"pool_size={pool_size!r}, pool_stride={pool_stride!r} and pool_padding={pool_padding!r} must each be "
-            "one int or three, (depth, height, width)"
+        return handle_torch_function(
+            conv3d_max_pool,
+            operands,
+            *(*operands, stride, padding, dilation, groups),
+            activation=activation,
+            negative_slope=negative_slope,
+            pool_size=pool_size,
+            pool_stride=pool_stride,
+            pool_padding=pool_padding,
+            ceil_mode=ceil_mode,
         )
-    pool = MaxPool(window, steps, pad, ceil_mode)
+    pool_sizes = (pool_size, pool_stride, pool_padding, ceil_mode)
+    geometry = (stride, padding, dilation, groups)
+    call = remembered(_calls, _pooled_call, input, weight, bias, *geometry, activation, negative_slope, *pool_sizes)
+    if call is not None:
+        return call(input, weight, bias)
+    pool = _pool_of(*pool_sizes)
     check_activation(activation, negative_slope)
     args = conv3d_arguments(input, weight, bias, stride, padding, dilation, groups)
     if args is None or not _fits(pool, input, weight, *args[:3]):
@@ -93,6 +101,68 @@ def conv3d_max_pool(
         # On the CPU, autocast has max_pool3d computed and returned in float32; choosing rounds nothing.
         y = y.float()
     return y if input.dim() == 5 else y.squeeze(0)
+
+
+@dataclass(frozen=True)
+class _PooledCall:
+    """`conv3d_max_pool` of operands that fit `problem`, dense in its layout; `shortcut` says what this is for."""
+
+    problem: ConvProblem
+    sizes: tuple[Any, ...]
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        value: Tensor
+        if is_differentiated(x, weight, bias):
+            value, _ = fused_derivatives._MaxPoolFunction.apply(  # type: ignore[attr-defined]
+                self.run, x, weight, bias, *self.sizes
+            )
+        else:
+            value, _ = self.run(x, weight, bias)
+        if self.problem.activation in KEEPS_PREACTIVATION:
+            value = fused_ops.APPLY[self.problem.activation](value, 0.0)
+        return value
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+        """Values and code."""
+        backend = choose_or_none(self.problem, "forward")
+        if backend is None:
+            value, code = fused_ops.conv3d_max_pool(x, weight, bias, *self.sizes)
+            return value, code
+        return backend.forward_max_pool(self.problem, x, weight, bias)
+
+
+_calls: dict[Any, _PooledCall | None] = {}
+
+
+def _pooled_call(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    activation: Activation,
+    negative_slope: float,
+    *pool_sizes: Any,
+) -> _PooledCall | None:
+    pool = _pool_of(*pool_sizes)
+    check_activation(activation, negative_slope)
+    plain = plain_call(input, weight, bias, stride, padding, dilation, groups)
+    if plain is None or not _fits(pool, input, weight, *plain.args[:3]):
+        return None
+    sizes = (*plain.args, activation, negative_slope, pool.window, pool.stride, pool.padding, pool.ceil_mode)
+    return _PooledCall(fused_ops.fused_problem(plain.problem, pool, activation, negative_slope), sizes)
+
+
+def _pool_of(size: Any, stride: Any, padding: Any, ceil_mode: Any) -> MaxPool:
+    window, steps, pad = triple(size), triple(size if stride is None else stride), triple(padding)
+    if window is None or steps is None or pad is None:
+        raise ValueError(
+            f"pool_size={size!r}, pool_stride={stride!r} and pool_padding={padding!r} must each be "
+            "one int or three, (depth, height, width)"
+        )
+    return MaxPool(window, steps, pad, ceil_mode)
 
 
 def _fits(pool: MaxPool, input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> bool:

@@ -7,11 +7,12 @@ import os
 import platform
 from dataclasses import dataclass
 
-import platformdirs
 import torch
 
-from .cost.machine import openmp_runtimes, processor, versions
+from . import tuned
+from .cost.machine import openmp_runtimes, versions
 from .dispatch import backends
+from .host import processor
 from .problem import PASSES, ConvProblem
 
 ISA_VARIABLE = "PYVOLCONV_ISA"
@@ -39,7 +40,7 @@ def installation() -> dict[str, str]:
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads or OMP_NUM_THREADS changes it)",
         "OpenMP": openmp_runtimes(),
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
-        "cache": platformdirs.user_cache_dir("pyvolconv", appauthor=False),
+        "cache": _tuned(),
     }
 
 
@@ -56,6 +57,12 @@ def backend_infos() -> list[BackendInfo]:
             )
             found.append(BackendInfo(backend.name, role, device, "; ".join(reasons)))
     return found
+
+
+def _tuned() -> str:
+    place = tuned.location()
+    problems = f"{tuned.count()} problems for these threads, precision and versions"
+    return f"{problems}, kept in {place}" if place else f"{problems}; {tuned.OFF_VARIABLE} is set, so none are kept"
 
 
 def _isa() -> str:

@@ -11,7 +11,7 @@ transforms do with the operators stands in `derivatives` and `transforms`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -166,6 +166,11 @@ def grad_bias(grad: Tensor) -> Tensor:
     return grad.sum((2, 3, 4)).sum(0)
 
 
+def kernel_of(operator: Any) -> Callable[..., Tensor]:
+    """The function that computes one of the three operators, without the dispatcher's way to it."""
+    return _KERNELS[operator]
+
+
 def _fake_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     stride, padding, dilation, _ = geometry
     size = [
@@ -193,10 +198,15 @@ def _fake_conv3d_grad_weight(grad_output: Tensor, x: Tensor, kernel_size: Sequen
     return grad_output.new_empty(shape).to(memory_format=MEMORY_FORMAT[layout_of(grad_output, x)])
 
 
-for _operator, _kernel, _fake in (
-    (conv3d, _run_conv3d, _fake_conv3d),
-    (conv3d_grad_input, _run_conv3d_grad_input, _fake_conv3d_grad_input),
-    (conv3d_grad_weight, _run_conv3d_grad_weight, _fake_conv3d_grad_weight),
+_KERNELS: dict[Any, Callable[..., Tensor]] = {
+    conv3d: _run_conv3d,
+    conv3d_grad_input: _run_conv3d_grad_input,
+    conv3d_grad_weight: _run_conv3d_grad_weight,
+}
+for _operator, _fake in (
+    (conv3d, _fake_conv3d),
+    (conv3d_grad_input, _fake_conv3d_grad_input),
+    (conv3d_grad_weight, _fake_conv3d_grad_weight),
 ):
-    library.impl(_operator, _kernel, "CompositeExplicitAutograd")
+    library.impl(_operator, _KERNELS[_operator], "CompositeExplicitAutograd")
     torch.library.register_fake(_operator, _fake, lib=library)

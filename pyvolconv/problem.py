@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from typing import Literal, get_args
 
@@ -149,6 +149,21 @@ class ConvProblem:
         if self.pool is not None and min(self.pooled_size) < 1:
             raise ValueError(f"pool window={self.pool.window} is larger than the convolution's {self.output_size}")
 
+    def __hash__(self) -> int:
+        # Asked for several times in every call.
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._values())
+
+    def _values(self) -> tuple[object, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # What is cached stays behind: the hash of a string is another one in another process.
+        return type(self), self._values()
+
     @cached_property
     def output_size(self) -> Size3:
         """(depth, height, width) of the output, in voxels."""
@@ -165,22 +180,22 @@ class ConvProblem:
         """(depth, height, width) after the pool, in voxels; `output_size` without a pool."""
         return self.output_size if self.pool is None else self.pool.output_size(self.output_size)
 
-    @property
+    @cached_property
     def input_shape(self) -> tuple[int, int, int, int, int]:
         """(N, C_in, D, H, W), the torch shape of the input in either layout."""
         return (self.batch, self.in_channels, *self.input_size)
 
-    @property
+    @cached_property
     def output_shape(self) -> tuple[int, int, int, int, int]:
         """(N, C_out, D_out, H_out, W_out), the torch shape of the output in either layout."""
         return (self.batch, self.out_channels, *self.output_size)
 
-    @property
+    @cached_property
     def pooled_shape(self) -> tuple[int, int, int, int, int]:
         """(N, C_out, D_pooled, H_pooled, W_pooled), the torch shape of the result in either layout."""
         return (self.batch, self.out_channels, *self.pooled_size)
 
-    @property
+    @cached_property
     def weight_shape(self) -> tuple[int, int, int, int, int]:
         """(C_out, C_in / groups, K_d, K_h, K_w), the torch shape of the weight in either layout."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)

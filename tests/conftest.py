@@ -21,10 +21,14 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
+# Nothing that this machine's user has tuned decides here, and no test leaves anything behind.
+os.environ["PYVOLCONV_NO_CACHE"] = "1"
+
 if not torch.cuda.is_available():
     # Triton reads this when it is imported: its kernels then run on the CPU, slowly and exactly as written.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from pyvolconv import tuned
 from pyvolconv.backends.base import MEMORY_FORMAT, Accuracy, Backend
 from pyvolconv.backends.registry import REGISTRY
 from pyvolconv.dispatch import forget_choices
@@ -153,8 +157,10 @@ def _seed(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True)
 def _fresh_choices() -> Iterator[None]:
+    tuned.forget()
     forget_choices()
     yield
+    tuned.forget()
     forget_choices()
 
 
@@ -267,6 +273,13 @@ def _magnitude(problem: ConvProblem, pass_: Pass, args: list[Tensor], reach: tup
     if not any(reach):
         return _reference(problem, pass_, args)
     source, weight, *bias = (arg.cpu().double().contiguous() for arg in args)
+    if pass_ == "grad_weight":
+        # args are grad_output and x. More taps on each side are those of a kernel that is 2 * reach longer.
+        sides = [side + r for pair, r in zip(problem.padding, reach, strict=True) for side in pair]
+        sides = [side for axis in (2, 1, 0) for side in sides[2 * axis : 2 * axis + 2]]
+        x = torch.nn.functional.pad(weight, sides).transpose(0, 1)
+        full = torch.nn.functional.conv3d(x, source.transpose(0, 1)).transpose(0, 1)
+        return torch.nn.functional.max_pool3d(full, tuple(2 * r + 1 for r in reach), 1)
     if pass_ == "grad_input":
         weight = weight.flip(2, 3, 4).transpose(0, 1)
         padding = tuple(k - 1 - begin for k, (begin, _) in zip(problem.kernel_size, problem.padding, strict=True))

@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 import pyvolconv
 from pyvolconv.cli import app
 
+COMMANDS = ("compare", "info", "profile", "tune")
+
 
 @pytest.fixture
 def run():
@@ -21,11 +23,11 @@ def run():
 def test_help_names_every_command(run):
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("compare", "info", "profile"):
+    for command in COMMANDS:
         assert command in result.output
 
 
-@pytest.mark.parametrize("command", ["compare", "info", "profile"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(run, command):
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -107,6 +109,72 @@ def test_named_path_that_cannot_run_is_one_line_and_status_2(run, tmp_path, monk
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     asked = ("compare", "--quick", "--backends", "cpp,triton", "--data", volumes(tmp_path / "volumes.npz"))
     assert_one_line(run(*asked, "--out", tmp_path / "report"), "triton cannot run here")
+
+
+@pytest.fixture
+def rigged(monkeypatch):
+    """No clock is read: what runs first wins, torch takes twice as long."""
+    monkeypatch.setattr(
+        "pyvolconv.autotune.measure_alternating",
+        lambda steps, _: {name: 2e-3 if name == "aten" else 1e-3 for name in steps},
+    )
+
+
+@pytest.mark.usefixtures("rigged")
+def test_tune_shows_every_pass_and_sums_up(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    result = run("tune", "cnn", "--input", "2,1,9,10,11")
+    assert result.exit_code == 0, result.output
+    words = result.output
+    assert words.count("bias-relu-pool2ceil") == words.count(" forward ") == 3
+    assert (words.count(" grad_input "), words.count(" grad_weight ")) == (2, 3)
+    assert "n2ic1oc16-i9x10x11-k3-p1-bias-relu-pool2ceil" in words
+    assert "8 passes, 0 of them timed before: 2.00x torch in the geometric mean" in words
+    assert "PYVOLCONV_NO_CACHE" in words
+    assert "8 of them timed before" in run("tune", "cnn", "--input", "2,1,9,10,11").output
+    assert "0 of them timed before" in run("tune", "cnn", "--input", "2,1,9,10,11", "--again").output
+
+
+@pytest.mark.usefixtures("rigged")
+def test_tune_of_a_model_by_name(run, tmp_path, monkeypatch):
+    (tmp_path / "mine_to_tune.py").write_text(
+        "from torch import nn\n"
+        "class Two(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.conv = nn.Conv3d(2, 4, 3)\n"
+        "    def forward(self, x, scale):\n"
+        "        return self.conv(x) * scale\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    asked = ("tune", "mine_to_tune:Two", "--input", "1,2,5,6,7", "--input", "1", "--dtype", "float64")
+    result = run(*asked, "--channels-last", "--inference")
+    assert result.exit_code == 0, result.output
+    assert "cpu-float64-ndhwc" in result.output
+    assert "1 pass, 0 of them timed before" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nonsense", "--input", "1"], "'package.module:callable'"),
+        (["no_such_module:f", "--input", "1"], "no_such_module"),
+        (["os:nothing", "--input", "1"], "os has no nothing"),
+        (["os:sep", "--input", "1"], "str"),
+        (["torch.nn:Identity"], "--input"),
+        (["cnn", "--input", "2,-1"], "2,-1"),
+        (["cnn", "--input", "2,3"], "[2, 3]"),
+        (["cnn", "--dtype", "int8"], "int8"),
+    ],
+)
+def test_what_tune_cannot_run_is_one_line_and_status_2(run, arguments, said):
+    assert_one_line(run("tune", *arguments), said)
+
+
+def test_tune_of_a_model_without_convolutions(run):
+    result = run("tune", "torch.nn:Identity", "--input", "2,3")
+    assert (result.exit_code, "no convolution" in result.output) == (0, True)
 
 
 def test_missing_gpu_is_one_line_and_status_2(run, tmp_path, monkeypatch):

@@ -59,6 +59,20 @@ CUT = (
     # Depthwise: one unit, several units, the last of them smaller; strides and dilation.
     *(f"n1g{groups}ic{groups}oc{groups}-i4x5x11-k3-p1-bias" for groups in (2, 7, 8, 31, 70, 130)),
     "n1g40ic40oc40-i7x8x9-k3x5x3-s2x1x3-p1x2x1-d1x1x2",
+    # Depthwise on the tensors themselves (ndhwc, one vector of channels and more): rows of 1 to 8 voxels and their sum,
+    # odd heights, kernels of 3 and 5 taps along the width with others along the height, blocks of rows, strides.
+    *(f"n1g16ic16oc16-i3x5x{width}-k3-p1-bias" for width in (1, 2, 5, 6, 7, 8, 9, 13, 19)),
+    "n2g37ic37oc37-i4x7x11-k3x2x5-p1x1x2-bias",
+    "n1g16ic16oc16-i3x1x9-k1x5x3-p0x2x1",
+    "n1g24ic24oc24-i6x40x21-k5-p2-d2x1x1",
+    "n1g16ic16oc16-i9x7x10-k3-s3x2x1-p1",
+    "n1g18ic18oc18-i7x9x10-k2x3x4-s2-p0x1x2-d1x2x1-bias",
+    # One product on the tensors themselves (ndhwc): 1x1x1 with strides, touching windows, sizes they do not cover.
+    *(f"n2ic19oc{channels}-i3x5x7-k1-bias" for channels in (1, 16, 40, 67)),
+    "n1ic70oc33-i5x9x11-k1-s2x3x1-bias",
+    "n2ic18oc21-i4x6x6-k2-s2-bias",
+    "n1ic5oc33-i3x4x8-k1x2x4-s1x2x4",
+    "n1ic8oc9-i5x6x7-k2-s2",
     # Groups of several channels; channel multipliers.
     "n2g3ic9oc51-i3x4x6-k3-p1-bias",
     "n1g6ic6oc18-i3x4x17-k3-p1",
@@ -166,7 +180,8 @@ def test_scratch_of_a_larger_problem_does_not_leak(run, operands, reference):
 
 def test_a_nan_reaches_its_own_outputs_only(run, operands):
     """Padding and idle lanes are skipped or zero: one bad voxel must not spread beyond the kernel's reach."""
-    for layout, text in itertools.product(LAYOUTS, ("n1ic3oc5-i3x4x20-k3-p1", "n1g9ic9oc9-i3x4x20-k3-p1")):
+    texts = ("n1ic3oc5-i3x4x20-k3-p1", "n1g9ic9oc9-i3x4x20-k3-p1", "n1g18ic18oc18-i3x4x20-k3-p1")
+    for layout, text in itertools.product(LAYOUTS, texts):
         problem = ConvProblem.parse(f"cpu-float32-{layout}-{text}")
         x, weight = operands(problem, "forward")
         x[0, 1, 1, 1, 9] = float("nan")
@@ -177,9 +192,16 @@ def test_a_nan_reaches_its_own_outputs_only(run, operands):
 
 
 def test_results_larger_than_caches(run, operands, reference, poisoned):
-    """From 64 MiB on, whole lines of an ndhwc result are written past the caches; 70 MB of an aligned result here."""
-    shapes = {"forward": "n1ic1oc16-i65x130x130-k1x1x2-p0x0x1+0-bias", "grad_input": "n1ic16oc1-i65x130x130-k1x2x1"}
-    for pass_, text in shapes.items():
+    """Whole lines of an ndhwc result go past the caches: from 64 MiB on, depthwise from 32 MiB on with its source."""
+    shapes = (
+        ("forward", "n1ic1oc16-i65x130x130-k1x1x2-p0x0x1+0-bias"),
+        ("grad_input", "n1ic16oc1-i65x130x130-k1x2x1"),
+        ("forward", "n1ic1oc16-i65x130x130-k1-bias"),
+        ("grad_input", "n1ic16oc1-i65x130x130-k1x2x2-s1x2x2"),
+        ("forward", "n1g16ic16oc16-i40x80x90-k1x3x3-p0x1x1-bias"),
+        ("forward", "n1g16ic16oc16-i40x80x90-k1x2x1"),
+    )
+    for pass_, text in shapes:
         problem = ConvProblem.parse(f"cpu-float32-ndhwc-{text}")
         args = operands(problem, pass_, integers=True)
         assert torch.equal(run(problem, pass_, args).double(), reference(problem, pass_, args)), pass_

@@ -40,6 +40,12 @@ CUT = (
     "n2g54ic54oc54-i4x6x7-k3-p1",
     "n1g7ic7oc21-i4x6x5-k3-p1",
     "n1g12ic12oc24-i5x9x9-k3-s2-p1",
+    # Depthwise on the tensors themselves (ndhwc): rows of 1 to 8 voxels and their sum, odd heights, tasks over planes.
+    *(f"n1g16ic16oc16-i3x5x{width}-k3-p1" for width in (1, 2, 5, 6, 7, 8, 9, 13, 19)),
+    "n2g37ic37oc37-i4x7x11-k3x2x5-p1x1x2",
+    "n1g24ic24oc24-i13x40x21-k5-p2-d2x1x1",
+    # One tap: chunks of more channels.
+    "n2ic300oc70-i3x4x5-k1",
     # Groups with several channels, more groups than one task takes.
     "n2g16ic64oc64-i4x6x10-k3-p1",
     "n1g40ic80oc120-i3x4x5-k3x1x3-p1x0x1",

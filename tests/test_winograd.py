@@ -14,7 +14,7 @@ from pyvolconv import get_precision, set_precision
 from pyvolconv.backends.base import MEMORY_FORMAT, Accuracy
 from pyvolconv.backends.cpp import load_extension, plan_of, pooled_plan_of
 from pyvolconv.backends.cpp_winograd import SCHEMES, CppWinograd
-from pyvolconv.problem import LAYOUTS, ConvProblem
+from pyvolconv.problem import LAYOUTS, PASSES, ConvProblem
 
 _C, missing = load_extension()
 pytestmark = pytest.mark.skipif(_C is None, reason=missing or "compiled")
@@ -47,7 +47,9 @@ def problem_of(shape, kernel, dtype, layout, padding=None):
 
 
 def run(problem, outputs, pass_, args):
-    shape = problem.output_shape if pass_ == "forward" else problem.input_shape
+    shape = {"forward": problem.output_shape, "grad_input": problem.input_shape, "grad_weight": problem.weight_shape}[
+        pass_
+    ]
     result = torch.full(shape, float("nan"), dtype=args[0].dtype).contiguous(
         memory_format=MEMORY_FORMAT[problem.layout]
     )
@@ -55,7 +57,8 @@ def run(problem, outputs, pass_, args):
         bias = args[2].data_ptr() if problem.bias else 0
         _C.winograd_forward(plan_of(problem), outputs, args[0].data_ptr(), args[1].data_ptr(), bias, result.data_ptr())
     else:
-        _C.winograd_grad_input(plan_of(problem), outputs, args[0].data_ptr(), args[1].data_ptr(), result.data_ptr())
+        kernel = {"grad_input": _C.winograd_grad_input, "grad_weight": _C.winograd_grad_weight}[pass_]
+        kernel(plan_of(problem), outputs, args[0].data_ptr(), args[1].data_ptr(), result.data_ptr())
     return result
 
 
@@ -64,22 +67,27 @@ def accuracy_of(outputs, dtype):
     return Accuracy(CONSTANT[outputs.count(4)], dtype, True, reach)
 
 
-@pytest.mark.parametrize("gather", ["forward", "grad_input"])
 @pytest.mark.parametrize(("kernel", "outputs"), ALL)
-def test_within_bound_and_same_bits(isa, kernel, outputs, gather, operands, assert_within_bound, threads):
+def test_within_bound_and_same_bits(isa, kernel, outputs, pass_, operands, assert_within_bound, threads):
+    if pass_ == "grad_weight" and 4 in outputs:
+        with pytest.raises(ValueError, match="one or two outputs per tile"):
+            run(problem_of(SHAPES[0], kernel, "float32", "ndhwc"), outputs, pass_, [torch.zeros(1), torch.zeros(1)])
+        return
     for shape, dtype, layout in itertools.product(SHAPES, ("float32", "float64"), LAYOUTS):
         problem = problem_of(shape, kernel, dtype, layout)
-        args = operands(problem, gather)
+        args = operands(problem, pass_)
         threads(1)
-        got = run(problem, outputs, gather, args)
-        assert_within_bound(got, problem, gather, args, accuracy_of(outputs, dtype))
+        got = run(problem, outputs, pass_, args)
+        assert_within_bound(got, problem, pass_, args, accuracy_of(outputs, dtype))
         threads(3)
-        assert torch.equal(run(problem, outputs, gather, args), got)
+        assert torch.equal(run(problem, outputs, pass_, args), got)
 
 
 @pytest.mark.parametrize("padding", [(0, 0, 0), (2, 0, 1), (3, 4, 2)])
 def test_paddings(isa, padding, operands, assert_within_bound):
-    for outputs, pass_ in itertools.product(((2, 2, 2), (2, 2, 4)), ("forward", "grad_input")):
+    for outputs, pass_ in itertools.product(((2, 2, 2), (2, 2, 4)), PASSES):
+        if pass_ == "grad_weight" and 4 in outputs:
+            continue
         problem = problem_of("n1ic8oc16-i4x5x9", (3, 3, 3), "float32", "ndhwc", padding)
         args = operands(problem, pass_)
         assert_within_bound(run(problem, outputs, pass_, args), problem, pass_, args, accuracy_of(outputs, "float32"))
@@ -89,7 +97,7 @@ def test_paddings(isa, padding, operands, assert_within_bound):
 def test_exact_on_integers(isa, outputs, operands, reference):
     """The constants of F(2, 3) are powers of two."""
     kernel = tuple(1 if m == 1 else 3 for m in outputs)
-    for shape, pass_, layout in itertools.product(SHAPES, ("forward", "grad_input"), LAYOUTS):
+    for shape, pass_, layout in itertools.product(SHAPES, PASSES, LAYOUTS):
         problem = problem_of(shape, kernel, "float32", layout)
         args = operands(problem, pass_, integers=True)
         assert torch.equal(run(problem, outputs, pass_, args).double(), reference(problem, pass_, args))
@@ -113,6 +121,26 @@ def test_infinity_and_nan_reach_only_what_depends_on_them(isa, kernel, outputs, 
     assert not direct.isfinite().all()
     assert torch.equal(got.isnan(), direct.isnan())
     torch.testing.assert_close(got, direct, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("outputs", [(2, 2, 2), (1, 2, 2), (2, 1, 1)])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38])
+def test_weight_gradient_that_is_not_finite_is_the_direct_one(isa, outputs, value, operands):
+    """3e38: sums of the transforms overflow, the gradient itself does not."""
+    kernel = tuple(1 if m == 1 else 3 for m in outputs)
+    for layout, hit in itertools.product(LAYOUTS, (0, 1)):
+        problem = problem_of("n1ic6oc17-i7x8x13", kernel, "float32", layout)
+        args = operands(problem, "grad_weight")
+        if value == 3e38:
+            args[1 - hit].zero_()
+            args[1 - hit][0, 1, 3, 4, 5] = 1e-3
+            args[hit].fill_(value)
+        else:
+            args[hit][0, 1, 0, 4, 6] = value
+        direct = torch.empty(problem.weight_shape).contiguous(memory_format=MEMORY_FORMAT[layout])
+        _C.grad_weight(plan_of(problem), args[0].data_ptr(), args[1].data_ptr(), direct.data_ptr())
+        assert torch.equal(direct.isfinite().all(), torch.tensor(value == 3e38))
+        assert torch.equal(run(problem, outputs, "grad_weight", args).nan_to_num(nan=7.0), direct.nan_to_num(nan=7.0))
 
 
 def test_no_overflow_that_the_convolution_does_not_have(isa, operands):
@@ -199,4 +227,8 @@ def test_refusals_name_the_reason():
         assert any(reason in each for each in backend.unsupported_reasons(problem, "forward")), text
     plain = ConvProblem.parse("cpu-float32-ndhwc-n1ic4oc8-i8-k3-p1")
     assert backend.unsupported_reasons(plain, "forward") == []
-    assert backend.unsupported_reasons(plain, "grad_weight") == ["it has no grad_weight"]
+    assert backend.unsupported_reasons(plain, "grad_weight") == []
+    pooled = plain.with_(
+        activation="relu", pool=ConvProblem.parse("cpu-float32-ndhwc-n1ic4oc8-i8-k3-p1-relu-pool2").pool
+    )
+    assert backend.unsupported_reasons(pooled, "grad_weight") == ["it has no grad_weight fused with a pool"]

@@ -8,6 +8,7 @@
 
 #include "../parallel.h"
 #include "compute_tile.h"
+#include "depthwise_gather.h"
 #include "pack_weight.h"
 
 namespace pvc {
@@ -48,6 +49,10 @@ struct PackedWeights {
 // Computes every target voxel of the gather; `bias` (one value per target channel of all groups) may be null.
 template <typename T>
 void direct_gather(const Gather& gather, const T* source, const T* weight, const T* bias, T* target) {
+    if (is_depthwise<T>(gather)) {
+        depthwise_gather(gather, source, weight, bias, target);
+        return;
+    }
     const PackedWeights<T> packed(gather, choose_blocking<T>(gather), weight, bias);
     const Blocking<T>& b = packed.blocking;
     parallel_for(gather.batch * b.tiling.count() * b.units, [&](int64_t task) {

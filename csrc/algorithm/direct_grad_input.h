@@ -1,13 +1,20 @@
-// Gradient of the input: one gather per residue of the input position modulo the stride (see gather.h).
+// Gradient of the input: one gather per residue of the input position modulo the stride (see gather.h), or matrix
+// products where windows do not overlap.
 #pragma once
 
 #include "direct_gather.h"
+#include "patch_product.h"
 
 namespace pvc {
 namespace {
 
 template <typename T>
-void direct_grad_input(const ConvProblem& problem, const T* grad_output, const T* weight, T* grad_input) {
+void direct_grad_input(const ConvProblem& given, const T* grad_output, const T* weight, T* grad_input) {
+    const ConvProblem problem = with_long_rows(given);
+    if (is_patch_product(problem, false)) {
+        run_patch_product<T>(patch_product(problem, false), grad_output, weight, nullptr, grad_input);
+        return;
+    }
     Gather gather = gather_channels(problem, false);
     for (int64_t d = 0; d < smaller(problem.stride[0], problem.input_size[0]); ++d) {
         gather.axis[0] = grad_input_axis(problem, 0, d);

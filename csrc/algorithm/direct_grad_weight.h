@@ -5,6 +5,7 @@
 #include "../arena.h"
 #include "../microkernel/grad_weight_pack.h"
 #include "../parallel.h"
+#include "depthwise_grad_weight.h"
 #include "direct_grad_weight_plan.h"
 #include "direct_grad_weight_reduce.h"
 
@@ -205,7 +206,14 @@ struct GradWeightPass {
 };
 
 template <typename T>
-void direct_grad_weight(const ConvProblem& problem, const T* grad_output, const T* x, T* grad_weight) {
+void direct_grad_weight(const ConvProblem& given, const T* grad_output, const T* x, T* grad_weight) {
+    const ConvProblem problem = with_long_rows(given);
+    Gather gather = gather_channels(problem, true);
+    for (int axis = 0; axis < 3; ++axis) gather.axis[axis] = forward_axis(problem, axis);
+    if (is_depthwise_grad_weight<T>(gather)) {
+        depthwise_grad_weight(gather, grad_output, x, grad_weight);
+        return;
+    }
     const GradWeightPass<T> pass(problem, grad_output, x);
     const GradWeightPlan& plan = pass.plan;
     const int64_t partial_size = plan.units * plan.rows * plan.columns * Vector<T>::lanes;

@@ -60,23 +60,14 @@ struct GradWeightUnit {
 };
 
 constexpr int64_t kRunVoxels = 128;
+constexpr int64_t kRowEnd = 8 * 16;        // sixteenths of a cycle for a tile to go from one row of voxels to the next
 constexpr int64_t kWidthRunVoxels = 1024;  // lanes along the width: a vector holds as many voxels as lanes
 constexpr int64_t kWindowBytes = kL2Bytes * 3 / 8;
 constexpr int64_t kChunkChannels = 64;
-constexpr int64_t kTasks = 64;  // enough for every core to be busy to the end
+constexpr int64_t kPointwiseChunk = 256;  // with one tap, packing a channel again for every chunk would be seen
+constexpr int64_t kTasks = 64;            // enough for every core to be busy to the end
 constexpr int64_t kPartialBytes = 16 << 20;
 constexpr int64_t kMinSplitVoxels = 256;
-
-// `total` cut into the fewest parts of at most `most`, as even as can be: first the parts of size low, then of low + 1.
-struct EvenCut {
-    int64_t parts, low, narrow;
-
-    EvenCut(int64_t total, int64_t most)
-        : parts(ceil_divide(total, most)), low(total / parts), narrow(parts - total % parts) {}
-    int64_t start(int64_t part) const { return part * low + larger(part - narrow, 0); }
-    int64_t count(int64_t wide) const { return wide ? parts - narrow : narrow; }
-    int64_t size(int64_t part) const { return low + (part >= narrow); }
-};
 
 // Sixteenths of a cycle per voxel for a rows x columns product, cut evenly into tiles of at most `column_tile` columns.
 inline int64_t product_cost(GradWeightKernel kernel, int64_t rows, int64_t columns, int64_t column_tile) {
@@ -156,7 +147,8 @@ int64_t plan_cost(const ConvProblem& problem, GradWeightPlan* plan) {
     int64_t cost = units * product_cost(plan->kernel, plan->rows, plan->columns, plan->column_tile);
     if (plan->lanes == Lanes::width) {
         const int64_t width = problem.output_size[2];
-        cost = cost * 115 / 100 * ceil_divide(width, lanes) / width;
+        const int64_t tiles = ceil_divide(plan->rows, plan->row_tile) * ceil_divide(plan->columns, plan->column_tile);
+        cost = cost * 115 / 100 * ceil_divide(width, lanes) / width + units * tiles * kRowEnd / width;
     }
     if (plan->pack_grad_output) cost += 14 * problem.out_channels;
     if (problem.layout == Layout::ncdhw && plan->packed_lanes > 1) cost += 12 * problem.in_channels;
@@ -241,8 +233,9 @@ GradWeightPlan plan_grad_weight(const ConvProblem& problem) {
         plan.units = ceil_divide(problem.out_channels, lanes);
         plan.units_per_task = smaller(plan.units, ceil_divide(kChunkChannels, lanes));
     } else {
-        plan.out_chunk = even_chunk(plan.out_channels, kChunkChannels, lanes);
-        plan.in_chunk = even_chunk(plan.in_channels, kChunkChannels, lanes);
+        const int64_t most = plan.taps == 1 ? kPointwiseChunk : kChunkChannels;
+        plan.out_chunk = even_chunk(plan.out_channels, most, lanes);
+        plan.in_chunk = even_chunk(plan.in_channels, most, lanes);
         plan.out_chunks = ceil_divide(plan.out_channels, plan.out_chunk);
         plan.in_chunks = ceil_divide(plan.in_channels, plan.in_chunk);
         plan.units = problem.groups * plan.out_chunks * plan.in_chunks;

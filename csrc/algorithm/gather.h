@@ -55,6 +55,31 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// `total` cut into the fewest parts of at most `most`, as even as can be: first the parts of size low, then of low + 1.
+struct EvenCut {
+    int64_t parts, low, narrow;
+
+    EvenCut(int64_t total, int64_t most)
+        : parts(ceil_divide(total, most)), low(total / parts), narrow(parts - total % parts) {}
+    int64_t start(int64_t part) const { return part * low + larger(part - narrow, 0); }
+    int64_t count(int64_t wide) const { return wide ? parts - narrow : narrow; }
+    int64_t size(int64_t part) const { return low + (part >= narrow); }
+};
+
+// The same convolution with height and width as one axis, where each output voxel sees one input voxel: longer rows.
+inline ConvProblem with_long_rows(ConvProblem problem) {
+    constexpr int64_t kLongest = 1024;  // a row is the least that some plans pack
+    for (int a = 0; a < 3; ++a) {
+        const bool single = problem.kernel_size[a] == 1 && problem.stride[a] == 1;
+        if (!single || problem.padding_begin[a] != 0 || problem.padding_end[a] != 0) return problem;
+    }
+    const int64_t row = problem.input_size[1] * problem.input_size[2];
+    if (row > kLongest) return problem;
+    problem.input_size[2] = problem.output_size[2] = row;
+    problem.input_size[1] = problem.output_size[1] = 1;
+    return problem;
+}
+
 inline GatherAxis forward_axis(const ConvProblem& problem, int axis) {
     return {problem.input_size[axis],
             -problem.padding_begin[axis],

@@ -12,8 +12,32 @@
 #include "activation.h"
 #include "transpose.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace pvc {
 namespace {
+
+// The lowest byte of each lane, packed. With AVX2, GCC 12 would move them one by one.
+template <typename T>
+struct LaneBytes {
+    typedef uint8_t type __attribute__((vector_size(Vector<T>::lanes)));
+
+    static inline type narrow(typename VectorType<T>::integers lanes) {
+#if defined(__AVX2__) && PVC_VECTOR_BYTES == 32
+        if constexpr (sizeof(T) == 4) {
+            const __m256i all = reinterpret_cast<__m256i>(lanes);
+            const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+            const __m128i bytes = _mm_packus_epi16(words, words);
+            type result;
+            std::memcpy(&result, &bytes, sizeof(result));
+            return result;
+        }
+#endif
+        return __builtin_convertvector(lanes, type);
+    }
+};
 
 constexpr bool keeps_preactivation(Activation activation) {
     return activation == Activation::silu || activation == Activation::gelu || activation == Activation::gelu_tanh;
@@ -88,18 +112,18 @@ inline WindowPart window_part(const PooledProblem& problem, int axis, int64_t ce
 
 // The scratch memory that one pooled row is computed from: values[(d - first[0]) * stride[0] + ...] for output voxel
 // (d, h, w). Channels are `channel` apart, and so are the results of neighbouring channels (planar) or of neighbouring
-// windows (channels last): `pitch`, `code_pitch`.
+// windows (channels last): `pitch`, `code_pitch`. Channels last, whole vectors are read beyond `channels`.
 template <typename T>
 struct PoolRow {
     const T* values;
     int64_t first[3], stride[3];
-    int64_t channel, channels;  // planar: of the block; channels last: whole vectors of them
+    int64_t channel, channels;
     WindowPart depth, height;
     int64_t cell, cells;  // windows along the width
     int64_t pitch;
     T* pooled;
     int64_t code_pitch;
-    typename VectorType<T>::integer* codes;
+    uint8_t* codes;  // or null
 
     const T* at(int64_t d, int64_t h, int64_t w) const {
         return values + (d - first[0]) * stride[0] + (h - first[1]) * stride[1] + (w - first[2]) * stride[2];
@@ -150,11 +174,24 @@ bool eight(const PooledProblem& problem, const PoolRow<T>& row) {
     return window[0] == 2 && window[1] == 2 && window[2] == 2 && row.depth.size() == 2 && row.height.size() == 2;
 }
 
+// The first `count` (1 or more) lanes.
 template <typename T, Activation A>
-inline void store_choice(const PoolRow<T>& row, int64_t index, int64_t offset, const Choice<T, A>& choice) {
-    const auto codes = choice.codes();
-    Vector<T>::store(row.pooled + index * row.pitch + offset, choice.value());
-    std::memcpy(row.codes + index * row.code_pitch + offset, &codes, sizeof(codes));
+inline void store_choice(const PoolRow<T>& row, int64_t line, int64_t item, int64_t count, const Choice<T, A>& choice) {
+    using V = Vector<T>;
+    T* pooled = row.pooled + line * row.pitch + item;
+    const auto bytes = LaneBytes<T>::narrow(choice.codes());
+    uint8_t* codes = row.codes + line * row.code_pitch + item;
+    if (count >= V::lanes) {
+        V::store(pooled, choice.value());
+        if (row.codes != nullptr) std::memcpy(codes, &bytes, sizeof(bytes));
+    } else if (count == V::lanes / 2) {  // often; a copy of known size is no call
+        const auto value = choice.value();
+        std::memcpy(pooled, &value, sizeof(value) / 2);
+        if (row.codes != nullptr) std::memcpy(codes, &bytes, sizeof(bytes) / 2);
+    } else {
+        V::store_partial(pooled, choice.value(), count);
+        if (row.codes != nullptr) std::memcpy(codes, &bytes, static_cast<size_t>(count));
+    }
 }
 
 // Lanes are channels.
@@ -170,11 +207,12 @@ void pool_row_channels_last(const PooledProblem& problem, const PoolRow<T>& row)
         if (of_eight && part.size() == 2) {
             const T* first = row.at(row.depth.begin, row.height.begin, part.begin);
             for (int64_t c = 0; c < channels; c += V::lanes) {
-                store_choice(row, i, c, choose_of_eight<T, A>(first + c, depth, height, width, slope, load));
+                store_choice(row, i, c, channels - c,
+                             choose_of_eight<T, A>(first + c, depth, height, width, slope, load));
             }
         } else {
             for (int64_t c = 0; c < channels; c += V::lanes) {
-                store_choice(row, i, c, choose<T, A>(problem, row, part, c, load));
+                store_choice(row, i, c, channels - c, choose<T, A>(problem, row, part, c, load));
             }
         }
     }
@@ -207,28 +245,19 @@ void pool_row_planar(const PooledProblem& problem, const PoolRow<T>& row) {
             for (int64_t lane = 0; lane < count; ++lane) lanes[lane] = from[lane * stride];
             return lanes;
         };
-        const auto store = [&](int64_t c, const Choice<T, A>& choice) {
-            const auto codes = choice.codes();
-            if (count == V::lanes) {
-                V::store(row.pooled + c * row.pitch + i, choice.value());
-                std::memcpy(row.codes + c * row.code_pitch + i, &codes, sizeof(codes));
-                return;
-            }
-            V::store_partial(row.pooled + c * row.pitch + i, choice.value(), count);
-            std::memcpy(row.codes + c * row.code_pitch + i, &codes, static_cast<size_t>(count) * sizeof(codes[0]));
-        };
         if (of_eight && stride == 2 && whole(width)) {
             const auto load_even = [](const T* from) {
                 return Transpose<T>::template pick<EvenLanes>(V::load(from), V::load(from + V::lanes));
             };
             const T* first = row.at(row.depth.begin, row.height.begin, width.begin);
             for (int64_t c = 0; c < row.channels; ++c) {
-                store(c, choose_of_eight<T, A>(first + c * row.channel, row.stride[0], row.stride[1], 1, slope,
-                                               load_even));
+                store_choice(
+                    row, c, i, count,
+                    choose_of_eight<T, A>(first + c * row.channel, row.stride[0], row.stride[1], 1, slope, load_even));
             }
         } else {
             for (int64_t c = 0; c < row.channels; ++c) {
-                store(c, choose<T, A>(problem, row, width, c * row.channel, load));
+                store_choice(row, c, i, count, choose<T, A>(problem, row, width, c * row.channel, load));
             }
         }
     }

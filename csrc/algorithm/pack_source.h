@@ -166,5 +166,30 @@ void pack_source(const Gather& gather, const PackedAxis packed[3], bool planar, 
     }
 }
 
+// Reads what a dense window will be packed from, an ndhwc source, row after row: processors see that coming, and find
+// it in L2 when parts of the window are packed in another order.
+template <typename T>
+void read_source(const Gather& gather, const PackedAxis packed[3], const SourceBlock& block, const T* source) {
+    constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+    const GatherAxis* axis = gather.axis;
+    const int64_t channels = gather.groups * gather.source_channels;
+    int64_t first[3], last[3];
+    for (int a = 0; a < 3; ++a) {
+        const int64_t end = source_position(axis[a], packed[a], packed[a].rows - 1) + 1;
+        first[a] = larger(block.origin[a], 0);
+        last[a] = smaller(block.origin[a] + end, axis[a].source_size);
+    }
+    for (int64_t d = first[0]; d < last[0]; ++d) {
+        for (int64_t h = first[1]; h < last[1]; ++h) {
+            const int64_t row =
+                ((block.sample * axis[0].source_size + d) * axis[1].source_size + h) * axis[2].source_size;
+            for (int64_t w = first[2]; w < last[2]; ++w) {
+                const T* voxel = source + (row + w) * channels + block.channel;
+                for (int64_t c = 0; c < block.channels; c += line) asm volatile("" : : "r"(voxel[c]));
+            }
+        }
+    }
+}
+
 }  // namespace
 }  // namespace pvc

@@ -156,7 +156,6 @@ class PooledTileTask {
         row.stride[1] = pitch_ * row.stride[2];
         row.stride[0] = slab_part_[1].size() * row.stride[1];
         row.channel = plane_;
-        row.channels = planar() ? channels : width;
         row.cell = cell_[2];
         row.cells = cells_[2];
         for (int64_t d = 0; d < slab_cells_[0]; ++d) {

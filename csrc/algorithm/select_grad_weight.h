@@ -8,6 +8,7 @@
 #pragma once
 
 #include "../microkernel/select_sum.h"
+#include "chosen_sum.h"
 #include "sparse_gradient.h"
 
 namespace pvc {
@@ -68,12 +69,15 @@ class SelectGradWeight {
         }
     }
 
-    void run(T* grad_weight) const {
+    // `grad_bias`, which may be null, is summed on the way: as if each filter had one more tap, on a source of ones.
+    void run(T* grad_weight, T* grad_bias) const {
         const int64_t tiles = gather_.batch * tiling_.count();
-        const SplitSums sums(gather_.groups, vectors_, columns_ * lanes, tiles, sizeof(T));
+        const SplitSums sums(gather_.groups, vectors_, (columns_ + 1) * lanes, tiles, sizeof(T));
         sums.run<T>(
             tiles, [&](int64_t group, int64_t first, int64_t last, T* to) { sum_tiles(group, first, last, to); },
-            [&](int64_t group, int64_t vector, const T* from) { store(group, vector * lanes, from, grad_weight); });
+            [&](int64_t group, int64_t vector, const T* from) {
+                store(group, vector * lanes, from, grad_weight, grad_bias);
+            });
     }
 
   private:
@@ -89,44 +93,68 @@ class SelectGradWeight {
     static Tiling tile(const Gather& gather) {
         const int64_t values = kL2Bytes / 2 / static_cast<int64_t>(sizeof(T)) / gather.source_channels;
         const int64_t copies = gather.window[0].extent * gather.window[1].extent + 1;
-        return choose_tiling(gather, {values / copies, INT32_MAX, gather.batch * gather.groups, 1});
+        return choose_tiling(gather, {values / copies, INT32_MAX, gather.batch * gather.groups, 1, true});
     }
 
+    // One channel of x, contiguous along the width, and the position in it, maybe outside, where a tile begins.
+    struct Box {
+        const T* data;
+        int64_t stride[2], first[3], size[3];
+    };
+
     void sum_tiles(int64_t group, int64_t first, int64_t last, T* sums) const {
-        const int64_t window_values = tiling_.packed_voxels() * in_channels_;
-        const int64_t block_values = block_rows_[0] * block_stride_[0] * in_channels_;
-        T* window = scratch<T>(Scratch::tile_input, window_values + lanes);
-        T* blocks = scratch<T>(Scratch::tile_output, block_values + lanes);
+        const int64_t width = tiling_.axis[2].rows, voxels = tiling_.packed_voxels();
+        const int64_t block_values = block_rows_[0] * block_stride_[0];
+        const bool planar = conv_.layout == Layout::ncdhw || conv_.in_channels == 1;
+        T* window = planar ? nullptr : scratch<T>(Scratch::tile_input, voxels * in_channels_);
+        T* blocks = scratch<T>(Scratch::tile_output, block_values * in_channels_ + lanes);
+        T* zeros = scratch<T>(Scratch::tile_lists, width);
+        fill_zero(zeros, width);
         for (int64_t t = first; t < last; ++t) {
             const PooledTile tile(gather_, tiling_, t);
-            const SourceBlock block = {tile.sample,
-                                       group * in_channels_,
-                                       in_channels_,
-                                       in_channels_,
-                                       {tile.origin[0], tile.origin[1], tile.origin[2]}};
-            pack_source(gather_, tiling_.axis, true, block, x_, window);
-            interleave(window, blocks);
-            for (int64_t d = 0; d < tile.count[0]; ++d) {
-                for (int64_t h = 0; h < tile.count[1]; ++h) sum_row(group, tile, d, h, blocks, sums);
+            const int64_t* size = conv_.input_size;
+            Box box = {};
+            if (planar) {
+                box = {x_ + (tile.sample * conv_.in_channels + group * in_channels_) * size[0] * size[1] * size[2],
+                       {size[1] * size[2], size[2]},
+                       {tile.origin[0], tile.origin[1], tile.origin[2]},
+                       {size[0], size[1], size[2]}};
+            } else {
+                const PackedAxis* axis = tiling_.axis;
+                const SourceBlock block = {tile.sample,
+                                           group * in_channels_,
+                                           in_channels_,
+                                           in_channels_,
+                                           {tile.origin[0], tile.origin[1], tile.origin[2]}};
+                pack_source(gather_, axis, true, block, x_, window);
+                box = {window, {axis[1].rows * width, width}, {}, {axis[0].rows, axis[1].rows, width}};
             }
+            for (int64_t c = 0; c < in_channels_; ++c) {
+                interleave(box, zeros, blocks + c * block_values);
+                box.data += box.stride[0] * box.size[0];
+            }
+            for (int64_t d = 0; d < tile.count[0]; ++d) sum_slice(group, tile, d, blocks, sums);
         }
     }
 
-    // [channel][block row 0][block row 1][voxel][row of the pooling window]
-    void interleave(const T* window, T* blocks) const {
-        const PackedAxis* axis = tiling_.axis;
-        const int64_t width = axis[2].rows;
-        for (int64_t c = 0; c < in_channels_; ++c) {
-            for (int64_t d = 0; d < block_rows_[0]; ++d) {
-                for (int64_t h = 0; h < block_rows_[1]; ++h, blocks += width * rows_) {
-                    const T* from[lanes] = {};
-                    for (int64_t r = 0; r < rows_; ++r) {
-                        const int64_t depth = d + r / problem_.pool_window[1] * conv_.stride[0];
-                        const int64_t height = h + r % problem_.pool_window[1] * conv_.stride[1];
-                        from[r] = window + ((c * axis[0].rows + depth) * axis[1].rows + height) * width;
-                    }
-                    interleave_rows(from, width, blocks);
+    // [block row 0][block row 1][voxel][row of the pooling window]
+    void interleave(const Box& box, const T* zeros, T* blocks) const {
+        const int64_t width = tiling_.axis[2].rows;
+        const int64_t begin = smaller(larger(-box.first[2], 0), width);
+        const int64_t end = larger(smaller(box.size[2] - box.first[2], width), begin);
+        for (int64_t d = 0; d < block_rows_[0]; ++d) {
+            for (int64_t h = 0; h < block_rows_[1]; ++h, blocks += width * rows_) {
+                const T* from[lanes] = {};
+                for (int64_t r = 0; r < rows_; ++r) {
+                    const int64_t depth = box.first[0] + d + r / problem_.pool_window[1] * conv_.stride[0];
+                    const int64_t height = box.first[1] + h + r % problem_.pool_window[1] * conv_.stride[1];
+                    const bool inside = depth >= 0 && depth < box.size[0] && height >= 0 && height < box.size[1];
+                    from[r] = inside ? box.data + depth * box.stride[0] + height * box.stride[1] + box.first[2] + begin
+                                     : zeros;
                 }
+                fill_zero(blocks, begin * rows_);
+                interleave_rows(from, end - begin, blocks + begin * rows_);
+                fill_zero(blocks + end * rows_, (width - end) * rows_);
             }
         }
     }
@@ -134,12 +162,13 @@ class SelectGradWeight {
     void interleave_rows(const T* const* from, int64_t width, T* to) const {
         int64_t w = 0;
         if constexpr (Transpose<T>::part == 4) {
-            if (rows_ == 4) {
-                for (; w + lanes <= width; w += lanes) {
+            if (rows_ == 4 && width >= lanes) {
+                for (; w < width; w += lanes) {
+                    w = smaller(w, width - lanes);
                     typename Vector<T>::type rows[4];
                     for (int r = 0; r < 4; ++r) rows[r] = Vector<T>::load(from[r] + w);
-                    Transpose<T>::inside_parts(rows);
-                    for (int r = 0; r < 4; ++r) Transpose<T>::store_parts(rows[r], to + (w + r) * 4, 16);
+                    Transpose<T>::interleave_four(rows);
+                    for (int r = 0; r < 4; ++r) Vector<T>::store(to + w * 4 + r * lanes, rows[r]);
                 }
             }
         }
@@ -148,48 +177,71 @@ class SelectGradWeight {
         }
     }
 
-    // The pooled row h of slice d of a tile.
-    void sum_row(int64_t group, const PooledTile& tile, int64_t d, int64_t h, const T* blocks, T* sums) const {
+    // Slice d of a tile of pooled voxels.
+    void sum_slice(int64_t group, const PooledTile& tile, int64_t d, const T* blocks, T* sums) const {
         const int64_t width = tile.count[2];
-        const int64_t first = tile.sample * pooled_.sample + group * out_channels_ * pooled_.channel +
-                              (tile.cell[0] + d) * pooled_.axis[0] + (tile.cell[1] + h) * pooled_.axis[1] +
-                              tile.cell[2] * pooled_.axis[2];
         int64_t step[3];
         for (int a = 0; a < 3; ++a) step[a] = problem_.pool_stride[a] * conv_.stride[a] * block_stride_[a];
         SelectArguments<T> a = {};
-        a.blocks = blocks + d * step[0] + h * step[1];
         a.step = step[2];
         a.count = width;
         a.lane_of_code = lane_of_code_;
         a.shift = shift_;
-        if (pooled_.channel == 1 && out_channels_ == vectors_ * lanes) {
-            a.values = grad_ + first;
-            a.codes = code_ + first;
-            a.pitch = pooled_.axis[2];
-        } else {
-            pack_row_of_gradients(first, width, a);
+        a.values = grad_ + tile.sample * pooled_.sample + group * out_channels_ * pooled_.channel +
+                   (tile.cell[0] + d) * pooled_.axis[0] + tile.cell[1] * pooled_.axis[1] +
+                   tile.cell[2] * pooled_.axis[2];
+        a.codes = code_ + (a.values - grad_);
+        a.pitch = pooled_.axis[2];
+        int64_t row = pooled_.axis[1];
+        if (pooled_.channel != 1 || out_channels_ != vectors_ * lanes) {
+            pack_gradients(tile, a);
+            row = width * a.pitch;
         }
         const int64_t all = columns_ / shifts_, now = even_part(all, select_blocks(shifts_));
-        for (int64_t vector = 0; vector < vectors_; ++vector, a.values += lanes, a.codes += lanes) {
-            T* to = sums + vector * columns_ * lanes;
-            for (int64_t block = 0; block < all; block += now) {
-                select_kernel<T>(smaller(now, all - block), shifts_)(a, block_offsets_ + block,
-                                                                     to + block * shifts_ * lanes);
+        for (int64_t h = 0; h < tile.count[1]; ++h, a.values += row, a.codes += row) {
+            a.blocks = blocks + d * step[0] + h * step[1];
+            for (int64_t vector = 0; vector < vectors_; ++vector) {
+                SelectArguments<T> part = a;
+                part.values += vector * lanes;
+                part.codes += vector * lanes;
+                T* to = sums + vector * (columns_ + 1) * lanes;
+                add_gradients(part, to + columns_ * lanes);
+                for (int64_t block = 0; block < all; block += now) {
+                    select_kernel<T>(smaller(now, all - block), shifts_)(part, block_offsets_ + block,
+                                                                         to + block * shifts_ * lanes);
+                }
             }
         }
     }
 
-    // Gradients and codes of one pooled row as [voxel][whole vectors of channels].
-    void pack_row_of_gradients(int64_t first, int64_t width, SelectArguments<T>& a) const {
-        const int64_t pitch = vectors_ * lanes;
-        T* values = scratch<T>(Scratch::tile_accumulators, width * pitch);
-        uint8_t* codes = scratch<uint8_t>(Scratch::tile_rows, width * pitch);
-        if (pitch > out_channels_) fill_zero(values, width * pitch);
-        copy_matrix(grad_ + first, {pooled_.axis[2], pooled_.channel}, values, {pitch, 1}, width, out_channels_);
-        for (int64_t c = 0; c < pitch; ++c) {
-            const uint8_t* from = code_ + first + c * pooled_.channel;
-            for (int64_t w = 0; w < width; ++w) {
-                codes[w * pitch + c] = c < out_channels_ ? from[w * pooled_.axis[2]] : uint8_t{0};
+    static void add_gradients(const SelectArguments<T>& a, T* sums) {
+        typename Vector<T>::type sum = Vector<T>::load(sums);
+        for (int64_t v = 0; v < a.count; ++v) sum += load_passed(a.values + v * a.pitch, a.codes + v * a.pitch);
+        Vector<T>::store(sums, sum);
+    }
+
+    // Gradients and codes of one slice as [row][voxel][whole vectors of channels].
+    void pack_gradients(const PooledTile& tile, SelectArguments<T>& a) const {
+        const int64_t pitch = vectors_ * lanes, voxels = tile.count[1] * tile.count[2];
+        T* values = scratch<T>(Scratch::tile_accumulators, voxels * pitch);
+        uint8_t* codes = scratch<uint8_t>(Scratch::tile_rows, voxels * pitch);
+        if (pitch > out_channels_) {
+            fill_zero(values, voxels * pitch);
+            std::memset(codes, 0, static_cast<size_t>(voxels * pitch));
+        }
+        const bool whole = tile.count[2] * pooled_.axis[2] == pooled_.axis[1];  // rows follow one another
+        const int64_t rows = whole ? 1 : tile.count[1], count = voxels / rows;
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t from = row * pooled_.axis[1], to = row * count * pitch;
+            copy_matrix(a.values + from, {pooled_.axis[2], pooled_.channel}, values + to, {pitch, 1}, count,
+                        out_channels_);
+            if (pooled_.channel == 1) {
+                for (int64_t v = 0; v < count; ++v) {
+                    std::memcpy(codes + to + v * pitch, a.codes + from + v * pooled_.axis[2],
+                                static_cast<size_t>(out_channels_));
+                }
+            } else {
+                transpose(a.codes + from, pooled_.channel, codes + to, pitch, out_channels_, count);
             }
         }
         a.values = values;
@@ -197,10 +249,12 @@ class SelectGradWeight {
         a.pitch = pitch;
     }
 
-    void store(int64_t group, int64_t first, const T* sums, T* grad_weight) const {
+    void store(int64_t group, int64_t first, const T* sums, T* grad_weight, T* grad_bias) const {
         const bool last = conv_.layout == Layout::ndhwc;
         for (int64_t o = 0; o < smaller(lanes, out_channels_ - first); ++o) {
-            T* filter = grad_weight + (group * out_channels_ + first + o) * columns_;
+            const int64_t out = group * out_channels_ + first + o;
+            if (grad_bias != nullptr) grad_bias[out] = sums[columns_ * lanes + o];
+            T* filter = grad_weight + out * columns_;
             for (int64_t column = 0; column < columns_; ++column) {
                 const int64_t channel = column / taps_, tap = column % taps_;
                 filter[last ? tap * in_channels_ + channel : column] = sums[column * lanes + o];

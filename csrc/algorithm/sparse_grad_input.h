@@ -5,7 +5,8 @@
 // where few channels of a voxel have a gradient. A task owns a slab of input depths of one sample and group. It sorts
 // the gradients that reach the slab by output voxel (a counting sort), then computes plane after plane of the input:
 // for each output column (h_o, w_o), the gradients within reach along the depth, times the weights of all taps along
-// the height and the width, are added to the few input voxels that the column reaches (microkernel/sparse_sum.h). The
+// the height and the width, are added to the few input voxels that the column reaches (microkernel/sparse_scatter.h;
+// three taps along the width without stride or dilation go from column to column, microkernel/sparse_row.h). The
 // plane is held in scratch memory, with room at its borders, and copied to its place row by row. Slabs sort what lies
 // in their halo again, so no value has two writers.
 //
@@ -15,6 +16,7 @@
 // taps along the depth are one list. With a dilation each tap has a list of its own.
 #pragma once
 
+#include "../microkernel/sparse_scatter.h"
 #include "sparse_gradient.h"
 
 namespace pvc {
@@ -37,13 +39,16 @@ class SparseGradInput {
           input_(volume_strides(conv_.layout, conv_.in_channels, conv_.input_size)),
           in_channels_(conv_.in_channels / conv_.groups),
           out_channels_(conv_.out_channels / conv_.groups),
-          shape_(SegmentShape::of<T>(conv_, in_channels_, conv_.dilation[2] == 1)),
+          by_row_(4 * (ceil_divide(in_channels_, lanes) * lanes - in_channels_) <= in_channels_ &&
+                  conv_.kernel_size[2] == kRowTaps && conv_.stride[2] == 1 && conv_.dilation[2] == 1),
+          width_(by_row_ ? ceil_divide(in_channels_, lanes) * lanes : in_channels_),
+          shape_(SegmentShape::of<T>(conv_, width_, conv_.dilation[2] == 1)),
           run_values_(shape_.pieces * shape_.vectors * lanes),
           kernel_row_(run_values_ * (shape_.joined ? 1 : conv_.kernel_size[2])),
           kernel_plane_(kernel_row_ * conv_.kernel_size[1]),
           entry_plane_(conv_.dilation[0] == 1 ? kernel_plane_ * conv_.stride[0] : 0),
           rows_(padded_size(1)),
-          row_pitch_(padded_size(2) * in_channels_) {
+          row_pitch_(padded_size(2) * width_) {
         slab_ = conv_.input_size[0];
         while (slab_ > 1 && (list_bytes(slab_) > kListBytes ||
                              conv_.batch * conv_.groups * ceil_divide(conv_.input_size[0], slab_) < kTasks)) {
@@ -94,7 +99,7 @@ class SparseGradInput {
         for (int64_t tap = 0; tap < taps; ++tap) {
             for (int64_t c = 0; c < in_channels_; ++c) {
                 const bool last = conv_.layout == Layout::ndhwc;
-                to[tap / width * run_values_ + tap % width * in_channels_ + c] =
+                to[tap / width * run_values_ + tap % width * width_ + c] =
                     filter[last ? tap * in_channels_ + c : c * taps + tap];
             }
         }
@@ -229,7 +234,7 @@ class SparseGradInput {
             for (; copied < row; ++copied) {
                 const int64_t h = copied - conv_.padding_begin[1];
                 if (h < 0 || h >= conv_.input_size[1]) continue;
-                copy_matrix(plane + copied * row_pitch_ + conv_.padding_begin[2] * in_channels_, {in_channels_, 1},
+                copy_matrix(plane + copied * row_pitch_ + conv_.padding_begin[2] * width_, {width_, 1},
                             to + h * input_.axis[1], {input_.axis[2], input_.channel}, conv_.input_size[2],
                             in_channels_);
             }
@@ -248,28 +253,49 @@ class SparseGradInput {
         const int64_t last = smaller(sorted.first[2] + sorted.count[2], conv_.output_size[2]);
         const int32_t* starts =
             sorted.starts + ((h - sorted.first[1]) * sorted.count[2] + first - sorted.first[2]) * sorted.count[0];
-        const int64_t kernel = conv_.kernel_size[1], now = even_part(kernel, sparse_segments(shape_.vectors));
+        const int64_t kernel = conv_.kernel_size[1], now = even_part(kernel, scatter_segments(shape_.vectors));
         const int64_t pitch = conv_.dilation[1] * row_pitch_;
+        if (by_row_) {
+            const int64_t vectors = width_ / lanes;
+            SparseRow<T> row = {};
+            row.entries = sorted.entries;
+            row.begins = starts + span.low;
+            row.ends = starts + span.high + 1;
+            row.list_pitch = sorted.count[0];
+            row.count = last - first;
+            row.weight_pitch = kernel_row_;
+            row.row_pitch = pitch;
+            row.voxel_pitch = width_;
+            const int64_t rows = even_part(kernel, kRowSegments), part = even_part(vectors, kRowVectors);
+            for (int64_t v = 0; v < vectors; v += part) {
+                for (int64_t tap = 0; tap < kernel; tap += rows) {
+                    row.weights = weights + span.base + tap * kernel_row_ + v * lanes;
+                    row.sums = plane + h * conv_.stride[1] * row_pitch_ + tap * pitch + first * width_ + v * lanes;
+                    sparse_row_kernel<T>(smaller(rows, kernel - tap), smaller(part, vectors - v))(row);
+                }
+            }
+            return;
+        }
         for (int64_t k = 0; k < kernel_row_ / run_values_; ++k) {
             for (int64_t piece = 0; piece < shape_.pieces; ++piece) {
                 const int64_t begin = piece * shape_.vectors * lanes;
                 const int64_t values = smaller(shape_.vectors * lanes, shape_.length - begin);
                 for (int64_t tap = 0; tap < kernel; tap += now) {
                     const int64_t taps = smaller(now, kernel - tap);
-                    const SparseKernel<T> add = sparse_kernel<T>(taps, ceil_divide(values, lanes));
-                    int32_t segments[kSparseSegments];
+                    const ScatterKernel<T> add = scatter_kernel<T>(taps, ceil_divide(values, lanes));
+                    int32_t segments[kScatterSegments];
                     for (int64_t s = 0; s < taps; ++s) {
                         segments[s] =
                             static_cast<int32_t>(span.base + (tap + s) * kernel_row_ + k * run_values_ + begin);
                     }
-                    T* sums = plane + h * conv_.stride[1] * row_pitch_ + tap * pitch +
-                              k * conv_.dilation[2] * in_channels_ + begin;
+                    T* sums =
+                        plane + h * conv_.stride[1] * row_pitch_ + tap * pitch + k * conv_.dilation[2] * width_ + begin;
                     for (int64_t w = first; w < last; ++w) {
                         const int32_t* column = starts + (w - first) * sorted.count[0];
                         const int32_t from = column[span.low], size = column[span.high + 1] - from;
                         if (size == 0) continue;
-                        const SparseList<T> list = {sorted.entries + from, size};
-                        add(list, weights, segments, sums + w * conv_.stride[2] * in_channels_, pitch,
+                        const EntryList<T> list = {sorted.entries + from, size};
+                        add(list, weights, segments, sums + w * conv_.stride[2] * width_, pitch,
                             (values - 1) % lanes + 1);
                     }
                 }
@@ -284,6 +310,8 @@ class SparseGradInput {
     T* grad_input_;
     const VolumeStrides pooled_, input_;
     const int64_t in_channels_, out_channels_;  // of a group
+    const bool by_row_;                         // in whole vectors of channels, along rows
+    const int64_t width_;  // channels of a voxel in `plane` and in the packed weights, those beyond in_channels_ zero
     const SegmentShape shape_;
     const int64_t run_values_;  // of one packed run: whole segments
     const int64_t kernel_row_;  // packed values of the taps along the width

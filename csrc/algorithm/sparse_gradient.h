@@ -7,31 +7,13 @@
 #pragma once
 
 #include "../microkernel/grad_weight_pack.h"
+#include "../microkernel/sparse_list.h"
 #include "../microkernel/sparse_sum.h"
 #include "../parallel.h"
 #include "pack_source.h"
 
 namespace pvc {
 namespace {
-
-// Of a gradient, NaN included; without a branch, which would be mispredicted.
-inline bool nonzero(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof(bits));
-    return bits + bits != 0;
-}
-
-inline bool nonzero(double value) {
-    uint64_t bits;
-    std::memcpy(&bits, &value, sizeof(bits));
-    return bits + bits != 0;
-}
-
-// What a gradient gives to the voxel that its code names.
-template <typename T>
-inline T passed(T gradient, uint8_t code) {
-    return code == kNoVoxel ? T(0) : gradient;
-}
 
 inline void list_code_offsets(const PooledProblem& problem, const int64_t step[3], int32_t offsets[256]) {
     const int64_t* window = problem.pool_window;

@@ -50,6 +50,7 @@ struct TileLimits {
     int64_t packed_voxels, voxels;  // at most, per tile
     int64_t other_tasks;            // tasks per tile: samples and units of channels
     int64_t vector;                 // voxels along the width that a kernel computes at once
+    bool whole_rows = false;        // cut the width last: rows are transposed, or interleaved
 };
 
 inline Tiling cut(const Gather& gather, const int64_t pieces[3], const TileLimits& limits) {
@@ -80,6 +81,7 @@ inline Tiling choose_tiling(const Gather& gather, const TileLimits& limits) {
         int best_axis = -1;
         for (int axis = 0; axis < 3; ++axis) {
             if (tiling.cells[axis] == 1) continue;
+            if (limits.whole_rows && axis == 2 && tiling.cells[0] * tiling.cells[1] > 1) continue;
             int64_t finer[3] = {pieces[0], pieces[1], pieces[2]};
             finer[axis] = ceil_divide(gather.cells(axis).count, ceil_divide(tiling.cells[axis], 2));
             const Tiling candidate = cut(gather, finer, limits);

@@ -48,19 +48,6 @@ struct Transpose {
         }
     };
 
-    typedef T Part __attribute__((vector_size(16), aligned(sizeof(T)), may_alias));
-    using PartIndices = typename Count<parts>::type;
-
-    template <int P, int... I>
-    static inline Part part_of(type value, Indices<I...>) {
-        return __builtin_shufflevector(value, value, (P * part + I)...);
-    }
-
-    template <int... P>
-    static inline void store_each(type value, T* to, int64_t stride, Indices<P...>) {
-        ((*reinterpret_cast<Part*>(to + P * stride) = part_of<P>(value, typename Count<part>::type{})), ...);
-    }
-
     template <typename Pick>
     static inline type pick(type a, type b) {
         return shuffle<Pick>(a, b, typename Count<lanes>::type{});
@@ -103,29 +90,84 @@ struct Transpose {
         }
     }
 
-    // Writes each 128-bit part of a register, `stride` elements apart.
-    static inline void store_parts(type value, T* to, int64_t stride) { store_each(value, to, stride, PartIndices{}); }
+    // rows[i] of 4 registers (float): afterwards the registers one after another hold rows[0][0], rows[1][0],
+    // rows[2][0], rows[3][0], rows[0][1] and so on.
+    static inline void interleave_four(type* rows) {
+        inside_parts(rows);
+        if constexpr (parts > 1) {
+            const type a = pick<Exchange<1, false>>(rows[0], rows[1]), b = pick<Exchange<1, false>>(rows[2], rows[3]);
+            const type c = pick<Exchange<1, true>>(rows[0], rows[1]), d = pick<Exchange<1, true>>(rows[2], rows[3]);
+            rows[0] = a, rows[1] = b, rows[2] = c, rows[3] = d;
+            if constexpr (parts > 2) {
+                rows[0] = pick<Exchange<2, false>>(a, b);
+                rows[1] = pick<Exchange<2, false>>(c, d);
+                rows[2] = pick<Exchange<2, true>>(a, b);
+                rows[3] = pick<Exchange<2, true>>(c, d);
+            }
+        }
+    }
+
+    static inline void registers(type* rows) {
+#pragma GCC unroll 4
+        for (int p = 0; p < parts; ++p) inside_parts(rows + p * part);
+        among_parts<1>(rows);
+    }
 
     static inline void block(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
         type rows[lanes];
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) rows[i] = V::load(from + i * from_stride);
-#pragma GCC unroll 4
-        for (int p = 0; p < parts; ++p) inside_parts(rows + p * part);
-        among_parts<1>(rows);
+        registers(rows);
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) V::store(to + i * to_stride, rows[i]);
     }
 };
 
-// to[c][r] = from[r][c] for r < rows, c < columns. `from` and `to` do not overlap.
+typedef uint8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
+
+template <bool High, int... I>
+inline Bytes interleave_bytes(Bytes a, Bytes b, Transpose<float>::Indices<I...>) {
+    return __builtin_shufflevector(a, b, (I % 2 * 16 + I / 2 + (High ? 8 : 0))...);
+}
+
+// A block of 16 x 16 bytes: each of four rounds doubles the runs that lie right.
+inline void transpose_block(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t to_stride) {
+    using Indices = typename Transpose<float>::Count<16>::type;
+    Bytes rows[16], next[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) rows[i] = *reinterpret_cast<const Bytes*>(from + i * from_stride);
+#pragma GCC unroll 4
+    for (int round = 0; round < 4; ++round) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            next[2 * i] = interleave_bytes<false>(rows[i], rows[i + 8], Indices{});
+            next[2 * i + 1] = interleave_bytes<true>(rows[i], rows[i + 8], Indices{});
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) rows[i] = next[i];
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) *reinterpret_cast<Bytes*>(to + i * to_stride) = rows[i];
+}
+
+template <typename T>
+constexpr int64_t transpose_lanes = Vector<T>::lanes;
+template <>
+constexpr int64_t transpose_lanes<uint8_t> = 16;
+
+template <typename T>
+inline void transpose_block(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+    Transpose<T>::block(from, from_stride, to, to_stride);
+}
+
+// to[c][r] = from[r][c] for r < rows, c < columns; T is float, double or uint8_t. `from` and `to` do not overlap.
 //
 // The side whose lines are further apart (planes of a tensor, often a power of two apart, so that their lines compete
 // for the same cache sets) is walked along its lines, lanes of them at a time. A size that is no multiple of the lanes
 // ends with an overlapping block.
 template <typename T>
 void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows, int64_t columns) {
-    constexpr int64_t lanes = Vector<T>::lanes;
+    constexpr int64_t lanes = transpose_lanes<T>;
     if (rows < lanes || columns < lanes) {
         for (int64_t r = 0; r < rows; ++r) {
             for (int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
@@ -135,7 +177,7 @@ void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, int
     const auto block = [&](int64_t r, int64_t c) {
         r = smaller(r, rows - lanes);
         c = smaller(c, columns - lanes);
-        Transpose<T>::block(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+        transpose_block(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
     };
     if (from_stride > to_stride) {
         for (int64_t r = 0; r < rows; r += lanes) {

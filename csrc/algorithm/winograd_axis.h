@@ -13,7 +13,11 @@
 // B. Barabasz et al., "Error Analysis and Improving the Accuracy of Winograd Convolution" (2020); the textbook's
 // 0, 1, -1, 2, -2 loses about twice as much. Identity serves an axis of one tap.
 //
-// The functions transform `step`-spaced values in place. V is a scalar or a vector.
+// The gradient of the filter follows from that of y: dg = G^T [(A dy) * (B^T d)]. `gradient` is A, `weight_gradient` is
+// G^T.
+//
+// The functions transform `step`-spaced values in place; `interior` is the part of `target` that all points but zero
+// and infinity have in all outputs. V is a scalar or a vector.
 #pragma once
 
 namespace pvc {
@@ -32,6 +36,10 @@ struct WinogradAxis<1> {
     static inline void weight(V*, int) {}
     template <typename V>
     static inline void target(V*, int) {}
+    template <typename V>
+    static inline void gradient(V*, int) {}
+    template <typename V>
+    static inline void weight_gradient(V*, int) {}
 };
 
 template <>
@@ -56,10 +64,33 @@ struct WinogradAxis<2> {
     }
 
     template <typename V>
+    static inline void interior(V* m, int step) {
+        const V m1 = m[0], m2 = m[step];
+        m[0] = m1 + m2;
+        m[step] = m1 - m2;
+    }
+
+    template <typename V>
     static inline void target(V* v, int step) {
-        const V m1 = v[step], m2 = v[2 * step];
-        v[0] = v[0] + (m1 + m2);
-        v[step] = v[3 * step] + (m1 - m2);
+        interior(v + step, step);
+        v[0] = v[0] + v[step];
+        v[step] = v[2 * step] + v[3 * step];
+    }
+
+    template <typename V>
+    static inline void gradient(V* v, int step) {
+        const V y0 = v[0], y1 = v[step];
+        v[step] = y0 + y1;
+        v[2 * step] = y0 - y1;
+        v[3 * step] = y1;
+    }
+
+    template <typename V>
+    static inline void weight_gradient(V* v, int step) {
+        const V sum = (v[step] + v[2 * step]) / 2, difference = (v[step] - v[2 * step]) / 2;
+        v[0] = v[0] + sum;
+        v[step] = difference;
+        v[2 * step] = v[3 * step] + sum;
     }
 };
 
@@ -90,13 +121,22 @@ struct WinogradAxis<4> {
     }
 
     template <typename V>
+    static inline void interior(V* m, int step) {
+        const V m3 = m[2 * step], m4 = m[3 * step];
+        const V sum = m[0] + m[step], difference = m[0] - m[step];
+        m[0] = sum + (m3 + m4);
+        m[step] = difference + m3 * 0.5f - m4 * 2;
+        m[2 * step] = sum + m3 * 0.25f + m4 * 4;
+        m[3 * step] = difference + m3 * 0.125f - m4 * 8;
+    }
+
+    template <typename V>
     static inline void target(V* v, int step) {
-        const V m3 = v[3 * step], m4 = v[4 * step];
-        const V sum = v[step] + v[2 * step], difference = v[step] - v[2 * step];
-        v[0] = v[0] + sum + (m3 + m4);
-        v[step] = difference + m3 * 0.5f - m4 * 2;
-        v[2 * step] = sum + m3 * 0.25f + m4 * 4;
-        v[3 * step] = v[5 * step] + difference + m3 * 0.125f - m4 * 8;
+        interior(v + step, step);
+        v[0] = v[0] + v[step];
+        v[step] = v[2 * step];
+        v[2 * step] = v[3 * step];
+        v[3 * step] = v[4 * step] + v[5 * step];
     }
 };
 

@@ -14,56 +14,89 @@ namespace {
 
 template <typename T>
 struct WinogradBlocking {
-    static constexpr int64_t lanes = Vector<T>::lanes;
+    static constexpr int64_t lanes = Vector<T>::lanes, most_vectors = 4;
 
-    const WinogradTransforms<T>* transforms;
-    int64_t sources, source_width;     // channels, and whole vectors of them
-    int64_t targets, vectors, blocks;  // channels, vectors, blocks of at most kPanelVectors vectors
-    bool half;                         // the last vector is half of one
-    int64_t voxels[3];                 // target voxels to compute
+    const WinogradScheme<T>* scheme;
+    int64_t sources, source_vectors;  // channels, and vectors of them
+    int64_t targets, vectors;
+    bool half_target;       // the last vector is half of one
+    int64_t panel_vectors;  // of a whole panel (panel.h)
+    int64_t blocks;         // of at most `most_vectors` vectors, whole panels but the last
+    int64_t voxels[3];      // target voxels to compute
     int64_t tiles[3], box[3], boxes[3];
 
-    int64_t box_tiles() const { return box[0] * box[1] * box[2]; }
+    int64_t source_width() const { return source_vectors * lanes; }
     int64_t box_count() const { return boxes[0] * boxes[1] * boxes[2]; }
-    int64_t block_first(int64_t block) const { return block * vectors / blocks; }
-    int64_t block_vectors(int64_t block) const { return block_first(block + 1) - block_first(block); }
-    bool block_half(int64_t block) const { return half && block + 1 == blocks; }
-    int64_t block_columns(int64_t block) const {
-        return block_vectors(block) * lanes - (block_half(block) ? lanes / 2 : 0);
-    }
-    int64_t widest_block() const { return ceil_divide(vectors, blocks) * lanes; }
-    int64_t block_weights(int64_t block) const { return transforms->count() * sources * block_first(block) * lanes; }
+    int64_t block_first(int64_t block) const { return block * most_vectors; }
+    int64_t block_vectors(int64_t block) const { return smaller(most_vectors, vectors - block_first(block)); }
+    int64_t widest_block() const { return block_vectors(0) * lanes; }
 
-    // Between the points of all tiles of a box: an odd number of cache lines, so that the points of one tile, which a
-    // transform visits one after another, do not compete for the same lines of a cache.
-    static int64_t point_pitch(int64_t values) {
-        constexpr int64_t line = 64 / sizeof(T);
-        return (ceil_divide(values, line) | 1) * line;
+    // Of a vector of target channels.
+    bool half(int64_t vector) const { return half_target && vector + 1 == vectors; }
+
+    // Of the panel that begins with a vector.
+    int64_t panel_size(int64_t vector) const { return smaller(panel_vectors, vectors - vector); }
+    bool panel_half(int64_t vector) const { return half(vector + panel_size(vector) - 1); }
+    int64_t panel_columns(int64_t vector) const {
+        return panel_size(vector) * lanes - (panel_half(vector) ? lanes / 2 : 0);
+    }
+    int64_t panel_weights(int64_t vector) const { return scheme->count() * sources * vector * lanes; }
+
+    // Planes of the source under `tiles` tiles along the outer axis.
+    int64_t planes(int64_t tiles) const {
+        const int outer = scheme->outer();
+        return tiles * scheme->outputs[outer] + scheme->points[outer] - scheme->outputs[outer];
+    }
+
+    // Transformed planes and products of a box.
+    int64_t source_values(const int64_t box[3]) const {
+        const int* axis = scheme->axis;
+        return planes(box[axis[0]]) * box[axis[1]] * box[axis[2]] * source_vectors * scheme->tile_pitch();
+    }
+    int64_t product_pitch(const int64_t box[3]) const {
+        return odd_lines<T>(box[0] * box[1] * box[2] * scheme->outputs[scheme->outer()] * widest_block());
+    }
+    int64_t box_bytes(const int64_t box[3]) const {
+        return (source_values(box) + scheme->plane_points() * product_pitch(box)) * static_cast<int64_t>(sizeof(T));
     }
 };
 
-// The box of at most `most` tiles that packs least. Depends on the problem alone.
+// The box that costs least of those that fit. Depends on the problem alone.
 template <typename T>
-void choose_box(WinogradBlocking<T>& b, int64_t most) {
-    constexpr double kTileCost = 1.5;  // of a whole tile, in packed tiles
+void choose_box(const Gather& gather, WinogradBlocking<T>& b) {
+    constexpr int64_t kTasks = 16, kFewestTiles = 8, kMostTiles = 96, kBytes = kL2Bytes;
+    constexpr double kBoxCost = 4;  // in tiles: a few alone leave register tiles unused and read all weights for little
+    // A transformed plane, a packed voxel under a tile, a row of tiles: long rows are read and stored faster, most of
+    // all where they have to be transposed.
+    const bool last = gather.layout == Layout::ndhwc;
+    const double plane_cost = 0.08, packed_cost = last ? 0.03 : 0.1, row_cost = last ? 0.2 : 1;
+    const WinogradScheme<T>& scheme = *b.scheme;
+    const int* axis = scheme.axis;
+    const int64_t tiles = gather.batch * b.tiles[0] * b.tiles[1] * b.tiles[2];
+    const int64_t most = larger(smaller(kMostTiles, ceil_divide(tiles, kTasks)), kFewestTiles);
     double best = 0;
     for (int64_t w = 1; w <= smaller(b.tiles[2], most); ++w) {
         for (int64_t h = 1; h <= smaller(b.tiles[1], most / w); ++h) {
-            const int64_t size[3] = {smaller(b.tiles[0], most / w / h), h, w};
-            double cost = 1, packed = 1;
-            int64_t even[3];
-            for (int a = 0; a < 3; ++a) {
-                const int outputs = b.transforms->outputs[a];
-                even[a] = even_part(b.tiles[a], size[a]);
-                packed *= static_cast<double>(even[a] * outputs + b.transforms->points[a] - outputs) / outputs;
-                cost *= static_cast<double>(ceil_divide(b.tiles[a], even[a]));
-            }
-            const double tiles = static_cast<double>(even[0] * even[1] * even[2]);
-            // A few tiles alone leave register tiles unused and read all weights for little.
-            cost *= packed + kTileCost * (tiles + 4);
-            if (best == 0 || cost < best) {
-                best = cost;
-                for (int a = 0; a < 3; ++a) b.box[a] = even[a];
+            for (int64_t d = 1; d <= smaller(b.tiles[0], most / w / h); ++d) {
+                const int64_t size[3] = {even_part(b.tiles[0], d), even_part(b.tiles[1], h), even_part(b.tiles[2], w)};
+                if (size[0] != d || size[1] != h || size[2] != w) continue;
+                const int64_t count = d * h * w;
+                if (count > kFewestTiles && b.box_bytes(size) > kBytes) continue;
+                double packed = 1, boxes = 1;
+                for (int a = 0; a < 3; ++a) {
+                    const int outputs = scheme.outputs[a];
+                    packed *= static_cast<double>(size[a] * outputs + scheme.points[a] - outputs) / outputs;
+                    boxes *= static_cast<double>(ceil_divide(b.tiles[a], size[a]));
+                }
+                const double planes = static_cast<double>(b.planes(size[axis[0]]) * count) /
+                                      static_cast<double>(size[axis[0]] * scheme.outputs[axis[0]]);
+                const double rows = static_cast<double>(count / size[axis[2]]);
+                const double cost = boxes * (static_cast<double>(count) + kBoxCost + plane_cost * planes +
+                                             packed_cost * packed + row_cost * rows);
+                if (best == 0 || cost < best) {
+                    best = cost;
+                    for (int a = 0; a < 3; ++a) b.box[a] = size[a];
+                }
             }
         }
     }
@@ -71,27 +104,22 @@ void choose_box(WinogradBlocking<T>& b, int64_t most) {
 }
 
 template <typename T>
-WinogradBlocking<T> choose_winograd(const Gather& gather, const WinogradTransforms<T>& transforms) {
-    constexpr int64_t lanes = Vector<T>::lanes, kTasks = 16, kFewestTiles = 8, kManyTiles = 24;
+WinogradBlocking<T> choose_winograd(const Gather& gather, const WinogradScheme<T>& scheme) {
     WinogradBlocking<T> b = {};
-    b.transforms = &transforms;
+    b.scheme = &scheme;
     b.sources = gather.source_channels;
-    b.source_width = ceil_divide(b.sources, lanes) * lanes;
+    b.source_vectors = ceil_divide(b.sources, b.lanes);
     b.targets = gather.target_channels;
-    b.vectors = ceil_divide(b.targets, lanes);
-    b.half = kHalfVectors && b.vectors * lanes - b.targets >= lanes / 2;
-    b.blocks = ceil_divide(b.vectors, int64_t{kPanelVectors});
-    int64_t tiles = gather.batch;
+    b.vectors = ceil_divide(b.targets, b.lanes);
+    b.half_target = fills_half<T>(b.targets);
+    b.panel_vectors = scheme.panel_vectors;
+    b.blocks = ceil_divide(b.vectors, b.most_vectors);
     for (int a = 0; a < 3; ++a) {
         const CellAxis cells = gather.cells(a);
         b.voxels[a] = (cells.count - 1) * cells.step + cells.extent;
-        b.tiles[a] = ceil_divide(b.voxels[a], int64_t{transforms.outputs[a]});
-        tiles *= b.tiles[a];
+        b.tiles[a] = ceil_divide(b.voxels[a], int64_t{scheme.outputs[a]});
     }
-    const int64_t tile_bytes =
-        transforms.count() * (b.source_width + b.widest_block()) * static_cast<int64_t>(sizeof(T));
-    const int64_t fitting = larger(kL2Bytes * 2 / 3 / tile_bytes, kManyTiles);
-    choose_box(b, larger(smaller(fitting, ceil_divide(tiles, kTasks)), kFewestTiles));
+    choose_box(gather, b);
     return b;
 }
 

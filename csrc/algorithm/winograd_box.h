@@ -1,9 +1,10 @@
 // Winograd convolution of one box of tiles, fused: nothing but the box's sums leaves the cache.
 //
-//     pack:     the source of the box, zeros where the tensor ends             [voxel][source channel]
-//     source:   every tile transformed                                        [point][tile][source channel]
-//     product:  for each point, tiles x weights of a block of channels         [point][tile][target channel]
-//     target:   every tile transformed back                                   [voxel][target channel]
+//     source:   planes transformed (winograd_operand.h)
+//     then, for each block of target channels and each point of a plane:
+//     product:  tiles x weights, transformed back along the outer axis   [point
+//     of a plane][outer output][tile][column] and at last, for each row of
+//     tiles: target:   transformed back in the plane [voxel][target channel]
 //
 // A transform mixes the voxels of a tile. An infinity or NaN would spread over the tile, and sums of large values may
 // overflow that the convolution itself does not contain; so a tile with a result that is not finite is computed again,
@@ -11,227 +12,148 @@
 // must be infinite or NaN can come out finite.
 #pragma once
 
-#include "../parallel.h"
-#include "pack_weight.h"
-#include "winograd_blocking.h"
+#include "winograd_operand.h"
+#include "winograd_weight.h"
 
 namespace pvc {
 namespace {
 
-// Transformed weights [block][point][source channel][column], and what the sums start from.
+// The sums of one row of tiles for one block of channels: voxels first .. first + count - 1 of the target, `width`
+// channels each, of which `channels` exist. Voxels beyond the target are computed too.
 template <typename T>
-struct WinogradWeights {
-    const Gather& gather;
-    const WinogradBlocking<T>& blocking;
-    const T* weight;
-    T* transformed;
-    T* initial;
-
-    WinogradWeights(const Gather& gather, const WinogradBlocking<T>& b, const T* weight, const T* bias)
-        : gather(gather), blocking(b), weight(weight) {
-        const int64_t values = b.transforms->count() * b.sources * b.vectors * b.lanes;
-        transformed = scratch<T>(Scratch::shared_weights, values + b.vectors * b.lanes);
-        initial = transformed + values;
-        for (int64_t c = 0; c < b.vectors * b.lanes; ++c) initial[c] = bias != nullptr && c < b.targets ? bias[c] : 0;
-        constexpr int64_t kParallel = 1 << 15;  // values; less is quicker than waking a thread
-        if (values >= kParallel) {
-            parallel_for(b.sources, [&](int64_t source) { transform(source); });
-        } else {
-            for (int64_t source = 0; source < b.sources; ++source) transform(source);
-        }
-    }
-
-  private:
-    void transform(int64_t source) const {
-        constexpr int64_t lanes = Vector<T>::lanes, kTaps = 27, kPoints = 216;
-        const WinogradBlocking<T>& b = blocking;
-        const GatherAxis* axis = gather.axis;
-        alignas(64) T taps[kTaps * lanes], points[kPoints * lanes];
-        TileTransform<T> a = {};
-        a.from = taps;
-        a.from_stride[2] = lanes;
-        a.from_stride[1] = axis[2].taps * lanes;
-        a.from_stride[0] = axis[1].taps * a.from_stride[1];
-        a.to = points;
-        a.point = lanes;
-        for (int64_t block = 0; block < b.blocks; ++block) {
-            const int64_t columns = b.block_columns(block);
-            for (int64_t column = 0; column < columns; column += lanes) {
-                const int64_t first = b.block_first(block) * lanes + column, width = smaller(lanes, columns - column);
-                pack_taps(gather, weight + source * gather.weight_source_stride + first * gather.weight_target_stride,
-                          1, 1, smaller(lanes, b.targets - first), lanes, taps);
-                b.transforms->weight(a);
-                T* to = transformed + b.block_weights(block) + source * columns + column;
-                for (int64_t p = 0; p < b.transforms->count(); ++p) {
-                    for (int64_t i = 0; i < width; ++i) to[p * b.sources * columns + i] = points[p * lanes + i];
-                }
-            }
-        }
-    }
-};
-
-// The sums of a box for one block of channels: [d][h][w][width], voxels beyond the target computed too.
-template <typename T>
-struct BoxSums {
+struct RowSums {
     const T* sums;
     int64_t stride[3];
+    int64_t first[3], count[3];
     int64_t channel, channels, width;
 };
 
 template <typename T>
 class WinogradBox {
   public:
-    int64_t sample;
-    int64_t first[3], count[3];  // target voxels of the box that exist
+    const TileBox<T> box;
 
-    WinogradBox(const Gather& gather, const WinogradBlocking<T>& b, int64_t task) : gather_(gather), b_(b) {
-        sample = task / b.box_count();
-        int64_t rest = task % b.box_count();
-        for (int a = 2; a >= 0; --a) {
-            const int64_t outputs = b.transforms->outputs[a], tile = rest % b.boxes[a] * b.box[a];
-            rest /= b.boxes[a];
-            tiles_[a] = smaller(b.box[a], b.tiles[a] - tile);
-            first[a] = tile * outputs;
-            count[a] = smaller(tiles_[a] * outputs, b.voxels[a] - first[a]);
-            const int64_t voxels = tiles_[a] * outputs;
-            packed_[a] = {voxels, voxels + b.transforms->points[a] - outputs, 1, 1, true};
-        }
-        all_tiles_ = tiles_[0] * tiles_[1] * tiles_[2];
-        source_pitch_ = b.point_pitch(all_tiles_ * b.source_width);
-        product_pitch_ = b.point_pitch(all_tiles_ * b.widest_block());
-        const int64_t points = b.transforms->count();
-        input_ = scratch<T>(Scratch::tile_input, packed_[0].rows * packed_[1].rows * packed_[2].rows * b.source_width);
-        source_ = scratch<T>(Scratch::tile_accumulators, points * source_pitch_);
-        product_ = scratch<T>(Scratch::tile_output, points * product_pitch_);
-        sums_ = scratch<T>(Scratch::tile_rows, packed_[0].tile * packed_[1].tile * packed_[2].tile * b.widest_block());
+    WinogradBox(const Gather& gather, const WinogradWeights<T>& weights, int64_t task)
+        : box(weights.blocking, task),
+          gather_(gather),
+          weights_(weights),
+          b_(weights.blocking),
+          scheme_(*b_.scheme),
+          source_(gather, scheme_, scheme_.points, scheme_.kernels.source, box, Scratch::tile_accumulators) {
+        o_ = scheme_.axis[0], p_ = scheme_.axis[1], q_ = scheme_.axis[2];
+        product_pitch_ = b_.product_pitch(box.tiles);
+        product_ = scratch<T>(Scratch::tile_output, scheme_.plane_points() * product_pitch_);
+        sums_ = scratch<T>(Scratch::tile_rows, scheme_.outputs[0] * scheme_.outputs[1] * scheme_.outputs[2] *
+                                                   box.tiles[q_] * b_.widest_block());
     }
 
-    // Calls store(BoxSums) for each block of target channels.
+    // Calls store(RowSums) for each block of target channels and each row of tiles.
     template <typename Store>
-    void run(const T* source, const WinogradWeights<T>& weights, const Store& store) {
-        SourceBlock from = {};
-        from.sample = sample;
-        from.channels = b_.sources;
-        from.width = b_.source_width;
-        for (int a = 0; a < 3; ++a) from.origin[a] = gather_.axis[a].source_start + first[a];
-        pack_source(gather_, packed_, false, from, source, input_);
-        transform_source();
+    void run(const T* source, const Store& store) {
+        source_.transform_planes(source);
         for (int64_t block = 0; block < b_.blocks; ++block) {
-            multiply(block, weights.transformed + b_.block_weights(block));
-            BoxSums<T> box;
-            box.sums = sums_;
-            box.width = b_.block_vectors(block) * b_.lanes;
-            box.channel = b_.block_first(block) * b_.lanes;
-            box.channels = smaller(box.width, b_.targets - box.channel);
-            box.stride[2] = box.width;
-            box.stride[1] = packed_[2].tile * box.stride[2];
-            box.stride[0] = packed_[1].tile * box.stride[1];
-            transform_target(box, weights);
-            store(box);
+            for (int64_t point = 0; point < scheme_.plane_points(); ++point) {
+                multiply(block, point, source_.transform_outer(point));
+            }
+            for (int64_t o = 0; o < box.tiles[o_]; ++o) {
+                for (int64_t p = 0; p < box.tiles[p_]; ++p) store(transform_row(source, block, o, p));
+            }
         }
     }
 
   private:
-    // Calls body(index of the tile, its coordinates in the box).
-    template <typename Body>
-    void for_each_tile(const Body& body) const {
-        int64_t tile[3], index = 0;
-        for (tile[0] = 0; tile[0] < tiles_[0]; ++tile[0]) {
-            for (tile[1] = 0; tile[1] < tiles_[1]; ++tile[1]) {
-                for (tile[2] = 0; tile[2] < tiles_[2]; ++tile[2], ++index) body(index, tile);
-            }
-        }
-    }
-
-    int64_t packed_stride(int axis) const {
-        int64_t stride = b_.source_width;
-        for (int inner = axis + 1; inner < 3; ++inner) stride *= packed_[inner].rows;
-        return stride;
-    }
-
-    void transform_source() {
-        TileTransform<T> a = {};
-        for (int axis = 0; axis < 3; ++axis) a.from_stride[axis] = packed_stride(axis);
-        a.point = source_pitch_;
-        for_each_tile([&](int64_t index, const int64_t tile[3]) {
-            const T* from = input_;
-            for (int axis = 0; axis < 3; ++axis) {
-                from += tile[axis] * b_.transforms->outputs[axis] * a.from_stride[axis];
-            }
-            for (int64_t c = 0; c < b_.source_width; c += b_.lanes) {
-                a.from = from + c;
-                a.to = source_ + index * b_.source_width + c;
-                b_.transforms->source(a);
-            }
-        });
-    }
-
-    void multiply(int64_t block, const T* weights) {
+    void multiply(int64_t block, int64_t point, const T* rows) {
         PanelArguments<T> a = {};
-        a.source_pitch = b_.source_width;
+        a.source = rows;
+        a.chunk_pitch = source_.row_pitch();
         a.depth = b_.sources;
-        a.target_pitch = b_.block_vectors(block) * b_.lanes;
-        for (int64_t p = 0; p < b_.transforms->count(); ++p) {
-            a.source = source_ + p * source_pitch_;
-            a.weight = weights + p * b_.sources * b_.block_columns(block);
-            a.target = product_ + p * product_pitch_;
-            compute_panel(b_.block_vectors(block), b_.block_half(block), all_tiles_, a);
+        a.row_pitch = b_.block_vectors(block) * b_.lanes;
+        a.output_pitch = box.all_tiles * a.row_pitch;
+        const int64_t first = b_.block_first(block), end = first + b_.block_vectors(block);
+        for (int64_t vector = first; vector < end; vector += b_.panel_vectors) {
+            a.weight = weights_.transformed + b_.panel_weights(vector) +
+                       point * scheme_.points[o_] * b_.sources * b_.panel_columns(vector);
+            a.target = product_ + point * product_pitch_ + (vector - first) * b_.lanes;
+            scheme_.kernels.panel(b_.panel_size(vector), b_.panel_half(vector), box.all_tiles, a);
         }
     }
 
-    void transform_target(const BoxSums<T>& box, const WinogradWeights<T>& weights) {
-        using Integers = typename VectorType<T>::integers;
-        TileTransform<T> a = {};
+    // The row of tiles (o, p).
+    RowSums<T> transform_row(const T* source, int64_t block, int64_t o, int64_t p) {
+        const int64_t width = b_.block_vectors(block) * b_.lanes;
+        RowSums<T> row = {};
+        row.sums = sums_;
+        row.channel = b_.block_first(block) * b_.lanes;
+        row.width = width;
+        row.channels = smaller(width, b_.targets - row.channel);
+        row.stride[q_] = width;
+        row.stride[p_] = box.tiles[q_] * scheme_.outputs[q_] * width;
+        row.stride[o_] = scheme_.outputs[p_] * row.stride[p_];
+        row.first[o_] = box.first[o_] + o * scheme_.outputs[o_];
+        row.first[p_] = box.first[p_] + p * scheme_.outputs[p_];
+        row.first[q_] = box.first[q_];
+        row.count[o_] = smaller(scheme_.outputs[o_], b_.voxels[o_] - row.first[o_]);
+        row.count[p_] = smaller(scheme_.outputs[p_], b_.voxels[p_] - row.first[p_]);
+        row.count[q_] = smaller(box.tiles[q_] * scheme_.outputs[q_], b_.voxels[q_] - row.first[q_]);
+
+        TileTarget<T> a = {};
         a.point = product_pitch_;
-        for (int axis = 0; axis < 3; ++axis) a.to_stride[axis] = box.stride[axis];
+        a.output = box.all_tiles * width;
+        a.outer = row.stride[o_];
+        a.row = row.stride[p_];
+        a.column = row.stride[q_];
         const T* direct_weights = nullptr;
-        for_each_tile([&](int64_t index, const int64_t tile[3]) {
-            T* to = sums_;
-            for (int axis = 0; axis < 3; ++axis) to += tile[axis] * b_.transforms->outputs[axis] * box.stride[axis];
-            Integers spoilt = {};
-            for (int64_t c = 0; c < box.width; c += b_.lanes) {
-                a.from = product_ + index * box.width + c;
+        for (int64_t q = 0; q < box.tiles[q_]; ++q) {
+            T* to = sums_ + q * scheme_.outputs[q_] * width;
+            bool spoilt = false;
+            for (int64_t c = 0; c < width; c += b_.lanes) {
+                a.from = product_ + ((o * box.tiles[p_] + p) * box.tiles[q_] + q) * width + c;
+                a.initial = weights_.initial + row.channel + c;
                 a.to = to + c;
-                spoilt |= b_.transforms->target(a, Vector<T>::load(weights.initial + box.channel + c));
+                spoilt |= scheme_.kernels.target[b_.half((row.channel + c) / b_.lanes)](a);
             }
-            bool any = false;
-            for (int lane = 0; lane < b_.lanes; ++lane) any |= spoilt[lane] != 0;
-            if (!any) return;
-            if (direct_weights == nullptr) direct_weights = pack_direct(box, weights);
-            compute_direct(box, tile, direct_weights, weights.initial + box.channel, to);
-        });
+            if (!spoilt) continue;
+            if (direct_weights == nullptr) direct_weights = pack_direct(row);
+            compute_direct(source, row, q, direct_weights, to);
+        }
+        return row;
     }
 
     // The block's own weights, [tap][source channel][column].
-    const T* pack_direct(const BoxSums<T>& box, const WinogradWeights<T>& weights) const {
+    const T* pack_direct(const RowSums<T>& row) const {
         const GatherAxis* axis = gather_.axis;
         T* packed =
-            scratch<T>(Scratch::tile_lists, axis[0].taps * axis[1].taps * axis[2].taps * b_.sources * box.width);
-        pack_taps(gather_, weights.weight + box.channel * gather_.weight_target_stride, b_.sources, b_.sources,
-                  box.channels, box.width, packed);
+            scratch<T>(Scratch::tile_lists, axis[0].taps * axis[1].taps * axis[2].taps * b_.sources * row.width);
+        pack_taps(gather_, weights_.weight + row.channel * gather_.weight_target_stride, b_.sources, b_.sources,
+                  row.channels, row.width, packed);
         return packed;
     }
 
-    // The outputs of one tile by the definition of the convolution.
-    void compute_direct(const BoxSums<T>& box, const int64_t tile[3], const T* weights, const T* initial, T* to) const {
+    // The outputs of tile `q` of a row by the definition of the convolution.
+    void compute_direct(const T* source, const RowSums<T>& row, int64_t q, const T* weights, T* to) const {
         using V = Vector<T>;
         const GatherAxis* axis = gather_.axis;
-        const int* outputs = b_.transforms->outputs;
-        const int64_t taps = axis[0].taps * axis[1].taps * axis[2].taps;
+        const int* outputs = scheme_.outputs;
+        const int64_t taps = axis[0].taps * axis[1].taps * axis[2].taps, one[3] = {1, 1, 1};
+        int64_t stride[3], first[3];
+        for (int a = 0; a < 3; ++a) first[a] = row.first[a] + (a == q_ ? q * outputs[a] : 0);
+        const T* input = source_.pack(source, first, one, -1, stride);
         for (int64_t voxel = 0; voxel < outputs[0] * outputs[1] * outputs[2]; ++voxel) {
             const int64_t at[3] = {voxel / outputs[2] / outputs[1], voxel / outputs[2] % outputs[1],
                                    voxel % outputs[2]};
-            const T* from = input_;
-            for (int a = 0; a < 3; ++a) from += (tile[a] * outputs[a] + at[a]) * packed_stride(a);
-            T* sums = to + at[0] * box.stride[0] + at[1] * box.stride[1] + at[2] * box.stride[2];
-            for (int64_t c = 0; c < box.width; c += b_.lanes) {
-                typename V::type sum = V::load(initial + c);
+            const T* from = input;
+            T* sums = to;
+            for (int a = 0; a < 3; ++a) {
+                from += at[a] * stride[a];
+                sums += at[a] * row.stride[a];
+            }
+            for (int64_t c = 0; c < row.width; c += b_.lanes) {
+                typename V::type sum = V::load(weights_.initial + row.channel + c);
                 for (int64_t tap = 0; tap < taps; ++tap) {
-                    const T* values = from + tap / axis[2].taps / axis[1].taps * packed_stride(0) +
-                                      tap / axis[2].taps % axis[1].taps * packed_stride(1) +
-                                      tap % axis[2].taps * packed_stride(2);
-                    const T* row = weights + tap * b_.sources * box.width + c;
-                    for (int64_t s = 0; s < b_.sources; ++s) sum += values[s] * V::load(row + s * box.width);
+                    const T* values = from + tap / axis[2].taps / axis[1].taps * stride[0] +
+                                      tap / axis[2].taps % axis[1].taps * stride[1] + tap % axis[2].taps * stride[2];
+                    const T* column = weights + tap * b_.sources * row.width + c;
+                    for (int64_t s = 0; s < b_.sources; ++s) sum += values[s] * V::load(column + s * row.width);
                 }
                 V::store(sums + c, sum);
             }
@@ -239,12 +161,12 @@ class WinogradBox {
     }
 
     const Gather& gather_;
+    const WinogradWeights<T>& weights_;
     const WinogradBlocking<T>& b_;
-    int64_t tiles_[3], all_tiles_;
-    PackedAxis packed_[3];
-    int64_t source_pitch_, product_pitch_;  // between points
-    T* input_;
-    T* source_;
+    const WinogradScheme<T>& scheme_;
+    int o_, p_, q_;          // axes: the outer one, those of a plane
+    int64_t product_pitch_;  // between points of a plane
+    WinogradOperand<T> source_;
     T* product_;
     T* sums_;
 };

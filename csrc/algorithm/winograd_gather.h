@@ -11,27 +11,26 @@ namespace {
 
 template <typename T>
 bool has_winograd(const int64_t outputs[3]) {
-    return winograd_transforms<T>(outputs) != nullptr;
+    return winograd_scheme<T>(outputs) != nullptr;
 }
 
 template <typename T>
 void winograd_gather(const Gather& gather, const int64_t outputs[3], const T* source, const T* weight, const T* bias,
                      T* target) {
-    const WinogradBlocking<T> b = choose_winograd(gather, *winograd_transforms<T>(outputs));
+    const WinogradBlocking<T> b = choose_winograd(gather, *winograd_scheme<T>(outputs));
     const WinogradWeights<T> weights(gather, b, weight, bias);
     const int64_t size[3] = {gather.axis[0].count, gather.axis[1].count, gather.axis[2].count};
     const VolumeStrides strides = volume_strides(gather.layout, b.targets, size);
     const RowStrides to = {strides.axis[2], strides.channel};
     parallel_for(gather.batch * b.box_count(), [&](int64_t task) {
-        WinogradBox<T> box(gather, b, task);
-        T* first = target + box.sample * strides.sample;
-        for (int a = 0; a < 3; ++a) first += box.first[a] * strides.axis[a];
-        box.run(source, weights, [&](const BoxSums<T>& block) {
-            for (int64_t d = 0; d < box.count[0]; ++d) {
-                for (int64_t h = 0; h < box.count[1]; ++h) {
-                    copy_matrix(block.sums + d * block.stride[0] + h * block.stride[1], RowStrides{block.stride[2], 1},
-                                first + block.channel * strides.channel + d * strides.axis[0] + h * strides.axis[1], to,
-                                box.count[2], block.channels);
+        WinogradBox<T> convolution(gather, weights, task);
+        convolution.run(source, [&](const RowSums<T>& row) {
+            T* first = target + convolution.box.sample * strides.sample + row.channel * strides.channel;
+            for (int a = 0; a < 3; ++a) first += row.first[a] * strides.axis[a];
+            for (int64_t d = 0; d < row.count[0]; ++d) {
+                for (int64_t h = 0; h < row.count[1]; ++h) {
+                    copy_matrix(row.sums + d * row.stride[0] + h * row.stride[1], RowStrides{row.stride[2], 1},
+                                first + d * strides.axis[0] + h * strides.axis[1], to, row.count[2], row.channels);
                 }
             }
         });

@@ -14,33 +14,30 @@ template <typename T>
 void winograd_pooled(const PooledProblem& problem, const int64_t outputs[3], const T* x, const T* weight, const T* bias,
                      T* pooled, uint8_t* code) {
     const Gather gather = gather_windows(problem);
-    const WinogradBlocking<T> b = choose_winograd(gather, *winograd_transforms<T>(outputs));
+    const WinogradBlocking<T> b = choose_winograd(gather, *winograd_scheme<T>(outputs));
     const WinogradWeights<T> weights(gather, b, weight, bias);
     const PooledTarget<T> target = {
         pooled, code, volume_strides(problem.conv.layout, problem.conv.out_channels, problem.pooled_size)};
     const int64_t* window = problem.pool_window;
     parallel_for(gather.batch * b.box_count(), [&](int64_t task) {
-        WinogradBox<T> box(gather, b, task);
-        int64_t first[3], cells[3];
-        for (int a = 0; a < 3; ++a) {
-            first[a] = box.first[a] / window[a];
-            cells[a] = smaller(ceil_divide(box.count[a], window[a]), problem.pooled_size[a] - first[a]);
-        }
-        box.run(x, weights, [&](const BoxSums<T>& block) {
+        WinogradBox<T> convolution(gather, weights, task);
+        convolution.run(x, [&](const RowSums<T>& sums) {
             PoolRow<T> row = {};
-            row.values = block.sums;
-            row.channels = block.width;
-            row.cells = cells[2];
+            row.values = sums.sums;
+            int64_t first[3], cells[3];
             for (int a = 0; a < 3; ++a) {
-                row.first[a] = box.first[a];
-                row.stride[a] = block.stride[a];
+                first[a] = sums.first[a] / window[a];
+                cells[a] = smaller(ceil_divide(sums.count[a], window[a]), problem.pooled_size[a] - first[a]);
+                row.first[a] = sums.first[a];
+                row.stride[a] = sums.stride[a];
             }
+            row.cells = cells[2];
             for (int64_t d = 0; d < cells[0]; ++d) {
                 for (int64_t h = 0; h < cells[1]; ++h) {
                     const int64_t cell[3] = {first[0] + d, first[1] + h, first[2]};
                     row.depth = window_part(problem, 0, cell[0]);
                     row.height = window_part(problem, 1, cell[1]);
-                    pool_row(problem, target, false, box.sample, cell, block.channel, block.channels, row);
+                    pool_row(problem, target, false, convolution.box.sample, cell, sums.channel, sums.channels, row);
                 }
             }
         });

@@ -1,137 +1,294 @@
-// The three transforms of a 3-D tile, F(m_d) x F(m_h) x F(m_w), for a vector of channels at a time.
+// The transforms of a 3-D tile, F(m_d) x F(m_h) x F(m_w), for a vector of channels at a time.
 //
-// A tile has p_d * p_h * p_w points, (d, h, w) with w innermost; the values of one point lie `point` elements apart.
+// One axis, the outer one, is apart: depth, or height where the kernel has one tap in depth. The other two span planes.
+// A plane of the source is transformed once for all tiles that share it (neighbours along the outer axis share two);
+// the outer axis follows when its products are due, and panel.h transforms it back before anything is stored. Points of
+// a plane lie row by row, the width innermost.
 #pragma once
 
-#include "../vector.h"
+#include "../microkernel/panel.h"
 #include "winograd_axis.h"
 
 namespace pvc {
 namespace {
 
-// Pointers and strides of one tile and one vector of channels, in elements.
+constexpr int kMostPoints = 6;  // of an axis
+
+// At least `values`, in an odd number of cache lines: what is visited one after another in such steps does not compete
+// for the same lines of a cache.
 template <typename T>
-struct TileTransform {
-    const T* from;
-    int64_t from_stride[3];
+constexpr int64_t odd_lines(int64_t values) {
+    constexpr int64_t line = 64 / sizeof(T);
+    return ((values + line - 1) / line | 1) * line;
+}
+
+// Whether the last vector of so many channels is half of one.
+template <typename T>
+constexpr bool fills_half(int64_t channels) {
+    constexpr int64_t lanes = Vector<T>::lanes;
+    return kHalfVectors && channels % lanes != 0 && channels % lanes <= lanes / 2;
+}
+
+// The source of one tile in one plane, written point after point, `lanes` elements apart. Values of a tile that reaches
+// beyond the tensor are read through `row` and `column` where it is set, and are zero where `mask` has no bits.
+template <typename T>
+struct PlaneSource {
+    const T* row[kMostPoints];
+    int64_t column[kMostPoints];
+    typename VectorType<T>::integer mask[kMostPoints];
     T* to;
-    int64_t to_stride[3];
-    int64_t point;  // between points, in `to` for source and weight, in `from` for target
 };
 
-template <typename T, int D, int H, int W>
-struct WinogradTile {
-    using V = Vector<T>;
-    using vector = typename V::type;
-    using AxisD = WinogradAxis<D>;
-    using AxisH = WinogradAxis<H>;
-    using AxisW = WinogradAxis<W>;
-    static constexpr int P0 = AxisD::points, P1 = AxisH::points, P2 = AxisW::points;
-
-    static void source(const TileTransform<T>& a) {
-        vector v[P0 * P1 * P2];
-        for (int d = 0; d < P0; ++d) {
-            vector* plane = v + d * P1 * P2;
-            for (int h = 0; h < P1; ++h) {
-                const T* from = a.from + d * a.from_stride[0] + h * a.from_stride[1];
-                vector row[P2];
-#pragma GCC unroll 6
-                for (int w = 0; w < P2; ++w) row[w] = V::load(from + w * a.from_stride[2]);
-                AxisW::source(row, 1);
-#pragma GCC unroll 6
-                for (int w = 0; w < P2; ++w) plane[h * P2 + w] = row[w];
-            }
-#pragma GCC unroll 6
-            for (int w = 0; w < P2; ++w) AxisH::source(plane + w, P2);
-        }
-        for (int i = 0; i < P1 * P2; ++i) {
-            vector column[P0];
-#pragma GCC unroll 6
-            for (int d = 0; d < P0; ++d) column[d] = v[d * P1 * P2 + i];
-            AxisD::source(column, 1);
-#pragma GCC unroll 6
-            for (int d = 0; d < P0; ++d) V::store(a.to + (d * P1 * P2 + i) * a.point, column[d]);
-        }
-    }
-
-    static void weight(const TileTransform<T>& a) {
-        vector v[P0 * P1 * P2];
-        for (int d = 0; d < AxisD::taps; ++d) {
-            for (int h = 0; h < AxisH::taps; ++h) {
-                vector* row = v + (d * P1 + h) * P2;
-                for (int w = 0; w < AxisW::taps; ++w) {
-                    row[w] = V::load(a.from + d * a.from_stride[0] + h * a.from_stride[1] + w * a.from_stride[2]);
-                }
-                AxisW::weight(row, 1);
-            }
-            for (int w = 0; w < P2; ++w) AxisH::weight(v + d * P1 * P2 + w, P2);
-        }
-        for (int i = 0; i < P1 * P2; ++i) AxisD::weight(v + i, P1 * P2);
-        for (int i = 0; i < P0 * P1 * P2; ++i) V::store(a.to + i * a.point, v[i]);
-    }
-
-    // Adds `initial` and returns whether each lane's outputs are all finite: 0 where they are, -1 where not.
-    static typename VectorType<T>::integers target(const TileTransform<T>& a, vector initial) {
-        vector v[D * P1 * P2];
-        for (int i = 0; i < P1 * P2; ++i) {
-            vector column[P0];
-#pragma GCC unroll 6
-            for (int d = 0; d < P0; ++d) column[d] = V::load(a.from + (d * P1 * P2 + i) * a.point);
-            AxisD::target(column, 1);
-#pragma GCC unroll 4
-            for (int d = 0; d < D; ++d) v[d * P1 * P2 + i] = column[d];
-        }
-        vector spoilt = {};
-        for (int d = 0; d < D; ++d) {
-            vector* plane = v + d * P1 * P2;
-#pragma GCC unroll 6
-            for (int w = 0; w < P2; ++w) AxisH::target(plane + w, P2);
-            for (int h = 0; h < H; ++h) {
-                vector row[P2];
-                T* to = a.to + d * a.to_stride[0] + h * a.to_stride[1];
-#pragma GCC unroll 6
-                for (int w = 0; w < P2; ++w) row[w] = plane[h * P2 + w];
-                AxisW::target(row, 1);
-#pragma GCC unroll 4
-                for (int w = 0; w < W; ++w) {
-                    const vector value = row[w] + initial;
-                    spoilt += value - value;  // zero, or NaN for good once a value is infinite or NaN
-                    V::store(to + w * a.to_stride[2], value);
-                }
-            }
-        }
-        return spoilt != spoilt;
-    }
-};
-
-// The transforms of one scheme.
+// One point of a plane for all tiles of a box, tile by tile along the outer axis, to rows of panel.h. `plane`, `tile`:
+// strides in `from`.
 template <typename T>
-struct WinogradTransforms {
-    int outputs[3], points[3];
-    void (*source)(const TileTransform<T>&);
-    void (*weight)(const TileTransform<T>&);
-    typename VectorType<T>::integers (*target)(const TileTransform<T>&, typename Vector<T>::type);
-
-    int64_t count() const { return points[0] * points[1] * points[2]; }
+struct OuterSource {
+    const T* from;
+    int64_t plane, tile;
+    int64_t outer_tiles, plane_tiles;
+    T* to;
 };
 
+// The outputs of one tile: `point` and `output` are strides in `from`, of plane points and of outputs of the outer
+// axis; `outer`, `row` and `column` are strides in `to`.
+template <typename T>
+struct TileTarget {
+    const T* from;
+    int64_t point, output;
+    const T* initial;
+    T* to;
+    int64_t outer, row, column;
+};
+
+template <typename T>
+struct TileWeight {
+    const T* from;
+    int64_t stride[3];
+    T* to;
+    int64_t point;
+};
+
+// M outputs along the outer axis, P x Q in a plane. `Half`: of vectors half as long.
+template <typename T, int M, int P, int Q, bool Half>
+struct WinogradTile {
+    using V = VectorPart<T, Half>;
+    using vector = typename V::type;
+    using AxisO = WinogradAxis<M>;
+    using AxisP = WinogradAxis<P>;
+    using AxisQ = WinogradAxis<Q>;
+    static constexpr int PO = AxisO::points, PP = AxisP::points, PQ = AxisQ::points;
+
+    template <bool Border>
+    static void plane_source(const PlaneSource<T>& a) {
+        vector v[PP * PQ];
+#pragma GCC unroll 6
+        for (int p = 0; p < PP; ++p) {
+#pragma GCC unroll 6
+            for (int q = 0; q < PQ; ++q) {
+                v[p * PQ + q] = V::load(a.row[p] + (Border ? a.column[q] : q * a.column[1]));
+                if constexpr (Border) v[p * PQ + q] = V::keep(v[p * PQ + q], a.mask[q]);
+            }
+            AxisQ::source(v + p * PQ, 1);
+        }
+#pragma GCC unroll 6
+        for (int q = 0; q < PQ; ++q) {
+            AxisP::source(v + q, PQ);
+#pragma GCC unroll 6
+            for (int p = 0; p < PP; ++p) V::store(a.to + (p * PQ + q) * Vector<T>::lanes, v[p * PQ + q]);
+        }
+    }
+
+    static void outer_source(const OuterSource<T>& a) {
+        T* to = a.to;
+        for (int64_t outer = 0; outer < a.outer_tiles; ++outer) {
+            const T* from = a.from + outer * M * a.plane;
+            for (int64_t tile = 0; tile < a.plane_tiles; ++tile, from += a.tile, to += PO * Vector<T>::lanes) {
+                vector v[PO];
+#pragma GCC unroll 6
+                for (int o = 0; o < PO; ++o) v[o] = V::load(from + o * a.plane);
+                AxisO::source(v, 1);
+#pragma GCC unroll 6
+                for (int o = 0; o < PO; ++o) V::store(to + o * Vector<T>::lanes, v[o]);
+            }
+        }
+    }
+
+    // The gradient of the outputs, as plane_source and outer_source.
+    template <bool Border>
+    static void plane_gradient(const PlaneSource<T>& a) {
+        vector v[PP * PQ];
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 2
+            for (int q = 0; q < Q; ++q) {
+                v[p * PQ + q] = V::load(a.row[p] + (Border ? a.column[q] : q * a.column[1]));
+                if constexpr (Border) v[p * PQ + q] = V::keep(v[p * PQ + q], a.mask[q]);
+            }
+            AxisQ::gradient(v + p * PQ, 1);
+        }
+#pragma GCC unroll 4
+        for (int q = 0; q < PQ; ++q) {
+            AxisP::gradient(v + q, PQ);
+#pragma GCC unroll 4
+            for (int p = 0; p < PP; ++p) V::store(a.to + (p * PQ + q) * Vector<T>::lanes, v[p * PQ + q]);
+        }
+    }
+
+    static void outer_gradient(const OuterSource<T>& a) {
+        T* to = a.to;
+        for (int64_t outer = 0; outer < a.outer_tiles; ++outer) {
+            const T* from = a.from + outer * M * a.plane;
+            for (int64_t tile = 0; tile < a.plane_tiles; ++tile, from += a.tile, to += PO * Vector<T>::lanes) {
+                vector v[PO];
+#pragma GCC unroll 2
+                for (int o = 0; o < M; ++o) v[o] = V::load(from + o * a.plane);
+                AxisO::gradient(v, 1);
+#pragma GCC unroll 4
+                for (int o = 0; o < PO; ++o) V::store(to + o * Vector<T>::lanes, v[o]);
+            }
+        }
+    }
+
+    // Points, numbered as in `weight`, to taps (o * taps of p + p) * taps of q + q, both `lanes` elements apart.
+    static void weight_gradient(const T* points, T* taps) {
+        vector v[PO * PP * PQ];
+        for (int i = 0; i < PO * PP * PQ; ++i) v[i] = V::load(points + i * Vector<T>::lanes);
+        for (int i = 0; i < PP * PQ; ++i) AxisO::weight_gradient(v + i, PP * PQ);
+        for (int o = 0; o < AxisO::taps; ++o) {
+            for (int q = 0; q < PQ; ++q) AxisP::weight_gradient(v + o * PP * PQ + q, PQ);
+            for (int p = 0; p < AxisP::taps; ++p) {
+                vector* row = v + (o * PP + p) * PQ;
+                AxisQ::weight_gradient(row, 1);
+                for (int q = 0; q < AxisQ::taps; ++q, taps += Vector<T>::lanes) V::store(taps, row[q]);
+            }
+        }
+    }
+
+    // Adds `initial` and returns whether an output is not finite.
+    static bool target(const TileTarget<T>& a) {
+        const vector initial = V::load(a.initial);
+        vector spoilt = {};
+        for (int o = 0; o < M; ++o) {
+            const T* from = a.from + o * a.output;
+            vector v[PP * PQ];
+#pragma GCC unroll 6
+            for (int q = 0; q < PQ; ++q) {
+#pragma GCC unroll 6
+                for (int p = 0; p < PP; ++p) v[p * PQ + q] = V::load(from + (p * PQ + q) * a.point);
+                AxisP::target(v + q, PQ);
+            }
+#pragma GCC unroll 4
+            for (int p = 0; p < P; ++p) {
+                T* to = a.to + o * a.outer + p * a.row;
+                AxisQ::target(v + p * PQ, 1);
+#pragma GCC unroll 4
+                for (int q = 0; q < Q; ++q) {
+                    const vector value = v[p * PQ + q] + initial;
+                    spoilt += value - value;  // zero, or NaN for good once a value is infinite or NaN
+                    V::store(to + q * a.column, value);
+                }
+            }
+        }
+        uint64_t words[V::bytes / 8], any = 0;
+        std::memcpy(words, &spoilt, sizeof(words));
+        for (const uint64_t word : words) any |= word;
+        return any != 0;
+    }
+
+    // Of the whole tile; point (o, p, q) is number (o * PP + p) * PQ + q.
+    static void weight(const TileWeight<T>& a) {
+        vector v[PO * PP * PQ];
+        for (int o = 0; o < AxisO::taps; ++o) {
+            for (int p = 0; p < AxisP::taps; ++p) {
+                vector* row = v + (o * PP + p) * PQ;
+                for (int q = 0; q < AxisQ::taps; ++q) {
+                    row[q] = V::load(a.from + o * a.stride[0] + p * a.stride[1] + q * a.stride[2]);
+                }
+                AxisQ::weight(row, 1);
+            }
+            for (int q = 0; q < PQ; ++q) AxisP::weight(v + o * PP * PQ + q, PQ);
+        }
+        for (int i = 0; i < PP * PQ; ++i) AxisO::weight(v + i, PP * PQ);
+        for (int i = 0; i < PO * PP * PQ; ++i) V::store(a.to + i * a.point, v[i]);
+    }
+};
+
+// Indexed by whether the vector is half of one; both are the same where there are no halves. `border`: for tiles that
+// reach beyond the tensor.
+template <typename T>
+struct OperandKernels {
+    void (*plane[2])(const PlaneSource<T>&);
+    void (*border[2])(const PlaneSource<T>&);
+    void (*outer[2])(const OuterSource<T>&);
+};
+
+template <typename T>
+struct WinogradKernels {
+    OperandKernels<T> source, gradient;  // no gradient with F(4)
+    void (*weight_gradient)(const T* points, T* taps);
+    bool (*target[2])(const TileTarget<T>&);
+    void (*weight)(const TileWeight<T>&);
+    void (*panel)(int64_t vectors, bool half, int64_t rows, PanelArguments<T>);
+};
+
+// One scheme. The outer axis comes first in `axis`, the width last.
+template <typename T>
+struct WinogradScheme {
+    int outputs[3], points[3];  // by depth, height, width
+    int axis[3];
+    int panel_vectors;
+    WinogradKernels<T> kernels;
+
+    int outer() const { return axis[0]; }
+    int plane_points() const { return points[axis[1]] * points[axis[2]]; }
+    int count() const { return points[0] * points[1] * points[2]; }
+
+    // Between the tiles of a transformed plane, for all their points of a vector of channels.
+    int64_t tile_pitch() const { return odd_lines<T>(plane_points() * Vector<T>::lanes); }
+};
+
+template <typename T, int M, int P, int Q>
+constexpr WinogradKernels<T> winograd_kernels() {
+    using Whole = WinogradTile<T, M, P, Q, false>;
+    using Half = WinogradTile<T, M, P, Q, kHalfVectors>;
+    WinogradKernels<T> kernels = {};
+    kernels.source = {{Whole::template plane_source<false>, Half::template plane_source<false>},
+                      {Whole::template plane_source<true>, Half::template plane_source<true>},
+                      {Whole::outer_source, Half::outer_source}};
+    if constexpr (M == 2 && P <= 2 && Q <= 2) {
+        kernels.gradient = {{Whole::template plane_gradient<false>, Half::template plane_gradient<false>},
+                            {Whole::template plane_gradient<true>, Half::template plane_gradient<true>},
+                            {Whole::outer_gradient, Half::outer_gradient}};
+        kernels.weight_gradient = Whole::weight_gradient;
+    }
+    kernels.target[0] = Whole::target;
+    kernels.target[1] = Half::target;
+    kernels.weight = Whole::weight;
+    kernels.panel = compute_panel<T, M>;
+    return kernels;
+}
+
 template <typename T, int D, int H, int W>
-constexpr WinogradTransforms<T> winograd_transforms_of() {
-    using Tile = WinogradTile<T, D, H, W>;
-    return {{D, H, W}, {Tile::P0, Tile::P1, Tile::P2}, Tile::source, Tile::weight, Tile::target};
+constexpr WinogradScheme<T> winograd_scheme_of() {
+    constexpr int points[3] = {WinogradAxis<D>::points, WinogradAxis<H>::points, WinogradAxis<W>::points};
+    if constexpr (D == 1) {
+        return {
+            {D, H, W}, {points[0], points[1], points[2]}, {1, 0, 2}, panel_vectors(H), winograd_kernels<T, H, D, W>()};
+    } else {
+        return {
+            {D, H, W}, {points[0], points[1], points[2]}, {0, 1, 2}, panel_vectors(D), winograd_kernels<T, D, H, W>()};
+    }
 }
 
 // The scheme with these outputs per axis, or null when there is none.
 template <typename T>
-const WinogradTransforms<T>* winograd_transforms(const int64_t outputs[3]) {
-    static constexpr WinogradTransforms<T> schemes[] = {
-        winograd_transforms_of<T, 2, 2, 2>(), winograd_transforms_of<T, 2, 2, 4>(),
-        winograd_transforms_of<T, 2, 4, 4>(), winograd_transforms_of<T, 4, 4, 4>(),
-        winograd_transforms_of<T, 1, 2, 2>(), winograd_transforms_of<T, 1, 2, 4>(),
-        winograd_transforms_of<T, 1, 4, 4>(), winograd_transforms_of<T, 2, 1, 1>(),
-        winograd_transforms_of<T, 4, 1, 1>(),
+const WinogradScheme<T>* winograd_scheme(const int64_t outputs[3]) {
+    static constexpr WinogradScheme<T> schemes[] = {
+        winograd_scheme_of<T, 2, 2, 2>(), winograd_scheme_of<T, 2, 2, 4>(), winograd_scheme_of<T, 2, 4, 4>(),
+        winograd_scheme_of<T, 4, 4, 4>(), winograd_scheme_of<T, 1, 2, 2>(), winograd_scheme_of<T, 1, 2, 4>(),
+        winograd_scheme_of<T, 1, 4, 4>(), winograd_scheme_of<T, 2, 1, 1>(), winograd_scheme_of<T, 4, 1, 1>(),
     };
-    for (const WinogradTransforms<T>& scheme : schemes) {
+    for (const WinogradScheme<T>& scheme : schemes) {
         if (scheme.outputs[0] == outputs[0] && scheme.outputs[1] == outputs[1] && scheme.outputs[2] == outputs[2]) {
             return &scheme;
         }

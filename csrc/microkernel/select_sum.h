@@ -12,14 +12,14 @@
 #include "../isa.h"
 #include "../problem.h"
 
-#if defined(__AVX2__) && PVC_VECTOR_BYTES == 32
+#if (defined(__AVX2__) && PVC_VECTOR_BYTES == 32) || (defined(__AVX512F__) && PVC_VECTOR_BYTES == 64)
 #include <immintrin.h>
 #endif
 
 namespace pvc {
 namespace {
 
-// As many bytes as there are lanes, one per lane. With AVX2, GCC 12 would move them one by one.
+// As many bytes as there are lanes, one per lane. GCC 12 would move them one by one.
 template <typename T>
 inline typename VectorType<T>::integers widen(const uint8_t* from) {
     using integers = typename VectorType<T>::integers;
@@ -29,6 +29,14 @@ inline typename VectorType<T>::integers widen(const uint8_t* from) {
             _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
     } else {
         return reinterpret_cast<integers>(_mm256_cvtepu8_epi64(_mm_loadu_si32(from)));
+    }
+#elif defined(__AVX512F__) && PVC_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4) {
+        return reinterpret_cast<integers>(
+            _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+    } else {
+        return reinterpret_cast<integers>(
+            _mm512_maskz_cvtepu8_epi64(0xff, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
     }
 #else
     typedef uint8_t bytes __attribute__((vector_size(Vector<T>::lanes)));
@@ -61,6 +69,16 @@ inline V permute(V from, Integers lanes) {
 #endif
 }
 
+// Keeps the compiler from loading a value again at each use: half of the blocks cross a cache line.
+template <typename V>
+inline void keep_in_register(V& value) {
+#if defined(__AVX512F__) && PVC_VECTOR_BYTES == 64
+    asm("" : "+v"(value));
+#else
+    static_cast<void>(value);
+#endif
+}
+
 template <typename T, int B, int S>
 void select_tile(const SelectArguments<T>& a, const int32_t* offsets, T* sums) {
     using V = Vector<T>;
@@ -87,7 +105,8 @@ void select_tile(const SelectArguments<T>& a, const int32_t* offsets, T* sums) {
         const typename V::type value = chosen == kNoVoxel ? typename V::type{} : V::load(values);
 #pragma GCC unroll 16
         for (int b = 0; b < B; ++b) {
-            const typename V::type voxels = V::load(block[b] + place);
+            typename V::type voxels = V::load(block[b] + place);
+            if constexpr (S > 1) keep_in_register(voxels);
 #pragma GCC unroll 4
             for (int s = 0; s < S; ++s) sum[b][s] += value * permute(voxels, lanes[s]);
         }

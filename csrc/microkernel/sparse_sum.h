@@ -1,7 +1,6 @@
-// The register tile of the sparse passes: S segments x V vectors of sums over one list of non-zero gradients.
+// The register tile of the sparse weight gradient: S segments x V vectors of sums over one list of non-zero gradients.
 //
-//     sums[s * pitch][v] += sum over e < count of  entries[e].value * source[entries[e].offset + segments[s] + v *
-//     lanes]
+//     sums[s][v] += sum over e < count of  values[e] * source[offsets[e] + segments[s] + v * lanes]
 //
 // One entry costs a scalar load, a broadcast and S * V FMAs with an operand in memory: bound by two loads per cycle,
 // one FMA per cycle and unit but for the broadcast. The sums pass through memory once per list, so a list should be
@@ -13,59 +12,61 @@
 namespace pvc {
 namespace {
 
-// A gradient that is not zero, and where it points, in elements of the source.
-template <typename T>
-struct SparseEntry {
-    T value;
-    int32_t offset;
-};
-
+// Gradients that are not zero, and where they point, in elements of the source.
 template <typename T>
 struct SparseList {
-    const SparseEntry<T>* entries;
+    const T* values;
+    const int32_t* offsets;
     int64_t count;
 };
 
-// The sums of segment s begin at sums + s * pitch. Of the last vector of each, the first `kept` lanes are changed.
+// `sums` are S * V vectors that follow one another.
 template <typename T>
-using SparseKernel = void (*)(const SparseList<T>& list, const T* source, const int32_t* segments, T* sums,
-                              int64_t pitch, int64_t kept);
+using SparseKernel = void (*)(SparseList<T> list, const T* source, const int32_t* segments, T* sums);
 
-constexpr int kSparseVectors = 12;  // accumulators of one tile
-constexpr int kSparseSegments = 6;
+constexpr int kSparseVectors = 12;                                     // of a segment
+constexpr int kSparseAccumulators = kVectorRegisters == 32 ? 28 : 12;  // of a tile
+constexpr int kSparseSegments = kVectorRegisters == 32 ? 9 : 6;        // whose addresses fit general registers
 
-template <typename T>
-struct LaneNumbers {
-    typename Vector<T>::type value;
-    LaneNumbers() {
-        for (int i = 0; i < Vector<T>::lanes; ++i) value[i] = static_cast<T>(i);
-    }
+// Half vectors of 64 bytes take half the time, and half the cache: offsets and segments, which count in whole vectors,
+// are halved, and so is the distance between the vectors of a segment. The sums keep theirs.
+constexpr bool kHalfSlices = PVC_VECTOR_BYTES == 64;
+constexpr int kHalfSliceVectors = 3;
+
+template <typename T, bool Half>
+struct SliceVector {
+    static constexpr int bytes = PVC_VECTOR_BYTES / (Half ? 2 : 1);
+    typedef T type __attribute__((vector_size(bytes)));
+    typedef T unaligned __attribute__((vector_size(bytes), aligned(sizeof(T)), may_alias));
+    static inline type load(const T* from) { return *reinterpret_cast<const unaligned*>(from); }
+    static inline void store(T* to, type value) { *reinterpret_cast<unaligned*>(to) = value; }
 };
 
-template <typename T, int S, int V>
-void sparse_tile(const SparseList<T>& list, const T* source, const int32_t* segments, T* sums, int64_t pitch,
-                 int64_t kept) {
-    using vector = typename Vector<T>::type;
+template <typename T, int S, int V, bool Half>
+void sparse_tile(SparseList<T> list, const T* source, const int32_t* segments, T* sums) {
+    using Slice = SliceVector<T, Half>;
+    using vector = typename Slice::type;
     constexpr int lanes = Vector<T>::lanes, U = S * V >= 6 ? 1 : S * V >= 4 ? 2 : 4;
+    constexpr int scale = Half ? 2 : 1;
     vector sum[U][S][V];
     const T* from[S];
 #pragma GCC unroll 16
     for (int s = 0; s < S; ++s) {
-        from[s] = source + segments[s];
+        from[s] = source + segments[s] / scale;
 #pragma GCC unroll 16
         for (int v = 0; v < V; ++v) {
-            sum[0][s][v] = Vector<T>::load(sums + s * pitch + v * lanes);
+            sum[0][s][v] = Slice::load(sums + (s * V + v) * lanes);
 #pragma GCC unroll 4
             for (int u = 1; u < U; ++u) sum[u][s][v] = vector{};
         }
     }
-    const auto add = [&](int64_t entry, vector(&to)[S][V]) __attribute__((always_inline)) {
-        const T value = list.entries[entry].value;
-        const int64_t offset = list.entries[entry].offset;
+    const auto add = [&](int64_t e, vector(&to)[S][V]) __attribute__((always_inline)) {
+        const T value = list.values[e];
+        const int64_t offset = list.offsets[e] >> (scale - 1);
 #pragma GCC unroll 16
         for (int s = 0; s < S; ++s) {
 #pragma GCC unroll 16
-            for (int v = 0; v < V; ++v) to[s][v] += value * Vector<T>::load(from[s] + offset + v * lanes);
+            for (int v = 0; v < V; ++v) to[s][v] += value * Slice::load(from[s] + offset + v * (lanes / scale));
         }
     };
     int64_t e = 0;
@@ -76,7 +77,6 @@ void sparse_tile(const SparseList<T>& list, const T* source, const int32_t* segm
     if constexpr (U > 1) {
         for (; e < list.count; ++e) add(e, sum[0]);
     }
-    const auto keep = LaneNumbers<T>().value < static_cast<T>(kept);
 #pragma GCC unroll 16
     for (int s = 0; s < S; ++s) {
 #pragma GCC unroll 16
@@ -84,66 +84,36 @@ void sparse_tile(const SparseList<T>& list, const T* source, const int32_t* segm
             vector total = sum[0][s][v];
 #pragma GCC unroll 4
             for (int u = 1; u < U; ++u) total += sum[u][s][v];
-            T* to = sums + s * pitch + v * lanes;
-            Vector<T>::store(to, v + 1 < V ? total : keep ? total : Vector<T>::load(to));
+            Slice::store(sums + (s * V + v) * lanes, total);
         }
     }
 }
 
 // Segments that one tile of V vectors takes at most.
 constexpr int sparse_segments(int64_t vectors) {
-    return vectors >= kSparseVectors / 2 ? (vectors == kSparseVectors / 2 ? 2 : 1)
-           : vectors == 1                ? kSparseSegments
-                                         : static_cast<int>(kSparseVectors / vectors);
+    const int fit = static_cast<int>(kSparseAccumulators / vectors);
+    return fit < kSparseSegments ? fit : kSparseSegments;
 }
 
-template <typename T, int V>
-SparseKernel<T> sparse_tile_of(int64_t segments) {
-    if constexpr (sparse_segments(V) > 1) {
-        if (segments == 2) return sparse_tile<T, 2, V>;
+template <typename T, int V, int S>
+SparseKernel<T> sparse_tile_of(int64_t segments, bool half) {
+    if (segments == S) {
+        if constexpr (kHalfSlices && V <= kHalfSliceVectors) {
+            if (half) return sparse_tile<T, S, V, true>;
+        }
+        return sparse_tile<T, S, V, false>;
     }
-    if constexpr (sparse_segments(V) > 2) {
-        if (segments == 3) return sparse_tile<T, 3, V>;
-    }
-    if constexpr (sparse_segments(V) > 3) {
-        if (segments == 4) return sparse_tile<T, 4, V>;
-    }
-    if constexpr (sparse_segments(V) > 4) {
-        if (segments == 5) return sparse_tile<T, 5, V>;
-        if (segments == 6) return sparse_tile<T, 6, V>;
-    }
-    return sparse_tile<T, 1, V>;
+    if constexpr (S > 1) return sparse_tile_of<T, V, S - 1>(segments, half);
+    return nullptr;
 }
 
-// `segments` from 1 to sparse_segments(vectors), `vectors` from 1 to kSparseVectors.
-template <typename T>
-SparseKernel<T> sparse_kernel(int64_t segments, int64_t vectors) {
-    switch (vectors) {
-        case 1:
-            return sparse_tile_of<T, 1>(segments);
-        case 2:
-            return sparse_tile_of<T, 2>(segments);
-        case 3:
-            return sparse_tile_of<T, 3>(segments);
-        case 4:
-            return sparse_tile_of<T, 4>(segments);
-        case 5:
-            return sparse_tile_of<T, 5>(segments);
-        case 6:
-            return sparse_tile_of<T, 6>(segments);
-        case 7:
-            return sparse_tile_of<T, 7>(segments);
-        case 8:
-            return sparse_tile_of<T, 8>(segments);
-        case 9:
-            return sparse_tile_of<T, 9>(segments);
-        case 10:
-            return sparse_tile_of<T, 10>(segments);
-        case 11:
-            return sparse_tile_of<T, 11>(segments);
-        default:
-            return sparse_tile_of<T, 12>(segments);
-    }
+// `segments` from 1 to sparse_segments(vectors), `vectors` from 1 to kSparseVectors. `half`: vectors
+// are half ones, where `vectors` is at most kHalfSliceVectors.
+template <typename T, int V = kSparseVectors>
+SparseKernel<T> sparse_kernel(int64_t segments, int64_t vectors, bool half) {
+    if (vectors == V) return sparse_tile_of<T, V, sparse_segments(V)>(segments, half);
+    if constexpr (V > 1) return sparse_kernel<T, V - 1>(segments, vectors, half);
+    return nullptr;
 }
 
 }  // namespace

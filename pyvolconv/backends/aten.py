@@ -7,7 +7,8 @@ convolution is made of four real ones, as all three passes are linear in both op
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from ..problem import ConvProblem, Pass
 from .base import MEMORY_FORMAT, Accuracy, Backend, empty
+
+CALL = 5e5
+"""FLOPs at the peak in the time by which a call of torch's kernels takes longer than one of ours, about 5 us."""
 
 
 class AtenBackend(Backend):
@@ -37,7 +41,7 @@ class AtenBackend(Backend):
         padding, excess = _split_padding(problem)
         if any(excess):
             x = F.pad(x, excess)
-        y = torch.ops.aten.convolution(
+        y = torch.convolution(
             x, weight, bias, problem.stride, padding, problem.dilation, False, [0, 0, 0], problem.groups
         )
         return _dense(y, problem)
@@ -79,26 +83,95 @@ class AtenBackend(Backend):
         return Accuracy(constant=2.0, accumulate_dtype=problem.dtype, bitwise_reproducible=False)
 
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
-        """Shares of FMA peak seen for oneDNN's and cuDNN's kernels (docs/performance.md).
+        """Shares of float32 FMA peak seen for oneDNN's and cuDNN's kernels (docs/performance.md).
 
         Float32 direct kernels reach about half of the peak, less where a channel count leaves vector lanes
-        idle; float64 and grouped gradients fall to im2col or to a reference loop.
+        idle; float64 and grouped gradients fall to im2col or to a reference loop, float16 to a scalar one.
         """
+        return 1 / (1 / self._share_of_peak(problem, pass_) + CALL / max(problem.flops(pass_), 1))
+
+    @staticmethod
+    def _share_of_peak(problem: ConvProblem, pass_: Pass) -> float:
         lanes = min(problem.in_channels, problem.out_channels) // problem.groups
-        if problem.device == "cpu" and problem.dtype == "float64":
-            return 0.04
-        if problem.device == "cpu" and problem.groups > 1 and pass_ != "forward":
-            return 0.02
+        if problem.device == "cpu":
+            if problem.dtype == "float64":
+                return 0.04
+            if problem.dtype == "float16" and not _has_float16():
+                return 0.1 if pass_ == "grad_weight" else 0.01
+            if problem.groups > 1 and pass_ != "forward":
+                return 0.02
+            if problem.dtype == "bfloat16" and torch.cpu._is_avx512_bf16_supported():
+                return 0.4 if lanes < 16 else 1.2 if pass_ == "grad_weight" else 1.7
+            if problem.dtype == "float32" and problem.groups == 1 and not _falls_to_im2col(problem):
+                return _onednn_efficiency(problem, pass_)
         return 0.5 if lanes >= 16 else 0.1
 
 
-def _split_padding(problem: ConvProblem) -> tuple[list[int], list[int]]:
+def _onednn_efficiency(problem: ConvProblem, pass_: Pass) -> float:
+    """Share of FMA peak of oneDNN's float32 kernels without groups.
+
+    With 16 channels and more they run at 0.93 of peak (ncdhw 0.9), channels rounded up to whole vectors of 16, and
+    leave out taps that lie in the padding; memory takes the time of 12 FLOPs for each byte to be moved, of 5 where a
+    product needs no window. Touching windows are slower, in ncdhw much. The weight gradient in ndhwc is nearly as
+    good as ours, and better where much is padding.
+    """
+    channels = min(problem.in_channels, problem.out_channels)
+    used = min(count / (-(-count // 16) * 16) for count in (problem.in_channels, problem.out_channels))
+    moved = problem.min_bytes(pass_) / problem.flops(pass_)
+    ndhwc = problem.layout == "ndhwc"
+    windows = problem.kernel_size not in ((1, 1, 1), problem.stride)
+    if pass_ == "grad_weight":
+        dense = problem.stride == problem.dilation == (1, 1, 1) and min(problem.kernel_size) > 1
+        good = ndhwc and dense and 8 <= channels <= 192
+        return 0.72 * max(used, 0.5) / _inside_share(problem) if good else 0.5 if channels >= 16 else 0.1
+    if problem.kernel_size == (1, 1, 1) and (channels >= 16 or ndhwc):
+        return 1 / (1 / 0.85 + 5 * moved)
+    if channels < 16:
+        return 0.1
+    reached = (0.93 if ndhwc else 0.9) if windows else 0.7 if ndhwc else 0.4
+    return 1 / (_inside_share(problem) / (reached * used) + 12 * moved)
+
+
+def _inside_share(problem: ConvProblem) -> float:
+    """Which part of the products of output voxels and taps has an input voxel that is not padding."""
+    share = 1.0
+    for size, out, kernel, stride, (begin, _), dilation in zip(
+        problem.input_size,
+        problem.output_size,
+        problem.kernel_size,
+        problem.stride,
+        problem.padding,
+        problem.dilation,
+        strict=True,
+    ):
+        inside = 0
+        for tap in range(kernel):
+            offset = tap * dilation - begin  # of the tap's voxel for output 0
+            first, end = max(0, -(offset // stride)), min(out, (size - 1 - offset) // stride + 1)
+            inside += max(0, end - first)
+        share *= inside / (out * kernel)
+    return share
+
+
+def _falls_to_im2col(problem: ConvProblem) -> bool:
+    """Torch leaves oneDNN alone for one small sample (`use_mkldnn` in ATen/native/Convolution.cpp)."""
+    values = problem.in_channels * problem.input_size[0] * problem.input_size[1]
+    return problem.batch == 1 and max(problem.kernel_size) <= 3 and values <= 20480
+
+
+def _has_float16() -> bool:
+    """Whether oneDNN has float16 kernels for this processor (those of avx512_fp16 and above)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+@lru_cache(maxsize=1024)
+def _split_padding(problem: ConvProblem) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(padding that both ends share, per axis; the rest in the order of `F.pad`: last axis first)."""
     shared = [min(pair) for pair in problem.padding]
     excess: list[int] = []
     for (begin, end), both in zip(reversed(problem.padding), reversed(shared), strict=True):
         excess += [begin - both, end - both]
-    return shared, excess
+    return tuple(shared), tuple(excess)
 
 
 def _complex(product: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor) -> Tensor:
@@ -109,7 +182,7 @@ def _complex(product: Callable[[Tensor, Tensor], Tensor], first: Tensor, second:
 
 
 def _transposed(
-    problem: ConvProblem, grad_output: Tensor, weight: Tensor, padding: list[int], size: list[int]
+    problem: ConvProblem, grad_output: Tensor, weight: Tensor, padding: Sequence[int], size: Sequence[int]
 ) -> Tensor:
     """grad_input as a transposed convolution, which ATen has for integers too."""
     # What the stride leaves over at the end of the input.
@@ -118,7 +191,7 @@ def _transposed(
         % problem.stride[axis]
         for axis in range(3)
     ]
-    return torch.ops.aten.convolution(  # type: ignore[no-any-return]
+    return torch.convolution(
         grad_output, weight, None, problem.stride, padding, problem.dilation, True, remainder, problem.groups
     )
 
@@ -128,10 +201,10 @@ def _backward(
     grad_output: Tensor,
     x: Tensor,
     weight: Tensor,
-    padding: list[int],
+    padding: Sequence[int],
     output_mask: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+    return torch.ops.aten.convolution_backward.default(  # type: ignore[no-any-return]
         grad_output,
         x,
         weight,

@@ -127,14 +127,17 @@ class Backend(ABC):
         """
 
 
+_SHAPES = {
+    "input": "input_shape",
+    "output": "output_shape",
+    "weight": "weight_shape",
+    "pooled": "pooled_shape",
+    "code": "pooled_shape",
+}
+
+
 def empty(problem: ConvProblem, what: Literal["input", "output", "weight", "pooled", "code"], like: Tensor) -> Tensor:
     """An uninitialised dense tensor in `problem.layout`, on the device of `like`; of its dtype, a code of uint8."""
-    shape = {
-        "input": problem.input_shape,
-        "output": problem.output_shape,
-        "weight": problem.weight_shape,
-        "pooled": problem.pooled_shape,
-        "code": problem.pooled_shape,
-    }[what]
+    shape = getattr(problem, _SHAPES[what])
     dtype = torch.uint8 if what == "code" else like.dtype
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=MEMORY_FORMAT[problem.layout])

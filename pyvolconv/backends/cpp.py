@@ -183,19 +183,36 @@ class CppDirect(Backend):
         return Accuracy(constant=1.0, accumulate_dtype=problem.dtype, bitwise_reproducible=True)
 
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
-        """Share of lanes in use, times 0.9, with the time of 12 FLOPs for every byte that must be moved.
+        """Share of lanes in use, times what the kernels reach, with the time of 12 FLOPs for every byte to be moved.
 
-        Both numbers are fitted to measurements on an AVX2 machine: 0.85 to 0.91 of peak at 16 channels and more, 0.47
-        for one input channel (whose output is most of its work), 0.28 for depthwise.
+        The numbers are fitted to measurements (docs/performance.md): 0.82 of peak at 16 channels and more in ndhwc,
+        0.75 in ncdhw, where strides and dilation break rows into pieces; gradients of weights 0.8. A product without
+        a window is packed less (in ndhwc not at all where it has no more columns than depth), and there few channels on
+        either side leave its lanes or its loop empty.
         """
         lanes = {"avx512": 64, "avx2": 32}.get(kernels().current_isa(), 16) // DTYPE_BYTES[problem.dtype]
-        channels = problem.out_channels if pass_ == "forward" else problem.in_channels
+        channels, sources = problem.out_channels, problem.in_channels
+        if pass_ == "grad_input":
+            channels, sources = sources, channels
         if 1 < problem.groups < problem.in_channels:
             channels //= problem.groups
         width = problem.output_size[2] if pass_ == "forward" else problem.input_size[2]
-        used = max(size / (-(-size // lanes) * lanes) for size in (channels, width))
         moved = problem.min_bytes(pass_) / problem.flops(pass_)
-        return 1 / (1 / (0.9 * used) + 12 * moved)
+        if pass_ == "grad_weight":
+            return 1 / (1 / (0.8 * max(_used(problem.in_channels, lanes), _used(width, lanes))) + 12 * moved)
+        if problem.kernel_size == (1, 1, 1) and problem.groups == 1:
+            in_order = problem.layout == "ndhwc"
+            used = _used(channels, lanes) * min(1, sources / lanes) if in_order else 1.0
+            return 1 / (1 / ((0.75 if in_order and channels > sources else 0.88) * used) + 5 * moved)
+        reached = (
+            0.82 if problem.layout == "ndhwc" else 0.75 if problem.stride == problem.dilation == (1, 1, 1) else 0.58
+        )
+        return 1 / (1 / (reached * max(_used(channels, lanes), _used(width, lanes))) + 12 * moved)
+
+
+def _used(size: int, lanes: int) -> float:
+    """Share of lanes in use when `size` values are cut into vectors."""
+    return size / (-(-size // lanes) * lanes)
 
 
 def follow_torch_threads() -> None:

@@ -1,4 +1,4 @@
-"""`cpp.winograd`: forward and grad_input with fewer multiplications, fused tile by tile in cache, from csrc/.
+"""`cpp.winograd`: all three passes with fewer multiplications, fused tile by tile in cache, from csrc/.
 
 A scheme F(m_d x m_h x m_w, 3x3x3) computes a tile of m_d * m_h * m_w outputs from (m_d + 2)(m_h + 2)(m_w + 2) products
 per pair of channels where direct convolution takes 27 m_d m_h m_w: 8 for 27 with F(2x2x2), 6 for 27 with F(2x2x4), 3.4
@@ -26,7 +26,7 @@ SCHEMES: dict[tuple[int, int, int], dict[Precision, tuple[Outputs, ...]]] = {
     (1, 3, 3): {"default": ((1, 2, 2), (1, 2, 4)), "high": ((1, 2, 2), (1, 2, 4), (1, 4, 4))},
     (3, 1, 1): {"default": ((2, 1, 1), (4, 1, 1)), "high": ((2, 1, 1), (4, 1, 1))},
 }
-"""Outputs of a tile per axis, by kernel size and by what `set_precision` allows."""
+"""Outputs of a tile per axis, by kernel size and by what `set_precision` allows; for grad_weight those without a 4."""
 
 
 class CppWinograd(Backend):
@@ -41,15 +41,15 @@ class CppWinograd(Backend):
             reasons.append(f"device is {problem.device}; it runs on cpu")
         if problem.dtype not in DTYPES:
             reasons.append(f"dtype is {problem.dtype}; it computes {' and '.join(DTYPES)}")
-        if pass_ == "grad_weight" or (pass_ == "grad_input" and problem.pool is not None):
-            reasons.append(f"it has no {pass_}{' fused with a pool' if problem.pool else ''}")
+        if pass_ != "forward" and problem.pool is not None:
+            reasons.append(f"it has no {pass_} fused with a pool")
         if problem.kernel_size not in SCHEMES:
             reasons.append(f"kernel size is {problem.kernel_size}; it computes {', '.join(map(str, SCHEMES))}")
         if problem.stride != (1, 1, 1) or problem.dilation != (1, 1, 1):
             reasons.append(f"stride is {problem.stride} and dilation {problem.dilation}; it needs 1")
         if problem.groups != 1:
             reasons.append(f"groups is {problem.groups}; it needs 1")
-        if not reasons and not _fitting(problem, get_precision()):
+        if not reasons and not _fitting(problem, pass_, get_precision()):
             reasons.append("a pool's windows must touch, have no padding and divide its tiles")
         _, missing = load_extension()
         if missing:
@@ -82,7 +82,16 @@ class CppWinograd(Backend):
         return result
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
-        raise NotImplementedError(f"{self.name} has no grad_weight: {problem}")
+        result = empty(problem, "weight", x)
+        follow_torch_threads()
+        kernels().winograd_grad_weight(
+            plan_of(problem),
+            self._outputs(problem, "grad_weight"),
+            grad_output.data_ptr(),
+            x.data_ptr(),
+            result.data_ptr(),
+        )
+        return result
 
     def forward_max_pool(
         self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None
@@ -134,9 +143,11 @@ def _vector_bytes() -> int:
     return {"avx512": 64, "avx2": 32}.get(kernels().current_isa(), 16)
 
 
-def _fitting(problem: ConvProblem, precision: Precision) -> list[Outputs]:
-    """Schemes for the kernel into whose tiles the windows of the pool fit."""
+def _fitting(problem: ConvProblem, pass_: Pass, precision: Precision) -> list[Outputs]:
+    """Schemes for the kernel and the pass into whose tiles the windows of the pool fit."""
     schemes = SCHEMES[problem.kernel_size][precision]
+    if pass_ == "grad_weight":
+        return [outputs for outputs in schemes if 4 not in outputs]
     pool = problem.pool
     if pool is None:
         return list(schemes)
@@ -150,28 +161,32 @@ def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes:
     """The scheme with the least expected time.
 
     In units of one FMA of one pair of channels at peak, with numbers fitted to measurements (docs/performance.md): the
-    products run at 0.88 of peak; packing, transforming and storing an output voxel takes as long as 6.5 (ncdhw: 14) of
+    products run at 0.82 of peak; loading, transforming and storing an output voxel takes as long as 3.6 (ncdhw: 5.2) of
     its direct products for each channel, averaged harmonically; transforming a weight takes 8 per point; and weights
-    that exceed the caches are read again for every box of tiles.
+    that exceed the caches are read again for every box of tiles. grad_weight transforms two tensors, adds sums of 16
+    splits of the tiles, and reads and writes all sums for every box, which shows where they exceed 2 MiB.
     """
     lanes = vector_bytes // DTYPE_BYTES[problem.dtype]
     channels = (problem.in_channels, problem.out_channels)
-    targets = channels[1] if pass_ == "forward" else channels[0]
-    half = lanes // 2 if vector_bytes == 64 else lanes
+    targets = channels[0] if pass_ == "grad_input" else channels[1]
+    half = lanes // 2 if vector_bytes == 64 and pass_ != "grad_weight" else lanes
     used = targets / (-(-targets // half) * half)
-    size: tuple[int, ...] = problem.output_size if pass_ == "forward" else problem.input_size
+    size: tuple[int, ...] = problem.input_size if pass_ == "grad_input" else problem.output_size
     if problem.pool is not None:
         size = tuple(count * window for count, window in zip(problem.pooled_size, problem.pool.window, strict=True))
     taps = math.prod(problem.kernel_size)
-    moving = (6.5 if problem.layout == "ndhwc" else 14.0) * (1 / channels[0] + 1 / channels[1]) / 2
+    each = {"ndhwc": 3.6, "ncdhw": 5.2}[problem.layout] * (2 if pass_ == "grad_weight" else 1)
+    moving = each * (1 / channels[0] + 1 / channels[1]) / 2
     best = _Choice(0.0, (0, 0, 0))
-    for outputs in _fitting(problem, precision):
+    for outputs in _fitting(problem, pass_, precision):
         points = math.prod(m + k - 1 for m, k in zip(outputs, problem.kernel_size, strict=True))
         tiles = problem.batch * math.prod(-(-count // m) for count, m in zip(size, outputs, strict=True))
         weight_bytes = points * math.prod(channels) * DTYPE_BYTES[problem.dtype]
         spilling = 1.7 if weight_bytes > 16 << 20 else 1.0
-        products = tiles * points * spilling / (0.88 * used)
-        transforms = taps * moving * tiles * math.prod(outputs) + 8 * points
+        if pass_ == "grad_weight":
+            spilling = max(1.0, 0.45 * weight_bytes / (1 << 20))
+        products = tiles * points * spilling / (0.82 * used)
+        transforms = taps * moving * tiles * math.prod(outputs) + (128 if pass_ == "grad_weight" else 8) * points
         efficiency = taps * problem.batch * math.prod(size) / (products + transforms)
         best = max(best, _Choice(efficiency, outputs))
     return best

@@ -9,6 +9,8 @@ from __future__ import annotations
 from .aten import AtenBackend
 from .base import Backend
 from .cpp import CppDirect
+from .cpp_first_layer import CppFirstLayer
+from .cpp_widened import CppWidened
 from .cpp_winograd import CppWinograd
 from .im2col import Im2colBackend
 from .numba import NumbaBackend
@@ -18,6 +20,8 @@ REGISTRY: tuple[Backend, ...] = (
     TritonBackend(),
     CppDirect(),
     CppWinograd(),
+    CppFirstLayer(),
+    CppWidened(),
     Im2colBackend(),
     NumbaBackend(),
     AtenBackend(),

@@ -7,7 +7,6 @@ B bytes takes at least max(F / peak, B / bandwidth).
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 import platform
 import re
@@ -19,6 +18,7 @@ from typing import Literal
 
 import torch
 
+from ..host import cpuinfo, processor, version
 from .timing import alternate
 
 _PACKAGES = ("pyvolconv", "torch", "numpy", "numba", "triton")
@@ -160,34 +160,13 @@ def _copy_bandwidth(device: str, largest_cache: int) -> float:
 
 def versions() -> dict[str, str]:
     """Python and packages: name to version."""
-    return {"python": platform.python_version(), **{package: _version(package) for package in _PACKAGES}}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _cpuinfo(field: str) -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
-    match = re.search(rf"^{field}\s*:\s*(.*)$", text, re.MULTILINE)
-    return match[1].strip() if match else ""
-
-
-def processor() -> str:
-    """Model name of the processor."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine() or "unknown"
+    return {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}}
 
 
 def _isa() -> str:
     if platform.machine().lower() in ("arm64", "aarch64"):
-        return "SVE+NEON" if "sve" in _cpuinfo("Features").split() else "NEON"
-    flags = set(_cpuinfo("flags").split())
+        return "SVE+NEON" if "sve" in cpuinfo("Features").split() else "NEON"
+    flags = set(cpuinfo("flags").split())
     names = [
         name
         for flag, name in (("amx_tile", "AMX"), ("avx512_bf16", "AVX512-BF16"), ("avx512f", "AVX512"))

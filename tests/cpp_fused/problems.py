@@ -37,6 +37,15 @@ CUT = (
     *(f"n1g{groups}ic{groups}oc{groups}-i4x5x11-k3-p1-bias-relu-pool2" for groups in (2, 8, 70)),
     "n2ic4oc8-i5x6x7-k4x2x2-p1+2x0+1x0+1-bias-relu-pool2",
     "n1ic3oc4-i2x3x4-k2-p5+0x0+6x7+3-bias-relu-pool2",
+    # Whole vectors of input channels, and a half one; taps that move along a row.
+    *(f"n1ic{channels}oc18-i4x5x9-k3-p1-relu-pool2ceil" for channels in (6, 8, 9, 12, 20, 25, 32, 48)),
+    "n1ic24oc40-i5x6x20-k5-p2-relu-pool2",
+    "n1ic16oc16-i9x10x21-k3-s2x2x1-p1-bias-relu-pool2",
+    "n1ic16oc17-i9x10x21-k3x5x3-p2x4x1-d2x2x1-relu-pool2",
+    "n2g2ic32oc36-i5x6x21-k1x2x3-p0x1x1-relu-pool2ceil",
+    # Lists of more codes than a vector has lanes; codes transposed in blocks of bytes.
+    "n1ic20oc18-i6x7x17-k3-p1-relu-pool3x2x3",
+    "n2ic1oc32-i6x36x40-k3-p1-relu-pool2",
     # Volumes of several tiles and slabs.
     "n1ic32oc8-i21x23x19-k3-p1-bias-relu-pool2ceil",
     "n1ic2oc16-i19x20x210-k3-p1-relu-pool2",

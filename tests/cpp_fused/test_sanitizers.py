@@ -15,15 +15,29 @@ from .problems import CUT, parse
 
 @pytest.mark.slow
 @pytest.mark.sanitizer
-@pytest.mark.parametrize("flags", [["-DPVC_ISA=baseline"], ["-DPVC_ISA=avx2", "-mavx2", "-mfma"]], ids=["sse2", "avx2"])
-def test_no_access_outside_of_buffers(flags, tmp_path):
+@pytest.mark.parametrize(
+    ("isa", "flags"),
+    [
+        ("baseline", []),
+        ("avx2", ["-mavx2", "-mfma"]),
+        ("avx512", ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"]),
+    ],
+    ids=["sse2", "avx2", "avx512"],
+)
+def test_no_access_outside_of_buffers(isa, flags, tmp_path):
     if shutil.which("g++") is None:
         pytest.skip("no g++ to build with a sanitizer")
-    if "avx2" in flags[0] and "avx2" not in ISAS:
-        pytest.skip("this machine lacks AVX2")
+    if isa not in ISAS:
+        pytest.skip(f"this machine lacks {isa}")
     program = tmp_path / "harness"
     compile_harness(
-        program, "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DHARNESS_MAIN", *flags
+        program,
+        "-O1",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-DHARNESS_MAIN",
+        f"-DPVC_ISA={isa}",
+        *flags,
     )
     problems = [parse(text, layout) for text in CUT for layout in LAYOUTS]
     text = "\n".join(" ".join(map(str, numbers(problem))) for problem in problems)

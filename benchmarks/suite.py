@@ -1,0 +1,180 @@
+"""Layers of real networks, what the dispatcher picks untuned beside torch: `python -m benchmarks.suite`.
+
+One process, pages kept, all candidates in turns: both layouts of ours and of torch, each result checked before it is
+timed. A ratio is the time of torch in its better layout over ours in our better layout, by medians. Operands are whole
+numbers from -3 to 3, so results that are exact on integers must be torch's to the bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+import pyvolconv
+from pyvolconv.backends.base import MEMORY_FORMAT, Backend
+from pyvolconv.backends.registry import select
+from pyvolconv.dispatch import choose
+from pyvolconv.precision import Precision
+from pyvolconv.problem import LAYOUTS, PASSES, ConvProblem, Layout, Pass
+
+from .problems import PROBLEM_SETS, problem
+
+SUITE = PROBLEM_SETS["suite"]
+LEFT_OUT = 1.5
+"""A layout this much slower than its side's better one in the first run is not timed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pass of one entry; times in milliseconds by layout, of those that were timed."""
+
+    name: str
+    pass_: Pass
+    ours: dict[Layout, float]
+    torch: dict[Layout, float]
+    backend: dict[Layout, str]
+    flops: int
+
+    @property
+    def ratio(self) -> float:
+        return min(self.torch.values()) / min(self.ours.values())
+
+    def __str__(self) -> str:
+        layout = min(self.ours, key=self.ours.__getitem__)
+        torch_layout = min(self.torch, key=self.torch.__getitem__)
+        ours, peer = self.ours[layout], self.torch[torch_layout]
+        return (
+            f"{self.name:15} {self.pass_:11} {ours:9.2f} ms {self.flops / ours / 1e6:6.0f} GF/s {layout} "
+            f"{self.backend[layout]:12}  torch {peer:9.2f} ms {torch_layout}  {self.ratio:6.2f}x"
+        )
+
+
+def run(backend: Backend, problem: ConvProblem, pass_: Pass, operands: list[Tensor]) -> Tensor:
+    if pass_ == "forward":
+        return backend.forward(problem, *operands, None)
+    result: Tensor = getattr(backend, pass_)(problem, *operands)
+    return result
+
+
+def operands_of(problem: ConvProblem, pass_: Pass) -> list[Tensor]:
+    shapes = {
+        "forward": (problem.input_shape, problem.weight_shape),
+        "grad_input": (problem.output_shape, problem.weight_shape),
+        "grad_weight": (problem.output_shape, problem.input_shape),
+    }[pass_]
+    return [torch.randint(-3, 4, shape, dtype=torch.int8).to(getattr(torch, problem.dtype)) for shape in shapes]
+
+
+def check(result: Tensor, exact: Tensor, backend: Backend, problem: ConvProblem, pass_: Pass) -> None:
+    """Sums are whole numbers that float32 holds; what rounds them to a narrow dtype rounds once."""
+    if backend.accuracy(problem, pass_).exact_integers and backend.ours:
+        if not torch.equal(result, exact.to(result.dtype)):
+            raise SystemExit(f"{backend.name} is wrong: {pass_} of {problem}; a wrong result has no speed")
+    else:
+        torch.testing.assert_close(
+            result.float(), exact, rtol=0.02 if result.itemsize == 2 else 1e-4, atol=1e-5 * float(exact.abs().max())
+        )
+
+
+def measure(name: str, pass_: Pass, dtype: str, seconds: float) -> Row:
+    """At least one round of all candidates, then more until `seconds` are over."""
+    (aten,) = select("aten")
+    plain = problem(SUITE[name], "ncdhw", dtype, "cpu")
+    operands = operands_of(plain, pass_)
+    exact = run(aten, plain.with_(dtype="float32"), pass_, [operand.float() for operand in operands])
+    runs = {}
+    first: dict[tuple[bool, Layout], float] = {}
+    backend: dict[Layout, str] = {}
+    for layout in LAYOUTS:
+        ordered = [operand.contiguous(memory_format=MEMORY_FORMAT[layout]) for operand in operands]
+        laid = plain.with_(layout=layout)
+        chosen = choose(laid, pass_)
+        backend[layout] = chosen.name
+        for candidate, ours in ((chosen, True), (aten, False)):
+            begin = time.perf_counter()
+            result = run(candidate, laid, pass_, ordered)
+            first[ours, layout] = time.perf_counter() - begin
+            check(result, exact, candidate, laid, pass_)
+            runs[ours, layout] = (candidate, laid, pass_, ordered)
+    for side in (True, False):
+        best = min(first[side, layout] for layout in LAYOUTS)
+        for layout in LAYOUTS:
+            # A call of less than 20 ms may have been slow because it was the first.
+            if first[side, layout] > max(LEFT_OUT * best, 0.02):
+                del runs[side, layout]
+    times: dict[tuple[bool, Layout], list[float]] = {key: [] for key in runs}
+    stop = time.perf_counter() + seconds
+    while not all(times.values()) or (time.perf_counter() < stop and min(map(len, times.values())) < 200):
+        for key, arguments in runs.items():
+            begin = time.perf_counter()
+            run(*arguments)
+            times[key].append(1e3 * (time.perf_counter() - begin))
+    medians = {key: statistics.median(several) for key, several in times.items()}
+    return Row(
+        name,
+        pass_,
+        {layout: value for (ours, layout), value in medians.items() if ours},
+        {layout: value for (ours, layout), value in medians.items() if not ours},
+        backend,
+        plain.flops(pass_),
+    )
+
+
+def measure_all(names: list[str], passes: list[Pass], dtype: str, seconds: float) -> Iterator[Row]:
+    for name in names:
+        for pass_ in passes:
+            row = measure(name, pass_, dtype, seconds)
+            print(row, flush=True)
+            yield row
+
+
+def summary(rows: list[Row]) -> str:
+    """Geometric means and the slowest entries."""
+
+    def mean(several: list[Row]) -> float:
+        return math.exp(statistics.fmean(math.log(row.ratio) for row in several))
+
+    lines = [f"geometric mean of {len(rows)} ratios {mean(rows):.2f}"]
+    lines += [
+        f"  {pass_:11} {mean(several):.2f}"
+        for pass_ in PASSES
+        if (several := [row for row in rows if row.pass_ == pass_])
+    ]
+    lines.append("worst")
+    lines += [f"  {row}" for row in sorted(rows, key=lambda row: row.ratio)[:10]]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(SUITE), help="comma-separated entries (default: all)")
+    parser.add_argument("--passes", default=",".join(PASSES), help="comma-separated passes (default: all)")
+    parser.add_argument("--dtype", default="float32", help="name of a torch dtype (default: float32)")
+    parser.add_argument("--precision", default="default", choices=get_args(Precision), help="see set_precision")
+    parser.add_argument("--seconds", type=float, default=2.0, help="timed per entry and pass, at least one round (2)")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    options = parser.parse_args()
+    passes = [pass_ for pass_ in PASSES if pass_ in options.passes.split(",")]
+    torch.manual_seed(0)
+    pyvolconv.set_precision(options.precision)
+    with pyvolconv.keep_pages() as kept, torch.no_grad():
+        pages = "kept" if kept.active else f"not kept ({kept.reason})"
+        print(f"{options.dtype}, precision {options.precision}, {torch.get_num_threads()} threads, pages {pages}")
+        rows = list(measure_all(options.only.split(","), passes, options.dtype, options.seconds))
+    print(summary(rows))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) | {"ratio": row.ratio} for row in rows], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+// One tensor of a Winograd convolution, transformed for one box of tiles.
+//
+//     planes:  every plane transformed, tile by tile          [vector of
+//     channels][plane][tile][point of a plane][lane] outer:   one point of all
+//     tiles transformed along the outer axis     [vector of
+//     channels][tile][outer point][lane]
+//
+// In ndhwc, tiles inside the tensor are read in place, those at its borders through masks.
+#pragma once
+
+#include "pack_source.h"
+#include "winograd_blocking.h"
+
+namespace pvc {
+namespace {
+
+// Which tiles a box has, and where their outputs begin.
+template <typename T>
+struct TileBox {
+    int64_t sample, tiles[3], first[3];
+    int64_t plane_tiles, all_tiles;
+
+    TileBox(const WinogradBlocking<T>& b, int64_t index) {
+        const int* axis = b.scheme->axis;
+        sample = index / b.box_count();
+        int64_t rest = index % b.box_count();
+        for (int a = 2; a >= 0; --a) {
+            const int64_t tile = rest % b.boxes[a] * b.box[a];
+            rest /= b.boxes[a];
+            tiles[a] = smaller(b.box[a], b.tiles[a] - tile);
+            first[a] = tile * b.scheme->outputs[a];
+        }
+        plane_tiles = tiles[axis[1]] * tiles[axis[2]];
+        all_tiles = tiles[axis[0]] * plane_tiles;
+    }
+};
+
+// `gather` describes the tensor as its source, `window` the voxels of it that a tile takes per axis.
+template <typename T>
+class WinogradOperand {
+  public:
+    WinogradOperand(const Gather& gather, const WinogradScheme<T>& scheme, const int window[3],
+                    const OperandKernels<T>& kernels, const TileBox<T>& box, Scratch slot)
+        : gather_(gather), scheme_(scheme), window_(window), kernels_(kernels), box_(box) {
+        o_ = scheme.axis[0], p_ = scheme.axis[1], q_ = scheme.axis[2];
+        channels_ = gather.source_channels;
+        vectors_ = ceil_divide(channels_, lanes);
+        planes_ = voxels(o_, box.tiles[o_]);
+        const int64_t values = vectors_ * planes_ * box.plane_tiles * scheme.tile_pitch();
+        const int64_t zeros = window[q_] * channels_ + vectors_ * lanes;
+        rows_ = scratch<T>(slot, vectors_ * row_pitch() + values + zeros);
+        transformed_ = rows_ + vectors_ * row_pitch();
+        zeros_ = transformed_ + values;
+        fill_zero(zeros_, zeros);
+    }
+
+    void transform_planes(const T* tensor) {
+        const GatherAxis& outer = gather_.axis[o_];
+        for (int64_t plane = 0; plane < planes_; ++plane) {
+            const int64_t position = outer.source_start + box_.first[o_] + plane;
+            if (position < 0 || position >= outer.source_size) {
+                for (int64_t vector = 0; vector < vectors_; ++vector) {
+                    fill_zero(transformed(vector, plane, 0), box_.plane_tiles * scheme_.tile_pitch());
+                }
+            } else if (gather_.layout == Layout::ndhwc) {
+                transform_in_place(tensor, plane);
+            } else {
+                transform_packed(tensor, plane);
+            }
+        }
+    }
+
+    const T* transform_outer(int64_t point) {
+        OuterSource<T> a = {};
+        a.plane = box_.plane_tiles * scheme_.tile_pitch();
+        a.tile = scheme_.tile_pitch();
+        a.outer_tiles = box_.tiles[o_];
+        a.plane_tiles = box_.plane_tiles;
+        for (int64_t vector = 0; vector < vectors_; ++vector) {
+            a.from = transformed(vector, 0, 0) + point * lanes;
+            a.to = rows_ + vector * row_pitch();
+            kernels_.outer[half(vector)](a);
+        }
+        return rows_;
+    }
+
+    // Between the vectors of channels of what transform_outer gives.
+    int64_t row_pitch() const { return box_.all_tiles * scheme_.points[o_] * lanes; }
+
+    // The tensor under `tiles` tiles from first[] on, one plane of it or all, [voxel][channel]. Returns the strides
+    // too.
+    const T* pack(const T* tensor, const int64_t first[3], const int64_t tiles[3], int64_t plane,
+                  int64_t stride[3]) const {
+        PackedAxis packed[3];
+        SourceBlock from = {};
+        from.sample = box_.sample;
+        from.channels = channels_;
+        from.width = vectors_ * lanes;
+        for (int a = 0; a < 3; ++a) {
+            packed[a] = {tiles[a] * scheme_.outputs[a], voxels(a, tiles[a]), 1, 1, true};
+            from.origin[a] = gather_.axis[a].source_start + first[a];
+        }
+        if (plane >= 0) {
+            packed[o_] = {1, 1, 1, 1, true};
+            from.origin[o_] += plane;
+        }
+        stride[2] = from.width;
+        stride[1] = packed[2].rows * stride[2];
+        stride[0] = packed[1].rows * stride[1];
+        T* input = scratch<T>(Scratch::tile_input, packed[0].rows * stride[0]);
+        pack_source(gather_, packed, false, from, tensor, input);
+        return input;
+    }
+
+  private:
+    static constexpr int64_t lanes = Vector<T>::lanes;
+
+    int64_t voxels(int axis, int64_t tiles) const { return (tiles - 1) * scheme_.outputs[axis] + window_[axis]; }
+
+    T* transformed(int64_t vector, int64_t plane, int64_t tile) const {
+        return transformed_ + ((vector * planes_ + plane) * box_.plane_tiles + tile) * scheme_.tile_pitch();
+    }
+
+    bool half(int64_t vector) const { return fills_half<T>(channels_) && vector + 1 == vectors_; }
+
+    void transform_packed(const T* tensor, int64_t plane) {
+        int64_t stride[3];
+        const T* packed = pack(tensor, box_.first, box_.tiles, plane, stride);
+        PlaneSource<T> a = {};
+        a.column[1] = stride[q_];
+        for (int64_t tile = 0; tile < box_.plane_tiles; ++tile) {
+            const T* from = packed + tile / box_.tiles[q_] * scheme_.outputs[p_] * stride[p_] +
+                            tile % box_.tiles[q_] * scheme_.outputs[q_] * stride[q_];
+            for (int p = 0; p < window_[p_]; ++p) a.row[p] = from + p * stride[p_];
+            transform_tile(kernels_.plane, a, plane, tile);
+        }
+    }
+
+    void transform_tile(void (*const kernels[2])(const PlaneSource<T>&), PlaneSource<T>& a, int64_t plane,
+                        int64_t tile) {
+        for (int64_t vector = 0; vector < vectors_; ++vector) {
+            a.to = transformed(vector, plane, tile);
+            kernels[half(vector)](a);
+            for (const T*& row : a.row) row += lanes;
+        }
+    }
+
+    // One plane of the ndhwc layout. Whole vectors are read; where those of the plane's last voxel would reach beyond
+    // the tensor it is packed.
+    void transform_in_place(const T* tensor, int64_t plane) {
+        const GatherAxis* axis = gather_.axis;
+        const int64_t width = axis[2].source_size * channels_;
+        const int64_t stride[3] = {axis[1].source_size * width, width, channels_};
+        const T* all = tensor + box_.sample * axis[0].source_size * stride[0];
+        int64_t begin[3];
+        begin[o_] = axis[o_].source_start + box_.first[o_] + plane;
+        const int64_t after = (gather_.batch - 1 - box_.sample) * axis[0].source_size * stride[0] +
+                              (axis[o_].source_size - 1 - begin[o_]) * stride[o_];
+        if (after < vectors_ * lanes - channels_) return transform_packed(tensor, plane);
+        const int rows = window_[p_], columns = window_[q_];
+        PlaneSource<T> a = {};
+        for (int64_t tile = 0; tile < box_.plane_tiles; ++tile) {
+            begin[p_] = axis[p_].source_start + box_.first[p_] + tile / box_.tiles[q_] * scheme_.outputs[p_];
+            begin[q_] = axis[q_].source_start + box_.first[q_] + tile % box_.tiles[q_] * scheme_.outputs[q_];
+            const bool inside = begin[p_] >= 0 && begin[p_] + rows <= axis[p_].source_size && begin[q_] >= 0 &&
+                                begin[q_] + columns <= axis[q_].source_size;
+            if (inside) {
+                const T* from = all + begin[0] * stride[0] + begin[1] * stride[1] + begin[2] * stride[2];
+                for (int p = 0; p < rows; ++p) a.row[p] = from + p * stride[p_];
+                a.column[1] = stride[q_];
+                transform_tile(kernels_.plane, a, plane, tile);
+                continue;
+            }
+            const T* from = all + begin[o_] * stride[o_] + begin[q_] * stride[q_];
+            const bool reached = begin[q_] + columns > 0 && begin[q_] < axis[q_].source_size;
+            for (int p = 0; p < rows; ++p) {
+                const int64_t position = begin[p_] + p;
+                const bool exists = reached && position >= 0 && position < axis[p_].source_size;
+                a.row[p] = exists ? from + position * stride[p_] : zeros_;
+            }
+            for (int q = 0; q < columns; ++q) {
+                const int64_t position = begin[q_] + q;
+                const int64_t existing = larger(smaller(position, axis[q_].source_size - 1), 0);
+                a.column[q] = reached ? (existing - begin[q_]) * stride[q_] : 0;
+                a.mask[q] = reached && existing == position ? -1 : 0;
+            }
+            transform_tile(kernels_.border, a, plane, tile);
+        }
+    }
+
+    const Gather& gather_;
+    const WinogradScheme<T>& scheme_;
+    const int* window_;
+    const OperandKernels<T>& kernels_;
+    const TileBox<T>& box_;
+    int o_, p_, q_;  // axes: the outer one, those of a plane
+    int64_t channels_, vectors_, planes_;
+    T* rows_;
+    T* transformed_;
+    T* zeros_;
+};
+
+}  // namespace
+}  // namespace pvc

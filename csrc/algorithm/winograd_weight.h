@@ -1,0 +1,76 @@
+// The weights of a Winograd convolution, transformed in the order in which panel.h reads them.
+#pragma once
+
+#include "../parallel.h"
+#include "pack_weight.h"
+#include "winograd_blocking.h"
+
+namespace pvc {
+namespace {
+
+// [panel][point of the plane], and there [source channel][interior point of the outer axis][column], then [source
+// channel][end][column]; and what the sums start from.
+template <typename T>
+struct WinogradWeights {
+    const Gather& gather;
+    const WinogradBlocking<T>& blocking;
+    const T* weight;
+    T* transformed;
+    T* initial;
+
+    WinogradWeights(const Gather& gather, const WinogradBlocking<T>& b, const T* weight, const T* bias)
+        : gather(gather), blocking(b), weight(weight) {
+        const int64_t values = b.scheme->count() * b.sources * b.vectors * b.lanes;
+        transformed = scratch<T>(Scratch::shared_weights, values + b.vectors * b.lanes);
+        initial = transformed + values;
+        for (int64_t c = 0; c < b.vectors * b.lanes; ++c) initial[c] = bias != nullptr && c < b.targets ? bias[c] : 0;
+        constexpr int64_t kParallel = 1 << 15;  // values; less is quicker than waking a thread
+        if (values >= kParallel) {
+            parallel_for(b.sources, [&](int64_t source) { transform(source); });
+        } else {
+            for (int64_t source = 0; source < b.sources; ++source) transform(source);
+        }
+    }
+
+  private:
+    void transform(int64_t source) const {
+        constexpr int64_t lanes = Vector<T>::lanes, kTaps = 27, kPoints = 216;
+        const WinogradBlocking<T>& b = blocking;
+        const WinogradScheme<T>& scheme = *b.scheme;
+        const GatherAxis* axis = gather.axis;
+        alignas(64) T taps[kTaps * lanes], points[kPoints * lanes];
+        const int64_t stride[3] = {axis[1].taps * axis[2].taps * lanes, axis[2].taps * lanes, lanes};
+        TileWeight<T> a = {};
+        a.from = taps;
+        for (int i = 0; i < 3; ++i) a.stride[i] = stride[scheme.axis[i]];
+        a.to = points;
+        a.point = lanes;
+        for (int64_t panel = 0; panel < b.vectors; panel += b.panel_vectors) {
+            const int64_t columns = b.panel_columns(panel);
+            for (int64_t column = 0; column < columns; column += lanes) {
+                const int64_t first = panel * lanes + column, width = smaller(lanes, columns - column);
+                pack_taps(gather, weight + source * gather.weight_source_stride + first * gather.weight_target_stride,
+                          1, 1, smaller(lanes, b.targets - first), lanes, taps);
+                scheme.kernels.weight(a);
+                store(points, source, columns, width, transformed + b.panel_weights(panel) + column);
+            }
+        }
+    }
+
+    void store(const T* points, int64_t source, int64_t columns, int64_t width, T* to) const {
+        const WinogradScheme<T>& scheme = *blocking.scheme;
+        const int64_t lanes = blocking.lanes, sources = blocking.sources, plane_points = scheme.plane_points();
+        const int64_t outer_points = scheme.points[scheme.outer()], interior = outer_points - 2;
+        for (int64_t point = 0; point < plane_points; ++point, to += outer_points * sources * columns) {
+            for (int64_t o = 0; o < outer_points; ++o) {
+                const bool end = o == 0 || o == outer_points - 1;
+                const int64_t row = end ? interior * sources + source * 2 + (o != 0) : source * interior + o - 1;
+                const T* from = points + (o * plane_points + point) * lanes;
+                for (int64_t i = 0; i < width; ++i) to[row * columns + i] = from[i];
+            }
+        }
+    }
+};
+
+}  // namespace
+}  // namespace pvc

@@ -1,0 +1,229 @@
+// F(2x2x2, 3x3x3) of a few input channels: tiles of 2 x 2 x 2 outputs for one vector of output channels, products and
+// transforms in registers.
+//
+// With one input channel the 64 products of a tile are not sums yet, so the additions of the transform A^T (. . .) A
+// are as many as the multiplications and a plan that stores products first cannot pay. Here a product is born into the
+// transform: of the four points along the depth
+//
+//     low = (m1 + m2) + u0 v0,     high = (m1 - m2) + u3 v3,     m = u v,
+//
+// takes four instructions of the multiplying and two of the adding kind, and with the width and the height a tile takes
+// 64 and 80: less than half of the 216 FMAs of direct convolution, on processors that add beside the FMA. More channels
+// make each product a sum and change nothing else. The bias enters as the start of the product at point (1, 1, 1),
+// which is in all eight outputs with the factor 1.
+//
+// Point (d, h, w) is number (d * 4 + h) * 4 + w. Lanes are output channels; the transformed source is read one scalar
+// per tile and point, tiles `lanes` to a vector (first_layer_source.h).
+#pragma once
+
+#include "../isa.h"
+
+namespace pvc {
+namespace {
+
+// GCC finds the functions below too large to be inlined, and would then keep every tile in memory.
+#define PVC_INLINE __attribute__((always_inline)) inline
+
+constexpr int kFirstLayerPoints = 64;
+
+// Tiles along the width that share the loads of the weights: 8 outputs each, and as many registers again for the sums.
+constexpr int kFirstLayerTiles = kVectorRegisters == 32 ? 2 : 1;
+
+template <typename T>
+struct FirstLayerArguments {
+    const T* source;  // [channel][point][lanes], from the first tile on
+    const T* weight;  // [channel][point][lanes]
+    const T* bias;    // [lanes]
+    int64_t channels;
+};
+
+// The outputs of kFirstLayerTiles tiles, (d * 2 + h) * 2 + w.
+template <typename T>
+struct FirstLayerOutputs {
+    typename Vector<T>::type of[8][kFirstLayerTiles];
+};
+
+// `Channels` is the number of input channels, or 0 where it is known at run time.
+template <typename T, int Channels>
+struct FirstLayerTile {
+    using V = Vector<T>;
+    using vector = typename V::type;
+    static constexpr int lanes = V::lanes, tiles = kFirstLayerTiles;
+
+    struct Pair {
+        vector of[2][tiles];
+    };
+    struct Plane {  // [depth][width]
+        vector of[2][2][tiles];
+    };
+
+    // The products at point d of line (h, w).
+    PVC_INLINE static void multiply(const FirstLayerArguments<T>& a, int point, vector* sum) {
+        const vector weight = V::load(a.weight + point * lanes);
+#pragma GCC unroll 2
+        for (int t = 0; t < tiles; ++t) sum[t] = V::multiply(weight, a.source + point * lanes + t);
+    }
+
+    PVC_INLINE static void accumulate(const FirstLayerArguments<T>& a, int point, vector* sum) {
+        const vector weight = V::load(a.weight + point * lanes);
+#pragma GCC unroll 2
+        for (int t = 0; t < tiles; ++t) sum[t] = V::multiply_add(weight, a.source + point * lanes + t, sum[t]);
+    }
+
+    PVC_INLINE static FirstLayerArguments<T> next_channel(FirstLayerArguments<T> a) {
+        a.source += kFirstLayerPoints * lanes;
+        a.weight += kFirstLayerPoints * lanes;
+        return a;
+    }
+
+    // The outputs along the depth of the four points of line (h, w).
+    PVC_INLINE static Pair line(const FirstLayerArguments<T>& a, int h, int w, const T* bias) {
+        const int first = h * 4 + w;
+        vector m1[tiles], m2[tiles];
+        if (bias != nullptr) {
+            const vector start = V::load(bias);
+#pragma GCC unroll 2
+            for (int t = 0; t < tiles; ++t) m1[t] = start;
+            accumulate(a, first + 16, m1);
+        } else {
+            multiply(a, first + 16, m1);
+        }
+        multiply(a, first + 32, m2);
+        if constexpr (Channels != 1) {
+            FirstLayerArguments<T> c = a;
+            for (int64_t i = 1; i < a.channels; ++i) {
+                c = next_channel(c);
+                accumulate(c, first + 16, m1);
+                accumulate(c, first + 32, m2);
+            }
+        }
+        Pair pair;
+#pragma GCC unroll 2
+        for (int t = 0; t < tiles; ++t) {
+            pair.of[0][t] = m1[t] + m2[t];
+            pair.of[1][t] = m1[t] - m2[t];
+        }
+        accumulate(a, first, pair.of[0]);
+        accumulate(a, first + 48, pair.of[1]);
+        if constexpr (Channels != 1) {
+            FirstLayerArguments<T> c = a;
+            for (int64_t i = 1; i < a.channels; ++i) {
+                c = next_channel(c);
+                accumulate(c, first, pair.of[0]);
+                accumulate(c, first + 48, pair.of[1]);
+            }
+        }
+        return pair;
+    }
+
+    PVC_INLINE static void join(const FirstLayerArguments<T>& a, int h, int w, vector* low, vector* high) {
+        const Pair pair = line(a, h, w, nullptr);
+#pragma GCC unroll 2
+        for (int t = 0; t < tiles; ++t) {
+            low[t] += pair.of[0][t];
+            high[t] += pair.of[1][t];
+        }
+    }
+
+    // The outputs along depth and width of the sixteen points of row h.
+    PVC_INLINE static Plane plane(const FirstLayerArguments<T>& a, int h, const T* bias) {
+        Plane plane;
+        const Pair one = line(a, h, 1, bias), two = line(a, h, 2, nullptr);
+#pragma GCC unroll 2
+        for (int d = 0; d < 2; ++d) {
+#pragma GCC unroll 2
+            for (int t = 0; t < tiles; ++t) {
+                plane.of[d][0][t] = one.of[d][t] + two.of[d][t];
+                plane.of[d][1][t] = one.of[d][t] - two.of[d][t];
+            }
+        }
+        join(a, h, 0, plane.of[0][0], plane.of[1][0]);
+        join(a, h, 3, plane.of[0][1], plane.of[1][1]);
+        return plane;
+    }
+
+    // Adds the outputs of row h to those along the width at both depths.
+    PVC_INLINE static void add_plane(const FirstLayerArguments<T>& a, int h, vector (*low)[tiles],
+                                     vector (*high)[tiles]) {
+        const Pair one = line(a, h, 1, nullptr), two = line(a, h, 2, nullptr);
+#pragma GCC unroll 2
+        for (int t = 0; t < tiles; ++t) {
+            low[0][t] += one.of[0][t] + two.of[0][t];
+            low[1][t] += one.of[0][t] - two.of[0][t];
+            high[0][t] += one.of[1][t] + two.of[1][t];
+            high[1][t] += one.of[1][t] - two.of[1][t];
+        }
+        join(a, h, 0, low[0], high[0]);
+        join(a, h, 3, low[1], high[1]);
+    }
+
+    PVC_INLINE static FirstLayerOutputs<T> compute(const FirstLayerArguments<T>& a) {
+        FirstLayerOutputs<T> y;
+        const Plane one = plane(a, 1, a.bias), two = plane(a, 2, nullptr);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const int d = i / 2, w = i % 2;
+#pragma GCC unroll 2
+            for (int t = 0; t < tiles; ++t) {
+                y.of[d * 4 + w][t] = one.of[d][w][t] + two.of[d][w][t];
+                y.of[d * 4 + 2 + w][t] = one.of[d][w][t] - two.of[d][w][t];
+            }
+        }
+        add_plane(a, 0, y.of, y.of + 4);
+        add_plane(a, 3, y.of + 2, y.of + 6);
+        return y;
+    }
+};
+
+// The largest of eight outputs, at least zero, and its number; of equal ones the first, 0 where none is positive. No
+// output is NaN.
+template <typename T>
+struct FirstLayerPool {
+    using vector = typename Vector<T>::type;
+    using integers = typename VectorType<T>::integers;
+    vector value;
+    integers code;
+
+    PVC_INLINE static FirstLayerPool of(const vector* y, int step) {
+        vector best[4];
+        integers code[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const vector first = i == 0 ? (y[0] > T(0) ? y[0] : vector{}) : y[2 * i * step];
+            const vector second = y[(2 * i + 1) * step];
+            const integers later = second > first;
+            best[i] = later ? second : first;
+            code[i] = later ? integers{} + 1 : integers{};
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < 4; i += 2) {
+            const integers later = best[i + 1] > best[i];
+            best[i] = later ? best[i + 1] : best[i];
+            code[i] = later ? code[i + 1] | 2 : code[i];
+        }
+        const integers later = best[2] > best[0];
+        return {later ? best[2] : best[0], later ? code[2] | 4 : code[0]};
+    }
+};
+
+// Whether codes become bytes in the register.
+constexpr bool kCodeBytes = PVC_VECTOR_BYTES == 64;
+
+template <typename T>
+inline void store_code_bytes(uint8_t* to, typename VectorType<T>::integers codes) {
+#if defined(__AVX512F__) && PVC_VECTOR_BYTES == 64
+    struct Bytes {
+        uint8_t of[Vector<T>::lanes];
+    };
+    if constexpr (sizeof(T) == 4) {
+        asm("vpmovdb %1, %0" : "=m"(*reinterpret_cast<Bytes*>(to)) : "v"(codes));
+    } else {
+        asm("vpmovqb %1, %0" : "=m"(*reinterpret_cast<Bytes*>(to)) : "v"(codes));
+    }
+#else
+    for (int i = 0; i < Vector<T>::lanes; ++i) to[i] = static_cast<uint8_t>(codes[i]);
+#endif
+}
+
+}  // namespace
+}  // namespace pvc

@@ -1,0 +1,275 @@
+"""Measured choice: every backend that can run a pass is timed on tensors of its problem, torch's own included.
+
+`tune` takes the passes that a model was heard to ask for (`example_run`), times them, largest first, within a bounded
+time, and hands the times to `tuned`, which the dispatcher asks before its cost model. As torch's own kernel is among
+those timed, a tuned pass is never slower than torch's but for noise.
+
+A pass fused with a pool competes with the same pass put together from torch's convolution, activation and pooling.
+Where that wins, the plain passes in it are tuned too.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import dispatch, tuned
+from .backends.base import MEMORY_FORMAT, Backend
+from .cost.timing import now
+from .fused_ops import conv3d_max_pool, conv3d_max_pool_grad_input, conv3d_max_pool_grad_weight
+from .problem import ConvProblem, Pass
+
+SECONDS = 60.0
+"""Longest time that one call of `tune` spends, but for the pass in work at its end."""
+SECONDS_PER_PASS = 1.0
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 60
+HOPELESS = 100.0
+"""A backend that the cost model expects to take this many times as long as its favourite is not timed."""
+
+Step = Callable[[], object]
+
+
+class Measure(Protocol):
+    """Times callables against one another."""
+
+    def __call__(self, steps: Mapping[str, Step], seconds: float) -> dict[str, float]:
+        """Median seconds of each, spending about `seconds` in all."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One pass of one problem with the times of all who can run it.
+
+    Attributes:
+        problem, pass_: what was timed.
+        milliseconds: backend name -> median time; "aten" is torch.
+        expected: what the cost model takes without times.
+        reused: whether the times were known before.
+
+    Example:
+        >>> one = Tuned(ConvProblem(1, 4, 4, (4, 4, 4), (3, 3, 3)), "forward", {"a": 1.0, "aten": 3.0}, "aten", False)
+        >>> one.winner, one.speed_up, one.regret
+        ('a', 3.0, 3.0)
+    """
+
+    problem: ConvProblem
+    pass_: Pass
+    milliseconds: Mapping[str, float]
+    expected: str
+    reused: bool
+
+    @property
+    def winner(self) -> str:
+        """The fastest backend; "aten" with a pool means that the pass is put together from plain ones."""
+        return min(self.milliseconds, key=self.milliseconds.__getitem__)
+
+    @property
+    def best(self) -> float:
+        """Milliseconds of the winner."""
+        return self.milliseconds[self.winner]
+
+    @property
+    def speed_up(self) -> float | None:
+        """Torch's time over the winner's; None where torch cannot run the pass."""
+        return self.milliseconds["aten"] / self.best if "aten" in self.milliseconds else None
+
+    @property
+    def regret(self) -> float | None:
+        """The time of the cost model's choice over the winner's; None where that choice was not timed."""
+        return self.milliseconds[self.expected] / self.best if self.expected in self.milliseconds else None
+
+
+def geometric_mean(ratios: Iterable[float | None]) -> float | None:
+    """Of those that are known; None if none is.
+
+    Example:
+        >>> geometric_mean([2.0, None, 8.0])
+        4.0
+    """
+    known = [ratio for ratio in ratios if ratio is not None]
+    return statistics.geometric_mean(known) if known else None
+
+
+def tune(
+    asked: Iterable[tuple[ConvProblem, Pass]],
+    seconds: float = SECONDS,
+    *,
+    again: bool = False,
+    measure: Measure | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Tuned]:
+    """Time passes of problems, the largest first, and have the dispatcher take the fastest backend from now on.
+
+    Args:
+        asked: what to tune; passes whose times are known already are not timed again.
+        seconds: bound on the whole, about one second per pass at most; what is left over then stays with the cost
+            model, and a warning says how many passes that are.
+        again: time known ones too.
+        measure: what times the candidates; `measure_alternating` unless given.
+        progress: called with a line before each pass is timed.
+
+    Returns:
+        What was timed, in the order of timing.
+    """
+    deadline = time.monotonic() + seconds
+    queue = sorted(set(asked), key=lambda one: (-one[0].flops(one[1]), str(one[0]), one[1]))
+    found: list[Tuned] = []
+    left_out = 0
+    while queue:
+        problem, pass_ = queue.pop(0)
+        known = {} if again else tuned.milliseconds(problem, pass_)
+        left = deadline - time.monotonic()
+        if not known and left <= 0:
+            left_out += 1
+            continue
+        progress(f"{len(found) + 1} of {len(found) + 1 + len(queue)}: {pass_} of {problem}")
+        one = time_pass(problem, pass_, min(SECONDS_PER_PASS, left / (1 + len(queue))), known=known, measure=measure)
+        if one is None:
+            continue
+        found.append(one)
+        if not one.reused:
+            tuned.remember({(problem, pass_): one.milliseconds})
+        if problem.pool is not None and one.winner == "aten":
+            plain = (problem.without_epilogue().with_(bias=problem.bias and pass_ == "forward"), pass_)
+            queue += [plain] if plain not in queue and all(plain != (o.problem, o.pass_) for o in found) else []
+    dispatch.forget_choices()
+    if left_out:
+        dispatch.logger.warning(
+            "tuning ended after %.0f s; %d passes were not timed and stay with the cost model", seconds, left_out
+        )
+    return found
+
+
+def time_pass(
+    problem: ConvProblem,
+    pass_: Pass,
+    seconds: float = SECONDS_PER_PASS,
+    *,
+    known: Mapping[str, float] | None = None,
+    measure: Measure | None = None,
+) -> Tuned | None:
+    """The times of all backends that may be chosen for a pass, or `known` ones; None where there are none."""
+    able = dispatch.able_backends(problem, pass_)
+    expected = dispatch.expected_fastest(problem, pass_, able) if able else None
+    name = expected.name if expected else "aten"
+    if known:
+        return Tuned(problem, pass_, dict(known), name, reused=True)
+    steps = _steps(problem, pass_, able, expected)
+    if not steps:
+        return None
+    with torch.no_grad():
+        times = (measure or measure_alternating)(steps, seconds)
+    return Tuned(problem, pass_, {backend: _rounded(1e3 * time) for backend, time in times.items()}, name, reused=False)
+
+
+def measure_alternating(
+    steps: Mapping[str, Step], seconds: float, clock: Callable[[], float] | None = None
+) -> dict[str, float]:
+    """Median seconds of each step, one call of each per round, every second round in reverse.
+
+    The first call of each is not counted. A step that was twice as slow as the fastest in two rounds is left out of
+    further ones.
+
+    Args:
+        steps: name -> callable.
+        seconds: no further round starts after this time once there were five; there are at most 60.
+        clock: returns seconds; by default a monotonic clock that waits for a CUDA device in use.
+    """
+    clock = clock or now
+    for step in steps.values():
+        step()
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    running = list(steps)
+    begin = clock()
+    for done in range(1, MOST_ROUNDS + 1):
+        for name in running:
+            start = clock()
+            steps[name]()
+            taken[name].append(clock() - start)
+        running.reverse()
+        if done > 1:
+            # Least times: an interruption may double one call, hardly two.
+            best = min(map(min, taken.values()))
+            running = [name for name in running if min(taken[name]) <= 2 * best]
+        if done >= FEWEST_ROUNDS and clock() - begin > seconds:
+            break
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _steps(problem: ConvProblem, pass_: Pass, able: list[Backend], expected: Backend | None) -> dict[str, Step]:
+    """Backend name -> the pass on random tensors, for those worth timing."""
+    if expected is not None:
+        least = expected.expected_efficiency(problem, pass_) / HOPELESS
+        able = [one for one in able if not one.ours or one.expected_efficiency(problem, pass_) >= least]
+    generator = torch.Generator(problem.device).manual_seed(0)
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        dtype = getattr(torch, problem.dtype)
+        values = torch.empty(shape, device=problem.device)
+        values.normal_(generator=generator)
+        return values.to(dtype) if len(shape) == 1 else dense(values.to(dtype))
+
+    def dense(values: Tensor) -> Tensor:
+        # Not contiguous(): of one channel or one voxel that keeps strides which name the other layout.
+        return torch.empty(
+            values.shape, dtype=values.dtype, device=values.device, memory_format=MEMORY_FORMAT[problem.layout]
+        ).copy_(values)
+
+    weight = draw(problem.weight_shape)
+    bias = draw((problem.out_channels,)) if problem.bias else None
+    if problem.pool is None:
+        operands: tuple[Any, ...]
+        if pass_ == "forward":
+            operands = (draw(problem.input_shape), weight, bias)
+        else:
+            other = weight if pass_ == "grad_input" else draw(problem.input_shape)
+            operands = (draw(problem.output_shape), other)
+        return {backend.name: _bound(getattr(backend, pass_), problem, *operands) for backend in able}
+    x = draw(problem.input_shape)
+    geometry = (
+        problem.stride,
+        [side for pair in problem.padding for side in pair],
+        problem.dilation,
+        problem.groups,
+    )
+    pool = (problem.pool.window, problem.pool.stride, problem.pool.padding, problem.pool.ceil_mode)
+    epilogue = (problem.activation, problem.negative_slope)
+    if pass_ == "forward":
+        together = _bound(conv3d_max_pool, x, weight, bias, *geometry, *epilogue, *pool)
+        fused: tuple[Any, ...] = (x, weight, bias)
+    else:
+        with torch.no_grad():
+            code = dense(conv3d_max_pool(x, weight, None, *geometry, "none", 0.01, *pool)[1])
+        grad = draw(problem.pooled_shape)
+        if pass_ == "grad_input":
+            fused = (grad, code, weight)
+            together = _bound(conv3d_max_pool_grad_input, *fused, problem.input_size, *geometry, *pool)
+        else:
+            fused = (grad, code, x)
+            sizes = (problem.kernel_size, problem.bias, *geometry, *pool)
+            together = _bound(conv3d_max_pool_grad_weight, *fused, *sizes)
+    steps = {backend.name: _bound(getattr(backend, f"{pass_}_max_pool"), problem, *fused) for backend in able}
+    peers = [backend for backend in dispatch.able_backends(problem.without_epilogue(), pass_) if not backend.ours]
+    return steps | {peer.name: _forced(peer.name, together) for peer in peers}
+
+
+def _bound(function: Callable[..., object], *args: Any) -> Step:
+    return lambda: function(*args)
+
+
+def _forced(name: str, step: Step) -> Step:
+    def run() -> object:
+        with dispatch.use_backend(name):
+            return step()
+
+    return run

@@ -1,0 +1,110 @@
+"""`cpp.first_layer`: forward for few input channels, F(2x2x2, 3x3x3) with products and pool in registers, from csrc/.
+
+A network's first layer has one to four input channels. The minimal filtering algorithm F(2x2x2) (see cpp_winograd.py)
+then has no matrix products to speak of: its 64 products per channel and tile are summed by the transform itself. Here
+both happen in registers, and behind a ReLU the 2x2x2 max-pool too: the outputs of a tile are a window.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..problem import DTYPE_BYTES, ConvProblem, Pass
+from .base import Accuracy, Backend, empty
+from .cpp import DTYPES, follow_torch_threads, kernels, load_extension, plan_of, pooled_plan_of
+
+MOST_CHANNELS = 4
+
+
+class CppFirstLayer(Backend):
+    """Forward of 3x3x3 kernels with stride 1 from at most four channels, alone or fused with a 2x2x2 max-pool."""
+
+    name = "cpp.first_layer"
+    family = "cpp"
+
+    def unsupported_reasons(self, problem: ConvProblem, pass_: Pass) -> list[str]:
+        reasons = []
+        if problem.device != "cpu":
+            reasons.append(f"device is {problem.device}; it runs on cpu")
+        if problem.dtype not in DTYPES:
+            reasons.append(f"dtype is {problem.dtype}; it computes {' and '.join(DTYPES)}")
+        if pass_ != "forward":
+            reasons.append(f"it has no {pass_}")
+        if problem.in_channels > MOST_CHANNELS or problem.groups != 1:
+            reasons.append(
+                f"input channels are {problem.in_channels} in {problem.groups} groups; "
+                f"it needs at most {MOST_CHANNELS} in one"
+            )
+        if problem.kernel_size != (3, 3, 3):
+            reasons.append(f"kernel size is {problem.kernel_size}; it computes (3, 3, 3)")
+        if problem.stride != (1, 1, 1) or problem.dilation != (1, 1, 1):
+            reasons.append(f"stride is {problem.stride} and dilation {problem.dilation}; it needs 1")
+        pool = problem.pool
+        if pool is not None and (pool.window, pool.stride, pool.padding) != ((2, 2, 2), (2, 2, 2), (0, 0, 0)):
+            reasons.append(f"pool is {pool}; it computes windows of 2 with stride 2 and no padding")
+        _, missing = load_extension()
+        if missing:
+            reasons.append(missing)
+        return reasons
+
+    def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = empty(problem, "output", x)
+        follow_torch_threads()
+        kernels().first_layer_forward(
+            plan_of(problem), x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
+        )
+        return y
+
+    def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError(f"{self.name} has no grad_input: {problem}")
+
+    def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
+        raise NotImplementedError(f"{self.name} has no grad_weight: {problem}")
+
+    def forward_max_pool(
+        self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        pooled, code = empty(problem, "pooled", x), empty(problem, "code", x)
+        follow_torch_threads()
+        kernels().first_layer_forward_max_pool(
+            pooled_plan_of(problem),
+            x.data_ptr(),
+            weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            pooled.data_ptr(),
+            code.data_ptr(),
+        )
+        return pooled, code
+
+    def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
+        """The constants of F(2, 3) are powers of two: small integers stay exact."""
+        return Accuracy(constant=2.0, accumulate_dtype=problem.dtype, bitwise_reproducible=True, reach=(3, 3, 3))
+
+    def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
+        """Direct FLOPs over the time of one tile of outputs and one vector of output channels, in FMAs at peak.
+
+        Fitted to measurements (docs/performance.md): a constant, larger where all outputs are stored, and a share of
+        each input channel; 15 more for its transform, which fills whole vectors of tiles along the width and serves all
+        output channels; in ncdhw results are transposed.
+        """
+        isa = kernels().current_isa()
+        lanes = {"avx512": 64, "avx2": 32}.get(isa, 16) // DTYPE_BYTES[problem.dtype]
+        start, channel = _TIMES[isa == "avx512", problem.pool is not None]
+        size = problem.output_size if problem.pool is None else problem.pooled_size
+        depth, height, width = (-(-count // 2) for count in size) if problem.pool is None else size
+        vectors = -(-problem.out_channels // lanes)
+        transform = 15 * -(-width // lanes) * lanes / width / vectors
+        time = start + problem.in_channels * (channel + transform)
+        if problem.layout == "ncdhw":
+            time *= 1.1 if problem.pool is None else 1.25
+        products = problem.flops(pass_) / 2
+        return products / (problem.batch * depth * height * width * vectors * lanes * time)
+
+
+_TIMES = {
+    (True, True): (10, 132),
+    (True, False): (260, 135),
+    (False, True): (20, 205),
+    (False, False): (430, 110),
+}
+"""Of a tile and of each input channel, by whether vectors have 64 bytes and outputs are pooled."""

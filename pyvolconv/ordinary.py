@@ -1,0 +1,62 @@
+"""Whether a call is an ordinary one, for which the way through torch's dispatcher would change nothing.
+
+An operator call lets autograd, autocast, the transforms of torch.func, modes (FLOP counters, fake tensors), tracers and
+so on step in, each through Python: about 30 us in all, where a tiny convolution takes one. Who would step in follows
+from two sets of dispatch keys, those of the tensors and those of the thread. A call is ordinary when both are what they
+are for dense tensors of the CPU in a fresh thread; then nobody but autograd steps in, and the caller can do its part.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_keys_of = torch._C._dispatch_keys
+_included = torch._C._dispatch_tls_local_include_set
+_excluded = torch._C._dispatch_tls_local_exclude_set
+_profiling = torch._C._autograd._profiler_enabled
+
+_of_tensors: set[int] = set()
+_of_threads: set[tuple[int, int]] = set()
+
+
+def is_ordinary(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd would step into an operator call with these operands, here and now.
+
+    Forward-mode derivatives count as something else, and so does the profiler, which wants to see operators.
+
+    Example:
+        >>> is_ordinary(torch.zeros(2)), is_ordinary(torch.zeros(2), None), is_ordinary(torch.zeros(2, device="meta"))
+        (True, True, False)
+        >>> with torch.autocast("cpu"):
+        ...     is_ordinary(torch.zeros(2))
+        False
+    """
+    if torch.compiler.is_compiling() or _profiling() or forward_ad._current_level >= 0:
+        return False
+    if (_included().raw_repr(), _excluded().raw_repr()) not in _of_threads:
+        return False
+    for tensor in tensors:  # noqa: SIM110 - a generator would take as long as all the rest
+        if tensor is not None and _keys_of(tensor).raw_repr() not in _of_tensors:
+            return False
+    return True
+
+
+def _observe() -> None:
+    _of_tensors.add(_keys_of(torch.empty(0, device="cpu")).raw_repr())
+    _of_threads.add((_included().raw_repr(), _excluded().raw_repr()))
+
+
+def _observe_fresh_thread() -> None:
+    _observe()
+    with torch.inference_mode():
+        _observe()
+
+
+# Whoever imports this may be inside of a mode.
+_observer = threading.Thread(target=_observe_fresh_thread)
+_observer.start()
+_observer.join()

@@ -1,0 +1,303 @@
+"""Measured choices: who is timed, who is taken, and that tuning leaves no trace in a model; by rigged clocks alone."""
+
+from __future__ import annotations
+
+import logging
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import pyvolconv
+from pyvolconv import autotune, dispatch, example_run, tuned
+from pyvolconv.autotune import measure_alternating, time_pass, tune
+from pyvolconv.problem import ConvProblem
+
+PLAIN = ConvProblem.parse("cpu-float32-ncdhw-n2ic16oc16-i4x5x6-k3-p1-bias")
+FUSED = ConvProblem.parse("cpu-float32-ndhwc-n2ic8oc8-i4x5x6-k3-p1-bias-leaky_relu-pool2ceil")
+
+
+def rigged(**seconds):
+    """A stopwatch that runs every candidate once and then says what it was told to, one second if nothing."""
+
+    def measure(steps, _):
+        for step in steps.values():
+            step()
+        return {name: seconds.get(name.replace(".", "_"), 1.0) for name in steps}
+
+    return measure
+
+
+@pytest.mark.parametrize("case", [PLAIN, PLAIN.with_(layout="ndhwc", groups=2), PLAIN.with_(dtype="float64")], ids=str)
+def test_every_able_automatic_backend_is_timed(case, pass_):
+    one = time_pass(case, pass_, measure=rigged())
+    able = {b.name for b in pyvolconv.backends() if b.automatic and not b.unsupported_reasons(case, pass_)}
+    assert set(one.milliseconds) == able - {"triton"}  # next to hopeless in its interpreter
+    assert "aten" in able
+    assert one.expected == dispatch.choose(case, pass_).name
+
+
+@pytest.mark.parametrize("case", [PLAIN, PLAIN.with_(layout="ndhwc", in_channels=1), FUSED], ids=str)
+def test_candidates_compute_the_same(case, pass_):
+    results = {}
+
+    def measure(steps, _):
+        results.update({name: step() for name, step in steps.items()})
+        return dict.fromkeys(steps, 1.0)
+
+    time_pass(case, pass_, measure=measure)
+    assert {"cpp.direct", "aten"} <= set(results)
+    values = {name: result[0] if isinstance(result, tuple) else result for name, result in results.items()}
+    for name, value in values.items():
+        torch.testing.assert_close(value, values["aten"], rtol=1e-3, atol=1e-3, msg=name)
+        assert value.is_contiguous(
+            memory_format=torch.channels_last_3d if case.layout == "ndhwc" else torch.contiguous_format
+        )
+
+
+def test_the_fastest_is_taken_from_then_on(pass_):
+    (one,) = tune([(PLAIN, pass_)], measure=rigged(im2col=0.1))
+    assert one.winner == "im2col"
+    assert dispatch.choose(PLAIN, pass_).name == "im2col"
+    assert one.speed_up == one.regret == pytest.approx(10)
+    assert dispatch.choose(PLAIN.with_(batch=3), pass_).name != "im2col"
+
+
+def test_torch_is_taken_where_it_is_fastest_and_that_is_said(caplog):
+    tune([(PLAIN, "forward")], measure=rigged(aten=0.1))
+    with caplog.at_level(logging.WARNING, logger="pyvolconv"):
+        assert dispatch.choose(PLAIN, "forward").name == "aten"
+        assert dispatch.choose(PLAIN, "forward").name == "aten"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"forward of {PLAIN} runs in ATen (measured to be faster)"
+    ]
+
+
+def test_forced_beats_tuned_and_a_family_is_chosen_from_by_time():
+    tune([(PLAIN, "forward")], measure=rigged(im2col=0.1, cpp_direct=0.5, cpp_winograd=0.6))
+    for name, expected in (("aten", "aten"), ("cpp", "cpp.direct"), ("cpp.winograd", "cpp.winograd")):
+        with pyvolconv.use_backend(name):
+            assert dispatch.choose(PLAIN, "forward").name == expected
+    tune([(PLAIN, "forward")], measure=rigged(cpp_winograd=0.1), again=True)
+    with pyvolconv.use_backend("cpp"):
+        assert dispatch.choose(PLAIN, "forward").name == "cpp.winograd"
+
+
+def test_times_of_backends_that_cannot_run_are_nothing():
+    tuned.remember({(PLAIN, "forward"): {"gone": 0.1, "numba": 0.2}})
+    dispatch.forget_choices()
+    chosen = dispatch.choose(PLAIN, "forward").name
+    assert chosen == dispatch.expected_fastest(PLAIN, "forward", dispatch.able_backends(PLAIN, "forward")).name
+
+
+def test_times_hold_for_their_threads_and_precision_only(threads):
+    threads(2)
+    tune([(PLAIN, "forward")], measure=rigged(im2col=0.1))
+    assert dispatch.choose(PLAIN, "forward").name == "im2col"
+    threads(1)
+    assert dispatch.choose(PLAIN, "forward").name != "im2col"
+    threads(2)
+    try:
+        pyvolconv.set_precision("high")
+        assert dispatch.choose(PLAIN, "forward").name != "im2col"
+    finally:
+        pyvolconv.set_precision("default")
+    assert dispatch.choose(PLAIN, "forward").name == "im2col"
+
+
+def test_times_hold_for_their_instruction_set_only():
+    extension = pytest.importorskip("pyvolconv._C")
+    before = extension.current_isa()
+    tune([(PLAIN, "forward")], measure=rigged(im2col=0.1))
+    try:
+        extension.use_isa("baseline")
+        dispatch.forget_choices()
+        assert (dispatch.choose(PLAIN, "forward").name == "im2col") == (before == "baseline")
+    finally:
+        extension.use_isa(before)
+
+
+def test_a_fused_pass_is_put_together_where_that_is_faster(pass_):
+    problem = FUSED if pass_ == "forward" else FUSED.with_(bias=pass_ == "grad_weight", activation="none")
+    plain = problem.without_epilogue().with_(bias=pass_ == "forward")
+    found = tune([(problem, pass_)], measure=rigged(aten=0.1, im2col=0.01))
+    assert [(one.problem, one.winner) for one in found] == [(problem, "aten"), (plain, "im2col")]
+    assert dispatch.choose_or_none(problem, pass_) is None
+    assert dispatch.choose(plain, pass_).name == "im2col"
+    with pyvolconv.use_backend("cpp"):
+        assert dispatch.choose_or_none(problem, pass_).family == "cpp"
+    tune([(problem, pass_)], measure=rigged(aten=2.0), again=True)
+    assert dispatch.choose_or_none(problem, pass_).family == "cpp"
+
+
+def test_put_together_passes_compute_the_same():
+    x, w, b = torch.randn(2, 8, 4, 5, 6), torch.randn(8, 8, 3, 3, 3, requires_grad=True), torch.randn(8)
+
+    def run():
+        y = pyvolconv.conv3d_max_pool(x, w, b, padding=1, activation="relu")
+        return y, *torch.autograd.grad(y.square().sum(), w)
+
+    with dispatch.listen() as asked:
+        fused = run()
+    assert {problem.pool is not None for problem, _ in asked} == {True}
+    tune(asked, measure=rigged(aten=0.1))
+    with dispatch.listen() as asked:
+        together = run()
+    assert {problem.pool is not None for problem, _ in asked} == {True, False}
+    torch.testing.assert_close(together, fused, rtol=1e-4, atol=1e-4)
+
+
+def test_known_times_are_not_taken_again():
+    asked = {(PLAIN, "forward")}
+    (first,) = tune(asked, measure=rigged(im2col=0.1))
+    (second,) = tune(asked, measure=lambda steps, seconds: pytest.fail("timed again"))
+    assert (first.reused, second.reused) == (False, True)
+    assert second.milliseconds == first.milliseconds
+    (third,) = tune(asked, measure=rigged(aten=0.1), again=True)
+    assert (third.reused, third.winner) == (False, "aten")
+
+
+def test_largest_first_and_within_the_time(caplog):
+    sizes = [PLAIN.with_(batch=batch) for batch in (1, 4, 2)]
+    found = tune([(problem, "forward") for problem in sizes], measure=rigged())
+    assert [one.problem.batch for one in found] == [4, 2, 1]
+    with caplog.at_level(logging.WARNING, logger="pyvolconv"):
+        assert tune([(problem.with_(out_channels=8), "forward") for problem in sizes], 0, measure=rigged()) == []
+    (record,) = caplog.records
+    assert "3 passes were not timed" in record.getMessage()
+
+
+class Clock:
+    """Time passes only by `run`, which also notes who ran."""
+
+    def __init__(self):
+        self.seconds, self.ran = 0.0, []
+
+    def __call__(self):
+        return self.seconds
+
+    def run(self, name, *durations):
+        def step():
+            self.ran.append(name)
+            self.seconds += durations[min(self.ran.count(name), len(durations)) - 1]
+
+        return step
+
+
+def test_candidates_alternate_and_the_first_call_does_not_count():
+    clock = Clock()
+    steps = {"a": clock.run("a", 9.0, 1.0), "b": clock.run("b", 9.0, 1.5)}
+    assert measure_alternating(steps, 0.0, clock) == {"a": 1.0, "b": 1.5}
+    assert "".join(clock.ran) == "ab" + "ab" + "ba" + "ab" + "ba" + "ab"
+
+
+def test_one_interruption_changes_no_winner():
+    clock = Clock()
+    steps = {"a": clock.run("a", 1.0, 50.0, 1.0), "b": clock.run("b", 1.0, 1.5)}
+    assert measure_alternating(steps, 0.0, clock) == {"a": 1.0, "b": 1.5}
+
+
+def test_slow_candidates_are_left_out_of_later_rounds():
+    clock = Clock()
+    times = measure_alternating({"a": clock.run("a", 1.0), "b": clock.run("b", 9.0)}, 1000.0, clock)
+    assert times == {"a": 1.0, "b": 9.0}
+    assert clock.ran.count("b") == 3
+    assert clock.ran.count("a") == 1 + autotune.MOST_ROUNDS
+
+
+class Net(nn.Module):
+    """Batch statistics, three random generators, and a parameter that the result does not depend on."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv3d(1, 4, 3), nn.BatchNorm3d(4)
+        self.rest = nn.Sequential(nn.Dropout(), nn.Conv3d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool3d(2))
+        self.unused = nn.Parameter(torch.zeros(2))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        random.random(), np.random.rand()
+        self.calls = self.calls + 1
+        return {"y": self.rest(self.norm(self.first(x)))}
+
+
+def random_states():
+    return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
+
+@pytest.fixture
+def no_clock(monkeypatch):
+    monkeypatch.setattr(autotune, "measure_alternating", rigged(im2col=0.1))
+
+
+@pytest.mark.usefixtures("no_clock")
+def test_accelerate_with_an_example_tunes_and_leaves_no_trace():
+    model, x = Net(), torch.randn(2, 1, 6, 6, 6)
+    model.first.bias.grad = torch.ones(4)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    versions = {name: buffer._version for name, buffer in model.named_buffers()}
+    before = random_states()
+    assert pyvolconv.accelerate(model, x) is model
+    assert random_states() == before
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.training
+    assert {name: parameter.grad is None for name, parameter in model.named_parameters()} == {
+        name: name != "first.bias" for name, _ in model.named_parameters()
+    }
+    assert torch.equal(model.first.bias.grad, torch.ones(4))
+    assert versions.keys() == dict(model.named_buffers()).keys()
+
+    with dispatch.listen() as asked:
+        model(x)["y"].sum().backward()
+    passes = sorted((problem.pool is not None, pass_) for problem, pass_ in asked)
+    assert passes == [
+        (False, "forward"),
+        (False, "grad_weight"),
+        (True, "forward"),
+        (True, "grad_input"),
+        (True, "grad_weight"),
+    ]
+    for problem, pass_ in asked:
+        assert set(tuned.milliseconds(problem, pass_)) >= {"aten", "cpp.direct"}
+        if problem.pool is None:
+            assert dispatch.choose(problem, pass_).name == "im2col"
+
+
+@pytest.mark.usefixtures("no_clock")
+def test_inference_times_forward_passes_only():
+    model, x = pyvolconv.accelerate(nn.Conv3d(2, 3, 3)), torch.randn(1, 2, 5, 5, 5)
+    with torch.no_grad():
+        _, asked = example_run.forward_and_backward(model, (x,))
+    assert {pass_ for _, pass_ in asked} == {"forward"}
+
+
+def test_without_tuning_nothing_is_timed(monkeypatch):
+    monkeypatch.setattr(autotune, "measure_alternating", lambda steps, seconds: pytest.fail("timed"))
+    pyvolconv.accelerate(nn.Conv3d(2, 3, 3), torch.randn(1, 2, 5, 5, 5), tune=False)
+    pyvolconv.accelerate(nn.Conv3d(2, 3, 3))
+
+
+def test_a_failing_backward_undoes_the_swap():
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("no way back")
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(1, 1, 1)
+
+        def forward(self, x):
+            return Failing.apply(self.conv(x))
+
+    model = Net()
+    with pytest.raises(RuntimeError, match="no way back"):
+        pyvolconv.accelerate(model, torch.randn(1, 1, 2, 2, 2))
+    assert type(model.conv) is nn.Conv3d
