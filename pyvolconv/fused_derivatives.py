@@ -98,7 +98,7 @@ def _dense_gradients(
     )
 
 
-class _MaxPoolFunction(_SingleLevelFunction):
+class MaxPoolFunction(_SingleLevelFunction):
     """Autograd node of conv3d_max_pool, of one level of torch.func transforms."""
 
     @staticmethod
@@ -235,7 +235,7 @@ class _GradWeightFunction(_SingleLevelFunction):
 
 
 _NODES: tuple[tuple[Any, Any], ...] = (
-    (conv3d_max_pool, _MaxPoolFunction),
+    (conv3d_max_pool, MaxPoolFunction),
     (conv3d_max_pool_grad_input, _GradInputFunction),
     (conv3d_max_pool_grad_weight, _GradWeightFunction),
 )

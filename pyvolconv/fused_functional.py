@@ -113,7 +113,7 @@ class _PooledCall:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         value: Tensor
         if is_differentiated(x, weight, bias):
-            value, _ = fused_derivatives._MaxPoolFunction.apply(  # type: ignore[attr-defined]
+            value, _ = fused_derivatives.MaxPoolFunction.apply(  # type: ignore[attr-defined]
                 self.run, x, weight, bias, *self.sizes
             )
         else:

@@ -10,7 +10,6 @@
 // directly.
 #pragma once
 
-#include "code_store.h"
 #include "first_layer_source.h"
 #include "first_layer_weights.h"
 #include "pool_store.h"
@@ -69,9 +68,9 @@ struct FirstLayerRow {
     int64_t tiles;
     T* values;  // [d][h] `rows` apart, or pooled
     int64_t pitch, row[2];
-    typename VectorType<T>::integer* codes;  // [tile][lanes]
-    uint8_t* bytes;                          // of codes, `pitch` apart, or null
-    int64_t size[3];                         // outputs to store from the row's first tile on
+    uint8_t* codes;  // where `values` are pooled
+    int64_t code_pitch;
+    int64_t size[3];  // outputs to store from the row's first tile on
 };
 
 template <typename T, int Channels>
@@ -113,11 +112,8 @@ void pool_strip(const FirstLayerArguments<T>& a, int64_t first, int64_t end, con
             if (t > 0 && tile + t >= end) break;
             const FirstLayerPool<T> pool = FirstLayerPool<T>::of(&y.of[0][t], kFirstLayerTiles);
             V::store(to.values + (tile + t) * to.pitch, pool.value);
-            if (kCodeBytes && to.bytes != nullptr) {
-                store_code_bytes<T>(to.bytes + (tile + t) * to.pitch, pool.code);
-            } else {
-                std::memcpy(to.codes + (tile + t) * V::lanes, &pool.code, sizeof(pool.code));
-            }
+            const auto bytes = LaneBytes<T>::narrow(pool.code);
+            std::memcpy(to.codes + (tile + t) * to.code_pitch, &bytes, sizeof(bytes));
         }
     });
 }
@@ -245,7 +241,6 @@ void first_layer_forward(const ConvProblem& problem, const T* x, const T* weight
 template <typename T>
 void first_layer_pooled(const PooledProblem& problem, const T* x, const T* weight, const T* bias, T* pooled,
                         uint8_t* code) {
-    using Integer = typename VectorType<T>::integer;
     constexpr int64_t lanes = Vector<T>::lanes;
     const ConvProblem& conv = problem.conv;
     const FirstLayerWeights<T> weights(conv, weight, bias);
@@ -261,7 +256,7 @@ void first_layer_pooled(const PooledProblem& problem, const T* x, const T* weigh
         const bool pools = problem.activation == Activation::relu;
         const int64_t buffer_row = width * lanes;
         T* buffer = scratch<T>(Scratch::tile_rows, weights.blocks() * 4 * buffer_row);
-        Integer* codes = scratch<Integer>(Scratch::tile_output, weights.blocks() * cells[2] * lanes);
+        uint8_t* codes = scratch<uint8_t>(Scratch::tile_output, weights.blocks() * cells[2] * lanes);
         const auto place = [&](const int64_t tile[3], int64_t block) {
             return slab.sample * strides.sample + block * lanes * strides.channel + tile[0] * strides.axis[0] +
                    tile[1] * strides.axis[1];
@@ -274,20 +269,23 @@ void first_layer_pooled(const PooledProblem& problem, const T* x, const T* weigh
             row.row[0] = 2 * buffer_row;
             row.row[1] = buffer_row;
             row.codes = codes + block * cells[2] * lanes;
+            row.code_pitch = lanes;
             if (in_registers && direct(block)) {
                 row.values = pooled + place(tile, block);
                 row.pitch = strides.axis[2];
-                if (kCodeBytes && code != nullptr) row.bytes = code + place(tile, block);
+                if (code != nullptr) {
+                    row.codes = code + place(tile, block);
+                    row.code_pitch = strides.axis[2];
+                }
             }
             return row;
         };
         const auto finish = [&](const int64_t tile[3], int64_t block, const FirstLayerRow<T>& from, bool in_registers) {
             const int64_t channels = weights.channels(block);
             if (in_registers) {
-                if (!direct(block)) copy_matrix(from.values, own, pooled + place(tile, block), to, cells[2], channels);
-                if (code != nullptr && from.bytes == nullptr) {
-                    store_codes(from.codes, own, code + place(tile, block), to, cells[2], channels);
-                }
+                if (direct(block)) return;
+                copy_matrix(from.values, own, pooled + place(tile, block), to, cells[2], channels);
+                if (code != nullptr) copy_codes(from.codes, own, code + place(tile, block), to, cells[2], channels);
                 return;
             }
             PoolRow<T> row = {};

@@ -14,6 +14,20 @@ struct PooledTarget {
     VolumeStrides strides;
 };
 
+// Codes of a row of windows from one order to another; in each, channels or voxels are neighbours.
+inline void copy_codes(const uint8_t* from, RowStrides own, uint8_t* code, RowStrides to, int64_t voxels,
+                       int64_t channels) {
+    if (own.channel == 1 && to.channel == 1) {
+        for (int64_t v = 0; v < voxels; ++v) {
+            std::memcpy(code + v * to.voxel, from + v * own.voxel, static_cast<size_t>(channels));
+        }
+    } else if (own.channel == 1) {
+        transpose(from, own.voxel, code, to.channel, voxels, channels);
+    } else {
+        transpose(from, own.channel, code, to.voxel, channels, voxels);
+    }
+}
+
 // Pools the row of windows from `cell` on into `channels` channels of the target from `channel` on, by way of scratch
 // memory where the orders differ. Of `row` the caller sets the values, `depth`, `height` and `cells`.
 template <typename T>
@@ -40,12 +54,7 @@ void pool_row(const PooledProblem& problem, const PooledTarget<T>& target, bool 
     row.codes = code == nullptr ? nullptr : scratch<uint8_t>(Scratch::tile_codes, row.cells * channels);
     run(problem, row);
     copy_matrix(row.pooled, own, pooled, to, row.cells, channels);
-    if (code == nullptr) return;
-    for (int64_t v = 0; v < row.cells; ++v) {
-        for (int64_t c = 0; c < channels; ++c) {
-            code[v * to.voxel + c * to.channel] = row.codes[v * own.voxel + c * own.channel];
-        }
-    }
+    if (code != nullptr) copy_codes(row.codes, own, code, to, row.cells, channels);
 }
 
 }  // namespace

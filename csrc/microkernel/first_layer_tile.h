@@ -17,6 +17,7 @@
 #pragma once
 
 #include "../isa.h"
+#include "../problem.h"
 
 namespace pvc {
 namespace {
@@ -175,8 +176,8 @@ struct FirstLayerTile {
     }
 };
 
-// The largest of eight outputs, at least zero, and its number; of equal ones the first, 0 where none is positive. No
-// output is NaN.
+// The largest of eight outputs, at least zero, and its number; of equal ones the first, kNoVoxel where none is
+// positive. No output is NaN.
 template <typename T>
 struct FirstLayerPool {
     using vector = typename Vector<T>::type;
@@ -202,28 +203,11 @@ struct FirstLayerPool {
             code[i] = later ? code[i + 1] | 2 : code[i];
         }
         const integers later = best[2] > best[0];
-        return {later ? best[2] : best[0], later ? code[2] | 4 : code[0]};
+        const vector largest = later ? best[2] : best[0];
+        const integers number = later ? code[2] | 4 : code[0];
+        return {largest, largest > T(0) ? number : integers{} + kNoVoxel};
     }
 };
-
-// Whether codes become bytes in the register.
-constexpr bool kCodeBytes = PVC_VECTOR_BYTES == 64;
-
-template <typename T>
-inline void store_code_bytes(uint8_t* to, typename VectorType<T>::integers codes) {
-#if defined(__AVX512F__) && PVC_VECTOR_BYTES == 64
-    struct Bytes {
-        uint8_t of[Vector<T>::lanes];
-    };
-    if constexpr (sizeof(T) == 4) {
-        asm("vpmovdb %1, %0" : "=m"(*reinterpret_cast<Bytes*>(to)) : "v"(codes));
-    } else {
-        asm("vpmovqb %1, %0" : "=m"(*reinterpret_cast<Bytes*>(to)) : "v"(codes));
-    }
-#else
-    for (int i = 0; i < Vector<T>::lanes; ++i) to[i] = static_cast<uint8_t>(codes[i]);
-#endif
-}
 
 }  // namespace
 }  // namespace pvc
