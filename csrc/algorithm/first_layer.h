@@ -118,7 +118,7 @@ void pool_strip(const FirstLayerArguments<T>& a, int64_t first, int64_t end, con
     });
 }
 
-// The outputs of a row of tiles by the definition of the convolution; `a.source` is planar, not transformed.
+// The outputs of a row of tiles by the definition of the convolution; `values` are the first under it.
 template <typename T>
 void compute_row_directly(const FirstLayerSource<T>& source, const T* values, const T* taps, const T* bias,
                           int64_t channels, const FirstLayerRow<T>& to) {

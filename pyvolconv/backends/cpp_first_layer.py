@@ -96,7 +96,7 @@ class CppFirstLayer(Backend):
         transform = 15 * -(-width // lanes) * lanes / width / vectors
         time = start + problem.in_channels * (channel + transform)
         if problem.layout == "ncdhw":
-            time *= 1.1 if problem.pool is None else 1.25
+            time *= 1.1 if problem.pool is None else 1.15
         products = problem.flops(pass_) / 2
         return products / (problem.batch * depth * height * width * vectors * lanes * time)
 
