@@ -11,7 +11,7 @@ import typer
 
 app = typer.Typer(
     name="pyvolconv",
-    help="3-D convolution for PyTorch: compare it with an LSTM, see where its time goes, see what runs here.",
+    help="3-D convolution for PyTorch: compare it with an LSTM, see where its time goes, tune a model, see what runs.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -126,7 +126,8 @@ def info() -> None:
     for column in ("backend", "device", "chosen", "can run here"):
         table.add_column(column, no_wrap=column != "can run here", overflow="fold")
     for backend in backend_infos():
-        able = Text("yes", style="green") if not backend.reason else Text(f"no: {backend.reason}", style="yellow")
+        yes = "yes" + (f", {backend.scope}" if backend.scope else "")
+        able = Text(yes, style="green") if not backend.reason else Text(f"no: {backend.reason}", style="yellow")
         table.add_row(backend.name, backend.device, backend.role, able)
     console.print()
     console.print(table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,20 +14,33 @@ from . import tuned
 from .cost.machine import openmp_runtimes, versions
 from .dispatch import backends
 from .host import processor
-from .problem import PASSES, ConvProblem
+from .problem import PASSES, ConvProblem, Pass
 
 ISA_VARIABLE = "PYVOLCONV_ISA"
 
 _ORDINARY = ConvProblem(2, 16, 16, (8, 8, 8), (3, 3, 3), padding=((1, 1),) * 3)
+_PROBES = {
+    "": _ORDINARY,
+    "from 1 channel": _ORDINARY.with_(in_channels=1),
+    "float16": _ORDINARY.with_(dtype="float16"),
+}
+"""Ordinary 3x3x3 convolutions, the most usual first."""
 
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """One backend; `reason` is empty when it can run an ordinary 3x3x3 convolution here."""
+    """One backend and what it can run here of an ordinary 3x3x3 convolution.
+
+    Attributes:
+        name, role, device: as printed.
+        scope: which of such convolutions and passes, e.g. "from 1 channel: forward"; empty for all of the most usual.
+        reason: why it can run none of them; empty when it can.
+    """
 
     name: str
     role: str
     device: str
+    scope: str
     reason: str
 
 
@@ -51,12 +65,21 @@ def backend_infos() -> list[BackendInfo]:
     for backend in backends():
         role = "torch itself, the peer" if not backend.ours else "automatic" if backend.automatic else "only when named"
         for device in devices:
-            problem = _ORDINARY.with_(device=device)
-            reasons = dict.fromkeys(
-                " ".join(reason.split()) for pass_ in PASSES for reason in backend.unsupported_reasons(problem, pass_)
-            )
-            found.append(BackendInfo(backend.name, role, device, "; ".join(reasons)))
+            scope, reason = _ability(backend.unsupported_reasons, device)
+            found.append(BackendInfo(backend.name, role, device, scope, reason))
     return found
+
+
+def _ability(refuse: Callable[[ConvProblem, Pass], list[str]], device: str) -> tuple[str, str]:
+    """(scope, reason) of the first probe that a backend can run; the reason of the most usual where there is none."""
+    for label, probe in _PROBES.items():
+        problem = probe.with_(device=device)
+        able = [pass_ for pass_ in PASSES if not refuse(problem, pass_)]
+        if able:
+            passes = "" if len(able) == len(PASSES) else ", ".join(able)
+            return ": ".join(filter(None, (label, passes))), ""
+    reasons = refuse(_ORDINARY.with_(device=device), "forward")
+    return "", "; ".join(" ".join(reason.split()) for reason in reasons)
 
 
 def _tuned() -> str:

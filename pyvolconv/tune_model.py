@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -53,10 +54,18 @@ def find_model(name: str, shapes: Sequence[tuple[int, ...]]) -> nn.Module:
         if not hasattr(found, part):
             raise ValueError(f"{name!r}: {module_name} has no {path}")
         found = getattr(found, part)
-    model = found if isinstance(found, nn.Module) else found() if callable(found) else found
+    model = _call(name, found) if callable(found) and not isinstance(found, nn.Module) else found
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name!r} gives a {type(model).__name__}; expected a torch.nn.Module")
     return model
+
+
+def _call(name: str, make: Callable[[], object]) -> object:
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        raise ValueError(f"{name!r} must be callable without arguments: {error}") from error
+    return make()
 
 
 def parse_inputs(name: str, inputs: Sequence[str]) -> list[tuple[int, ...]]:
@@ -106,7 +115,7 @@ def tune_model(
         console: where a line says what is being timed.
 
     Raises:
-        ValueError: the dtype is none of those above.
+        ValueError: the dtype is none of those above, or the model does not run on such inputs.
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
@@ -114,14 +123,19 @@ def tune_model(
     model = accelerate(model.to(getattr(torch, dtype)).train(not inference))
     model = model.to(memory_format=memory_format)  # type: ignore[call-overload]
     with torch.no_grad() if inference else nullcontext(), console.status("running the model") as status:
-        _, asked = forward_and_backward(model, tuple(_example(shape, dtype, memory_format) for shape in shapes))
+        examples = tuple(_example(shape, dtype, memory_format) for shape in shapes)
+        try:
+            _, asked = forward_and_backward(model, examples)
+        except (TypeError, RuntimeError) as error:
+            given = " ".join(f"--input {','.join(map(str, shape))}" for shape in shapes)
+            raise ValueError(f"the model does not run on {given}: {error}") from error
         return tune(asked, seconds, again=again, progress=lambda line: status.update(Text(line)))
 
 
 def print_tuned(console: Console, found: Sequence[Tuned]) -> None:
     """The times as a table, and what they come to in a line or two."""
     if not found:
-        console.print("The model asked for no convolution that can be tuned.")
+        console.print("Nothing was timed: no Conv3d or ConvTranspose3d ran on this input, or --seconds was too short.")
         return
     heads = {str(one.problem).rpartition("-n")[0] for one in found}
     head = heads.pop() if len(heads) == 1 else ""
