@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import pyvolconv
 from pyvolconv.cli import app
+from pyvolconv.info import backend_infos
 
 COMMANDS = ("compare", "info", "profile", "tune")
 
@@ -46,13 +47,24 @@ def test_info_names_every_backend_and_why_it_cannot_run(run):
     result = run("info")
     assert result.exit_code == 0
     words = " ".join(result.output.split())
-    problem = pyvolconv.ConvProblem(2, 16, 16, (8, 8, 8), (3, 3, 3), padding=((1, 1),) * 3)
-    for backend in pyvolconv.backends():
-        assert backend.name in words
-        if backend.unsupported_reasons(problem, "forward"):
-            assert "no: " in words
+    able = {info.name: info for info in backend_infos() if info.device == "cpu"}
+    assert list(able) == [backend.name for backend in pyvolconv.backends()]
+    for name, info in able.items():
+        assert name in words
+        assert (f"no: {info.reason.split()[0]}" if info.reason else f"yes{info.scope and ', ' + info.scope}") in words
+    assert (able["numba"].scope, able["numba"].reason) == ("", "")
+    if not able["cpp.direct"].reason:
+        assert able["cpp.first_layer"].scope == "from 1 channel: forward"
+        assert able["cpp.widened"].scope == "float16"
     for label in ("versions", "instruction set", "threads", "OpenMP", "GPU", "cache"):
         assert label in words
+
+
+def test_info_says_why_a_backend_cannot_run(monkeypatch):
+    (direct,) = (backend for backend in pyvolconv.backends() if backend.name == "cpp.direct")
+    monkeypatch.setattr(type(direct), "unsupported_reasons", lambda self, problem, pass_: ["no compiler", "no luck"])
+    (info,) = (info for info in backend_infos() if info.name == "cpp.direct" and info.device == "cpu")
+    assert (info.scope, info.reason) == ("", "no compiler; no luck")
 
 
 def volumes(path: Path, **changes) -> Path:
