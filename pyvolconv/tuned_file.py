@@ -69,7 +69,7 @@ def read(path: Path) -> dict[Setting, Table]:
         return {}
     try:
         return {_setting(entry["setting"]): _table(entry["milliseconds"]) for entry in _entries(json.loads(text))}
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"not of this form: {error!r}") from error
 
 

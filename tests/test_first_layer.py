@@ -132,6 +132,10 @@ def test_no_overflow_that_the_convolution_does_not_have(isa):
         x.fill_(0.1)
         got = BACKEND.forward(problem, x, weight, bias)
         torch.testing.assert_close(got, direct(problem, x, weight, bias), rtol=1e-6, atol=0)
+        # Small weights: it is the sums of source values that would overflow.
+        x.fill_(1e38)
+        weight[:, 0, 1, 1, 1], bias[:] = 1e-4, 0
+        assert torch.equal(BACKEND.forward(problem, x, weight, bias), direct(problem, x, weight, bias))
 
 
 def test_large_values_that_fit_are_exact(isa):

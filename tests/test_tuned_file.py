@@ -127,6 +127,7 @@ def test_the_valid_file_of_the_next_test_counts(file):
         lambda: valid(entry={"milliseconds": {str(PROBLEM): {"forward": {"im2col": "fast"}}}}),
         lambda: valid(entry={"milliseconds": {str(PROBLEM): {"forward": {"im2col": -1.0}}}}),
         lambda: valid(entry={"milliseconds": {str(PROBLEM): {"forward": {"im2col": float("nan")}}}}),
+        lambda: valid(entry={"milliseconds": {str(PROBLEM): {"forward": {"im2col": 10**400}}}}),
     ],
 )
 def test_corrupt_file_is_one_warning_and_replaced(file, warnings, content):

@@ -61,8 +61,9 @@ class FirstLayerWeights {
         for (int i = 0; i < kFirstLayerPoints; ++i) Vector<T>::store(points + i * lanes, v[i]);
     }
 
-    // A transformed value is a sum of eight source values, and what is added up for one output channel is never more
-    // than the sum of its products' absolute values and the bias. Half of the range is left to rounding.
+    // A transformed value is a sum of eight source values, so these end at an eighth of the range however small the
+    // weights are; and what is added up for one output channel is never more than the sum of its products' absolute
+    // values and the bias. Half of the range is left to rounding.
     void find_limit() {
         constexpr T kLargest =
             sizeof(T) == 4 ? static_cast<T>(3.4028234663852886e38) : static_cast<T>(1.7976931348623157e308);
@@ -76,8 +77,8 @@ class FirstLayerWeights {
             steepest = sum > steepest ? sum : steepest;
             offset = magnitude(bias_[channel]) > offset ? magnitude(bias_[channel]) : offset;
         }
-        const T room = (kLargest / 2 - offset) / 8;
-        limit_ = !finite ? T(-1) : steepest > room / kLargest ? room / steepest : kLargest;
+        const T room = (kLargest / 2 - offset) / 8, most = kLargest / 16;
+        limit_ = !finite ? T(-1) : steepest > room / most ? room / steepest : most;
     }
 
     static T magnitude(T value) { return value < 0 ? -value : value; }

@@ -79,6 +79,55 @@ inline void keep_in_register(V& value) {
 #endif
 }
 
+// The lanes whose code names a voxel. The others are left out, not multiplied by zero: what stands where kNoVoxel would
+// point may be infinite, NaN or never written.
+template <typename T>
+class ChosenLanes {
+    using V = Vector<T>;
+    using vector = typename V::type;
+    using integers = typename VectorType<T>::integers;
+
+  public:
+#if defined(__AVX512F__) && PVC_VECTOR_BYTES == 64
+    inline explicit ChosenLanes(integers codes) {
+        const __m512i all = reinterpret_cast<__m512i>(codes);
+        if constexpr (sizeof(T) == 4) {
+            mask_ = _mm512_cmpneq_epi32_mask(all, _mm512_set1_epi32(kNoVoxel));
+        } else {
+            mask_ = _mm512_cmpneq_epi64_mask(all, _mm512_set1_epi64(kNoVoxel));
+        }
+    }
+
+    inline vector keep(vector value) const {
+        if constexpr (sizeof(T) == 4)
+            return _mm512_maskz_mov_ps(mask_, value);
+        else
+            return _mm512_maskz_mov_pd(static_cast<__mmask8>(mask_), value);
+    }
+
+    inline vector add(vector sum, vector value, vector voxel) const {
+        if constexpr (sizeof(T) == 4)
+            return _mm512_mask3_fmadd_ps(value, voxel, sum, mask_);
+        else
+            return _mm512_mask3_fmadd_pd(value, voxel, sum, static_cast<__mmask8>(mask_));
+    }
+
+  private:
+    __mmask16 mask_;
+#else
+    inline explicit ChosenLanes(integers codes) : mask_(codes != kNoVoxel) {}
+
+    inline vector keep(vector value) const {
+        return reinterpret_cast<vector>(reinterpret_cast<integers>(value) & mask_);
+    }
+
+    inline vector add(vector sum, vector value, vector voxel) const { return sum + value * keep(voxel); }
+
+  private:
+    integers mask_;
+#endif
+};
+
 template <typename T, int B, int S>
 void select_tile(const SelectArguments<T>& a, const int32_t* offsets, T* sums) {
     using V = Vector<T>;
@@ -102,13 +151,14 @@ void select_tile(const SelectArguments<T>& a, const int32_t* offsets, T* sums) {
         lanes[0] = permute(table, chosen);
 #pragma GCC unroll 4
         for (int s = 1; s < S; ++s) lanes[s] = lanes[s - 1] + static_cast<integer>(a.shift);
-        const typename V::type value = chosen == kNoVoxel ? typename V::type{} : V::load(values);
+        const ChosenLanes<T> is_chosen(chosen);
+        const typename V::type value = is_chosen.keep(V::load(values));
 #pragma GCC unroll 16
         for (int b = 0; b < B; ++b) {
             typename V::type voxels = V::load(block[b] + place);
             if constexpr (S > 1) keep_in_register(voxels);
 #pragma GCC unroll 4
-            for (int s = 0; s < S; ++s) sum[b][s] += value * permute(voxels, lanes[s]);
+            for (int s = 0; s < S; ++s) sum[b][s] = is_chosen.add(sum[b][s], value, permute(voxels, lanes[s]));
         }
     }
 #pragma GCC unroll 16

@@ -64,6 +64,17 @@ def test_zero_gradients_are_skipped_and_nan_reaches_its_own_values_only(fused):
         assert not any(result.any() for result in fused.grad_weight(problem, grad, code, x))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_no_window_chose_is_never_read(fused, value):
+    """Without a chosen voxel there is no product: zero times an infinity would be NaN."""
+    for layout, channels, stride in itertools.product(LAYOUTS, (1, 2, 4, 9), (1, 2)):
+        problem = parse(f"n1ic{channels}oc16-i7x8x13-k3-s{stride}-p1-relu-pool2ceil", layout)
+        x = dense_in(problem, torch.full(problem.input_shape, value))
+        grad = dense_in(problem, torch.randn(problem.pooled_shape))
+        code = dense_in(problem, torch.full(problem.pooled_shape, NO_VOXEL, dtype=torch.uint8))
+        assert not any(result.any() for result in fused.grad_weight(problem, grad, code, x))
+
+
 def test_scratch_of_a_larger_problem_does_not_leak(fused, operands, reference):
     """Scratch memory is kept between calls: what a NaN problem left there must not reach the next result."""
     for layout in LAYOUTS:
