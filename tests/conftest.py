@@ -297,7 +297,8 @@ def _error_in_bounds(got: Tensor, problem: ConvProblem, pass_: Pass, args: list[
     magnitude = _magnitude(problem, pass_, [arg.detach().abs() for arg in args], accuracy.reach)
     unit = torch.finfo(getattr(torch, accuracy.accumulate_dtype)).eps
     bound = accuracy.constant * unit * problem.reduction_length(pass_) * magnitude
-    bound += torch.finfo(got.dtype).eps * exact.abs()
+    result = torch.finfo(got.dtype)
+    bound += result.eps * exact.abs() + result.tiny * result.eps  # the last: numbers below `tiny` are that far apart
     error = (got.detach().cpu().double() - exact).abs()
     # Where nothing is summed the bound is zero and so must the error be; NaN is never within a bound.
     ratio = torch.where(bound > 0, error / bound, torch.where(error == 0, 0.0, torch.inf))
