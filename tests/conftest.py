@@ -298,7 +298,8 @@ def _error_in_bounds(got: Tensor, problem: ConvProblem, pass_: Pass, args: list[
     unit = torch.finfo(getattr(torch, accuracy.accumulate_dtype)).eps
     bound = accuracy.constant * unit * problem.reduction_length(pass_) * magnitude
     result = torch.finfo(got.dtype)
-    bound += result.eps * exact.abs() + result.tiny * result.eps  # the last: numbers below `tiny` are that far apart
+    bound += result.eps * exact.abs()
+    bound[magnitude > 0] += result.tiny * result.eps  # numbers below `tiny` are that far apart
     error = (got.detach().cpu().double() - exact).abs()
     # Where nothing is summed the bound is zero and so must the error be; NaN is never within a bound.
     ratio = torch.where(bound > 0, error / bound, torch.where(error == 0, 0.0, torch.inf))

@@ -45,8 +45,9 @@ class Accuracy:
 
         |got - exact| <= constant * u * K * conv(|x|, |w|) + eps(result dtype) * |exact|
 
-    An algorithm that mixes neighbouring voxels (Winograd) has a `reach`: the product of absolute values is then the
-    largest within that many voxels of the result, of the convolution continued beyond the ends of the result.
+    to within the distance of numbers below the result dtype's smallest normal one. An algorithm that mixes neighbouring
+    voxels (Winograd) has a `reach`: the product of absolute values is then the largest within that
+    many voxels of the result, of the convolution continued beyond the ends of the result.
 
     Attributes:
         constant: c above. 1 covers any order of a plain sum.
