@@ -135,7 +135,7 @@ def tune_model(
 def print_tuned(console: Console, found: Sequence[Tuned]) -> None:
     """The times as a table, and what they come to in a line or two."""
     if not found:
-        console.print("Nothing was timed: no Conv3d or ConvTranspose3d ran on this input, or --seconds was too short.")
+        console.print("Nothing was timed: no convolution ran on this input, or --seconds was too short.")
         return
     heads = {str(one.problem).rpartition("-n")[0] for one in found}
     head = heads.pop() if len(heads) == 1 else ""
