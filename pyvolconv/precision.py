@@ -1,7 +1,8 @@
 """How much rounding error a faster algorithm may add: what `pyvolconv.set_precision` chose.
 
-"default" allows algorithms whose error is of the order of a plain sum's: Winograd F(2x2x2) and F(2x2x4). "high" also
-allows F(2x4x4) and F(4x4x4), which are faster and round more: docs/performance.md has the measured errors.
+"default" allows algorithms whose error is of the order of a plain sum's: Winograd F(2x2x2), F(2x2x4) and
+F(2x4x2). "high" also allows F(2x4x4) and F(4x4x4), which are faster and round more: docs/performance.md has the
+measured errors.
 """
 
 from __future__ import annotations

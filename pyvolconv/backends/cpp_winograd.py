@@ -1,9 +1,10 @@
 """`cpp.winograd`: all three passes with fewer multiplications, fused tile by tile in cache, from csrc/.
 
 A scheme F(m_d x m_h x m_w, 3x3x3) computes a tile of m_d * m_h * m_w outputs from (m_d + 2)(m_h + 2)(m_w + 2) products
-per pair of channels where direct convolution takes 27 m_d m_h m_w: 8 for 27 with F(2x2x2), 6 for 27 with F(2x2x4), 3.4
-for 27 with F(4x4x4) (A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks", 2016; csrc/algorithm/
-winograd_axis.h has the transforms). Transforms and ragged edges take some of that back; `scheme` weighs it up.
+per pair of channels where direct convolution takes 27 m_d m_h m_w: 8 for 27 with F(2x2x2), 6 for 27 with F(2x2x4) or
+F(2x4x2), 3.4 for 27 with F(4x4x4) (A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks", 2016;
+csrc/algorithm/winograd_axis.h has the transforms). Transforms and ragged edges take some of that back; `_best` weighs
+it up.
 """
 
 from __future__ import annotations
