@@ -88,7 +88,7 @@ def choose(problem: ConvProblem, pass_: Pass) -> Backend:
 
     Raises:
         UnsupportedProblemError: no allowed backend can run it.
-        ValueError: PYVOLCONV_BACKEND names no backend.
+        ValueError: PYVOLCONV_BACKEND names no backend, or PYVOLCONV_ISA no instruction set.
     """
     backend = choose_or_none(problem, pass_)
     if backend is None:
@@ -156,7 +156,13 @@ def set_precision(precision: Precision) -> None:
 
 
 def _candidates(forced: str | None) -> tuple[Backend, ...]:
-    return select(forced) if forced else tuple(backend for backend in REGISTRY if backend.automatic)
+    if not forced:
+        return tuple(backend for backend in REGISTRY if backend.automatic)
+    try:
+        return select(forced)
+    except ValueError as error:
+        # `use_backend` refuses wrong names itself.
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={forced}: {error}") from None
 
 
 def _refusals(problem: ConvProblem, pass_: Pass, forced: str | None) -> dict[str, list[str]]:

@@ -63,15 +63,23 @@ def test_isa_variable_caps(cap):
 
 
 @compiled
-def test_unknown_isa_variable_is_a_reason():
-    code = f"""
-from pyvolconv.backends.cpp import CppDirect
-from pyvolconv.problem import ConvProblem
-print(*CppDirect().unsupported_reasons(ConvProblem.parse({str(PROBLEM)!r}), "forward"))
+def test_unknown_isa_variable_is_an_error_at_first_use_and_shown_by_info():
+    code = """
+import torch, pyvolconv
+for _ in range(2):
+    try:
+        pyvolconv.conv3d(torch.ones(1, 2, 4, 4, 4), torch.ones(3, 2, 3, 3, 3))
+    except ValueError as error:
+        print(error)
+from pyvolconv.info import backend_infos, installation
+print(installation()["instruction set"])
+print(installation()["cache"])
+print({info.reason for info in backend_infos() if info.name.startswith("cpp.")})
 """
-    reason = python(code, PYVOLCONV_ISA="mmx").stdout
-    assert reason.startswith("PYVOLCONV_ISA=mmx is not an instruction set of this build")
-    assert reason.strip().endswith("baseline")
+    expected = "PYVOLCONV_ISA=mmx is not an instruction set of this build; expected one of: "
+    expected += ", ".join(EXTENSION.compiled_isas())
+    lines = python(code, PYVOLCONV_ISA="mmx").stdout.splitlines()
+    assert lines == [expected, expected, f"none usable: {expected}", f"not known: {expected}", str({expected})]
 
 
 @compiled
