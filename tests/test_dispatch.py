@@ -234,6 +234,26 @@ def test_refusal_names_problem_pass_and_every_reason(registry):
     assert list(raised.value.reasons) == ["one"]
 
 
+def test_refusal_says_what_to_do(registry):
+    refusing = Recorder("one", refuses=PASSES)
+    registry(refusing, Recorder("two"), Recorder("shy", automatic=False))
+    with pyvolconv.use_backend("one"), pytest.raises(UnsupportedProblemError) as raised:
+        convolve()
+    assert raised.value.able == ("two", "shy")
+    *_, last = str(raised.value).splitlines()
+    assert last.startswith("Leave the backend unforced, or name one that can")
+    assert last.endswith(": two, shy")
+    dispatch.forget_choices()
+    registry(refusing, Recorder("shy", automatic=False))
+    with pytest.raises(UnsupportedProblemError, match=r"\nName one that can, by use_backend.*: shy$"):
+        convolve()
+    dispatch.forget_choices()
+    registry(refusing)
+    with pytest.raises(UnsupportedProblemError, match="\nNo other backend can run it here") as raised:
+        convolve()
+    assert raised.value.able == ()
+
+
 def test_refused_gradient_is_an_error_and_leaves_nothing_half_written(registry):
     registry(Recorder(refuses=("grad_weight",)))
     x = torch.randn(PROBLEM.input_shape)
