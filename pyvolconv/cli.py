@@ -42,8 +42,25 @@ class LayoutOption(str, Enum):
     ndhwc = "ndhwc"
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from . import __version__
+
+        typer.echo(f"pyvolconv {__version__}")
+        raise typer.Exit
+
+
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own number by default.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of data, weights and order of samples.")]
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 @app.command()

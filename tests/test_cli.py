@@ -28,6 +28,11 @@ def test_help_names_every_command(run):
         assert command in result.output
 
 
+def test_version(run):
+    result = run("--version")
+    assert (result.exit_code, result.output) == (0, f"pyvolconv {pyvolconv.__version__}\n")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(run, command):
     result = run(command, "--help")
