@@ -44,9 +44,9 @@ class LayoutOption(str, Enum):
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from . import __version__
+        from .host import version
 
-        typer.echo(f"pyvolconv {__version__}")
+        typer.echo(f"pyvolconv {version('pyvolconv')}")
         raise typer.Exit
 
 
@@ -190,6 +190,9 @@ def tune(
     high: Annotated[bool, typer.Option("--high", help='Tune for set_precision("high").')] = False,
     seconds: Annotated[float, typer.Option(min=0, help="Longest time that is spent on timing.")] = 60.0,
     again: Annotated[bool, typer.Option("--again", help="Also time what was timed before.")] = False,
+    even_if_busy: Annotated[
+        bool, typer.Option("--even-if-busy", help="Keep times also if other processes kept cores busy meanwhile.")
+    ] = False,
     threads: Threads = None,
 ) -> None:
     """Time every convolution of a model in every backend, torch included, and keep the fastest for later runs."""
@@ -212,6 +215,7 @@ def tune(
             inference=inference,
             seconds=seconds,
             again=again,
+            even_if_busy=even_if_busy,
             console=console,
         )
     except (ValueError, RuntimeError) as error:

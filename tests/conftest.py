@@ -31,6 +31,7 @@ if not torch.cuda.is_available():
 from pyvolconv import tuned
 from pyvolconv.backends.base import MEMORY_FORMAT, Accuracy, Backend
 from pyvolconv.backends.registry import REGISTRY
+from pyvolconv.cost import busy
 from pyvolconv.dispatch import forget_choices
 from pyvolconv.problem import LAYOUTS, PASSES, ConvProblem, Pass
 
@@ -153,6 +154,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()) ^ SESSION_SEED)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else runs here is no part of any test."""
+    monkeypatch.setattr(busy, "sample", lambda: None)
 
 
 @pytest.fixture(autouse=True)
