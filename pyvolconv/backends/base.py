@@ -49,6 +49,10 @@ class Accuracy:
     voxels (Winograd) has a `reach`: the product of absolute values is then the largest within that
     many voxels of the result, of the convolution continued beyond the ends of the result.
 
+    Operands are finite there. With an infinite or NaN weight a result whose window reaches beyond the ends of the source
+    may be NaN where torch's is not: kernels may multiply that weight by the zeros which stand for what is beyond.
+    Results that see voxels only, and infinities and NaN among the voxels, are as in torch.
+
     Attributes:
         constant: c above. 1 covers any order of a plain sum.
         accumulate_dtype: name of the dtype whose eps is u.
