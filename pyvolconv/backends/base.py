@@ -49,9 +49,9 @@ class Accuracy:
     voxels (Winograd) has a `reach`: the product of absolute values is then the largest within that
     many voxels of the result, of the convolution continued beyond the ends of the result.
 
-    Operands are finite there. With an infinite or NaN weight a result whose window reaches beyond the ends of the source
-    may be NaN where torch's is not: kernels may multiply that weight by the zeros which stand for what is beyond.
-    Results that see voxels only, and infinities and NaN among the voxels, are as in torch.
+    Operands are finite there. Whether an infinite or NaN weight (of grad_weight: gradient) makes a result NaN whose
+    window reaches into the padding depends on the kernel, in torch too: most multiply it by the zeros that stand for
+    padding, some, `numba` always, leave those products out.
 
     Attributes:
         constant: c above. 1 covers any order of a plain sum.
