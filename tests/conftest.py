@@ -306,7 +306,7 @@ def _magnitude(problem: ConvProblem, pass_: Pass, args: list[Tensor], reach: tup
         sides = [side for axis in (2, 1, 0) for side in sides[2 * axis : 2 * axis + 2]]
         x = torch.nn.functional.pad(weight, sides).transpose(0, 1)
         full = torch.nn.functional.conv3d(x, source.transpose(0, 1)).transpose(0, 1)
-        return torch.nn.functional.max_pool3d(full, tuple(2 * r + 1 for r in reach), 1)
+        return _largest_nearby(full, reach)
     if pass_ == "grad_input":
         weight = weight.flip(2, 3, 4).transpose(0, 1)
         padding = tuple(k - 1 - begin for k, (begin, _) in zip(problem.kernel_size, problem.padding, strict=True))
@@ -316,7 +316,15 @@ def _magnitude(problem: ConvProblem, pass_: Pass, args: list[Tensor], reach: tup
     sides = [side + r for begin, end, r in zip(padding, ends, reach, strict=True) for side in (begin, end)]
     sides = [side for axis in (2, 1, 0) for side in sides[2 * axis : 2 * axis + 2]]
     full = torch.nn.functional.conv3d(torch.nn.functional.pad(source, sides), weight, *bias)
-    return torch.nn.functional.max_pool3d(full, tuple(2 * r + 1 for r in reach), 1)
+    return _largest_nearby(full, reach)
+
+
+def _largest_nearby(values: Tensor, reach: tuple[int, int, int]) -> Tensor:
+    """The largest value within `reach` voxels per axis, axis by axis, which is far less work than whole windows."""
+    for axis, voxels in enumerate(reach):
+        window = [2 * voxels + 1 if axis == other else 1 for other in range(3)]
+        values = torch.nn.functional.max_pool3d(values, window, 1)
+    return values
 
 
 def _error_in_bounds(got: Tensor, problem: ConvProblem, pass_: Pass, args: list[Tensor], accuracy: Accuracy) -> float:

@@ -46,8 +46,8 @@ def use_isa():
     _C.use_isa(before)
 
 
-def problems(dtypes=("float32", "float64")):
-    for shape, dtype, layout in itertools.product(SHAPES, dtypes, LAYOUTS):
+def problems(dtypes=("float32", "float64"), shapes=SHAPES):
+    for shape, dtype, layout in itertools.product(shapes, dtypes, LAYOUTS):
         yield ConvProblem.parse(f"cpu-{dtype}-{layout}-{shape}-bias")
 
 
@@ -71,8 +71,9 @@ def spoil(tensor, count=4):
         tensor[tuple(int(i) for i in torch.unravel_index(torch.tensor(place), tensor.shape))] = value
 
 
-def test_within_bound_and_same_bits(operands, assert_within_bound, threads, use_isa):
-    for problem in problems():
+@pytest.mark.parametrize("shape", SHAPES)
+def test_within_bound_and_same_bits(shape, operands, assert_within_bound, threads, use_isa):
+    for problem in problems(shapes=[shape]):
         args = operands(problem, "forward")
         for isa in ISAS:
             use_isa(isa)
