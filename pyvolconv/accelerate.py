@@ -50,8 +50,9 @@ def accelerate(model: Model, example_input: Any = None, *, fuse: bool = True, tu
     With an example the model is checked, and tuned to this machine: it runs forward before and after the swap, then
     backward (where gradients are enabled), and every pass of every convolution that this asks for is timed in all
     backends, torch's own among them. The fastest is used from then on, by every call with the same sizes, and kept for
-    later processes (`pyvolconv info` says where). Tuning takes a minute at the most. Parameters, their gradients,
-    buffers and random generators are as before afterwards.
+    later processes (`pyvolconv info` says where); while other processes keep cores busy, times are used but not
+    kept, and a warning says so. Tuning takes a minute at the most. Parameters, their gradients, buffers and random
+    generators are as before afterwards.
 
     Args:
         model: any module; parameters, state_dict keys, hooks and isinstance relations stay as they are.

@@ -47,14 +47,14 @@ def milliseconds(problem: ConvProblem, pass_: Pass) -> Mapping[str, float]:
     return tables.get(current_setting(problem.device), {}).get(str(problem), {}).get(pass_, {})
 
 
-def remember(found: Mapping[tuple[ConvProblem, Pass], Mapping[str, float]]) -> None:
-    """Take in times that were measured just now, in milliseconds by backend name, and add them to the file."""
+def remember(found: Mapping[tuple[ConvProblem, Pass], Mapping[str, float]], *, keep: bool = True) -> None:
+    """Take in times that were measured just now, in milliseconds by backend name; with `keep` add them to the file."""
     tables = _loaded()
     by_setting: dict[Setting, Table] = {}
     for (problem, pass_), times in found.items():
         table = by_setting.setdefault(current_setting(problem.device), {})
         table.setdefault(str(problem), {})[pass_] = dict(times)
-    path = location()
+    path = location() if keep else None
     for setting, table in by_setting.items():
         with _lock:
             known = tables.setdefault(setting, {})

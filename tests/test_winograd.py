@@ -33,11 +33,19 @@ CONSTANT = {0: 2.0, 1: 2.0, 2: 8.0, 3: 32.0}
 """By axes of F(4): what `CppWinograd.accuracy` declares."""
 
 
-@pytest.fixture(params=[] if _C is None else _C.supported_isas())
-def isa(request):
+ISAS = [] if _C is None else _C.supported_isas()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, use_isa):
+    use_isa(request.param)
+    return request.param
+
+
+@pytest.fixture
+def use_isa():
     before = _C.current_isa()
-    _C.use_isa(request.param)
-    yield request.param
+    yield _C.use_isa
     _C.use_isa(before)
 
 
@@ -69,7 +77,7 @@ def accuracy_of(outputs, dtype):
 
 
 @pytest.mark.parametrize(("kernel", "outputs"), ALL)
-def test_within_bound_and_same_bits(isa, kernel, outputs, pass_, operands, assert_within_bound, threads):
+def test_within_bound_and_same_bits(kernel, outputs, pass_, operands, assert_within_bound, threads, use_isa):
     if pass_ == "grad_weight" and 4 in outputs:
         with pytest.raises(ValueError, match="one or two outputs per tile"):
             run(problem_of(SHAPES[0], kernel, "float32", "ndhwc"), outputs, pass_, [torch.zeros(1), torch.zeros(1)])
@@ -77,11 +85,13 @@ def test_within_bound_and_same_bits(isa, kernel, outputs, pass_, operands, asser
     for shape, dtype, layout in itertools.product(SHAPES, ("float32", "float64"), LAYOUTS):
         problem = problem_of(shape, kernel, dtype, layout)
         args = operands(problem, pass_)
-        threads(1)
-        got = run(problem, outputs, pass_, args)
-        assert_within_bound(got, problem, pass_, args, accuracy_of(outputs, dtype))
-        threads(3)
-        assert torch.equal(run(problem, outputs, pass_, args), got)
+        for isa in ISAS:
+            use_isa(isa)
+            threads(1)
+            got = run(problem, outputs, pass_, args)
+            assert_within_bound(got, problem, pass_, args, accuracy_of(outputs, dtype))
+            threads(3)
+            assert torch.equal(run(problem, outputs, pass_, args), got), f"other bits with 3 threads and {isa}"
 
 
 @pytest.mark.parametrize("padding", [(0, 0, 0), (2, 0, 1), (3, 4, 2)])

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..precision import Precision, get_precision
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from .base import Accuracy, Backend, empty
-from .cpp import DTYPES, follow_torch_threads, kernels, load_extension, plan_of, pooled_plan_of
+from .cpp import DTYPES, call, kernels, load_extension, plan_of, pooled_plan_of
 
 Outputs = tuple[int, int, int]
 
@@ -62,61 +62,37 @@ class CppWinograd(Backend):
 
     def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = empty(problem, "output", x)
-        follow_torch_threads()
-        kernels().winograd_forward(
-            plan_of(problem),
-            self._outputs(problem, "forward"),
-            x.data_ptr(),
-            weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-        )
+        outputs = self._outputs(problem, "forward")
+        call(kernels().winograd_forward, plan_of(problem), x, weight, bias, y, outputs=outputs)
         return y
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
         result = empty(problem, "input", grad_output)
-        follow_torch_threads()
-        kernels().winograd_grad_input(
-            plan_of(problem),
-            self._outputs(problem, "grad_input"),
-            grad_output.data_ptr(),
-            weight.data_ptr(),
-            result.data_ptr(),
-        )
+        outputs = self._outputs(problem, "grad_input")
+        call(kernels().winograd_grad_input, plan_of(problem), grad_output, weight, result, outputs=outputs)
         return result
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
         result = empty(problem, "weight", x)
-        follow_torch_threads()
-        kernels().winograd_grad_weight(
-            plan_of(problem),
-            self._outputs(problem, "grad_weight"),
-            grad_output.data_ptr(),
-            x.data_ptr(),
-            result.data_ptr(),
-        )
+        outputs = self._outputs(problem, "grad_weight")
+        call(kernels().winograd_grad_weight, plan_of(problem), grad_output, x, result, outputs=outputs)
         return result
 
     def forward_max_pool(
         self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         code = empty(problem, "code", x)
-        return self._max_pool(problem, x, weight, bias, code.data_ptr()), code
+        return self._max_pool(problem, x, weight, bias, code), code
 
     def max_pool(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._max_pool(problem, x, weight, bias, 0)
+        return self._max_pool(problem, x, weight, bias, None)
 
-    def _max_pool(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None, code: int) -> Tensor:
-        pooled = empty(problem, "pooled", x)
-        follow_torch_threads()
-        kernels().winograd_forward_max_pool(
-            pooled_plan_of(problem),
-            self._outputs(problem, "forward"),
-            x.data_ptr(),
-            weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            pooled.data_ptr(),
-            code,
+    def _max_pool(
+        self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None, code: Tensor | None
+    ) -> Tensor:
+        pooled, outputs = empty(problem, "pooled", x), self._outputs(problem, "forward")
+        call(
+            kernels().winograd_forward_max_pool, pooled_plan_of(problem), x, weight, bias, pooled, code, outputs=outputs
         )
         return pooled
 
