@@ -177,7 +177,7 @@ template <typename T>
 void check_winograd(const pvc::PassTable<T>& passes, const pvc::ConvProblem& problem, const Size3& outputs) {
     bool fits = passes.has_winograd(outputs.data()) && problem.groups == 1;
     for (int axis = 0; axis < 3; ++axis) {
-        fits = fits && problem.stride[axis] == 1 && problem.dilation[axis] == 1;
+        fits = fits && problem.stride[axis] == 1;
         fits = fits && problem.kernel_size[axis] == (outputs[axis] == 1 ? 1 : 3);
     }
     if (!fits) throw std::invalid_argument("no Winograd scheme with these outputs per tile fits the problem");
@@ -234,7 +234,7 @@ void winograd_forward_max_pool(const PooledPlan& plan, const Size3& outputs, uin
     const pvc::PooledProblem& problem = plan.problem;
     for (int axis = 0; axis < 3; ++axis) {
         if (problem.pool_padding[axis] != 0 || problem.pool_stride[axis] != problem.pool_window[axis] ||
-            outputs[axis] % problem.pool_window[axis] != 0) {
+            outputs[axis] % problem.pool_window[axis] != 0 || problem.conv.dilation[axis] != 1) {
             throw std::invalid_argument("the windows of the pool do not fit into tiles of these outputs");
         }
     }

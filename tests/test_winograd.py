@@ -41,10 +41,11 @@ def isa(request):
     _C.use_isa(before)
 
 
-def problem_of(shape, kernel, dtype, layout, padding=None):
-    text = f"cpu-{dtype}-{layout}-{shape}-k{'x'.join(map(str, kernel))}"
-    padding = tuple(k // 2 for k in kernel) if padding is None else padding
-    return ConvProblem.parse(f"{text}-p{'x'.join(map(str, padding))}")
+def problem_of(shape, kernel, dtype, layout, padding=None, dilation=(1, 1, 1)):
+    dilation = tuple(d if k > 1 else 1 for k, d in zip(kernel, dilation, strict=True))
+    padding = tuple(k // 2 * d for k, d in zip(kernel, dilation, strict=True)) if padding is None else padding
+    kernel, padding, dilation = ("x".join(map(str, each)) for each in (kernel, padding, dilation))
+    return ConvProblem.parse(f"cpu-{dtype}-{layout}-{shape}-k{kernel}-p{padding}-d{dilation}")
 
 
 def run(problem, outputs, pass_, args):
@@ -63,8 +64,8 @@ def run(problem, outputs, pass_, args):
     return result
 
 
-def accuracy_of(outputs, dtype):
-    reach = tuple(0 if m == 1 else m + 1 for m in outputs)
+def accuracy_of(outputs, dtype, dilation=(1, 1, 1)):
+    reach = tuple(0 if m == 1 else (m + 1) * d for m, d in zip(outputs, dilation, strict=True))
     return Accuracy(CONSTANT[outputs.count(4)], dtype, True, reach)
 
 
@@ -94,6 +95,33 @@ def test_paddings(isa, padding, operands, assert_within_bound):
         assert_within_bound(run(problem, outputs, pass_, args), problem, pass_, args, accuracy_of(outputs, "float32"))
 
 
+@pytest.mark.parametrize(("kernel", "outputs"), ALL)
+@pytest.mark.parametrize("dilation", [(2, 2, 2), (3, 1, 2), (5, 12, 4)])
+def test_dilation(isa, kernel, outputs, dilation, pass_, operands, assert_within_bound, threads):
+    """Residues with several boxes, with parts of tiles, with one voxel and with none."""
+    if pass_ == "grad_weight" and 4 in outputs:
+        return
+    lattice = (1, 1, 1) if pass_ == "grad_weight" else dilation  # taps are next to each other
+    for (shape, dtype), layout in itertools.product(
+        (("n2ic16oc24-i5x6x7", "float32"), ("n1ic5oc33-i9x7x30", "float32"), ("n1ic17oc8-i12x3x11", "float64")), LAYOUTS
+    ):
+        problem = problem_of(shape, kernel, dtype, layout, dilation=dilation)
+        args = operands(problem, pass_)
+        threads(1)
+        got = run(problem, outputs, pass_, args)
+        assert_within_bound(got, problem, pass_, args, accuracy_of(outputs, dtype, lattice))
+        threads(3)
+        assert torch.equal(run(problem, outputs, pass_, args), got)
+
+
+@pytest.mark.parametrize("padding", ["0", "4x1x2", "3+0x0+5x7+2"])
+def test_exact_on_integers_with_dilation(isa, padding, operands, reference):
+    for dilation, pass_, layout in itertools.product(("2", "3x1x4"), PASSES, LAYOUTS):
+        problem = ConvProblem.parse(f"cpu-float32-{layout}-n2ic5oc20-i9x8x13-k3-p{padding}-d{dilation}")
+        args = operands(problem, pass_, integers=True)
+        assert torch.equal(run(problem, (2, 2, 2), pass_, args).double(), reference(problem, pass_, args))
+
+
 @pytest.mark.parametrize("outputs", [(2, 2, 2), (1, 2, 2), (2, 1, 1)])
 def test_exact_on_integers(isa, outputs, operands, reference):
     """The constants of F(2, 3) are powers of two."""
@@ -106,9 +134,10 @@ def test_exact_on_integers(isa, outputs, operands, reference):
 
 @pytest.mark.parametrize(("kernel", "outputs"), ALL)
 @pytest.mark.parametrize("where", ["source", "weight"])
-def test_infinity_and_nan_reach_only_what_depends_on_them(isa, kernel, outputs, where, operands):
+@pytest.mark.parametrize("dilation", [(1, 1, 1), (2, 1, 3)])
+def test_infinity_and_nan_reach_only_what_depends_on_them(isa, kernel, outputs, where, dilation, operands):
     """The same voxels are infinite, negative infinite and NaN as in the direct convolution of the same values."""
-    problem = problem_of("n1ic6oc17-i7x8x13", kernel, "float32", "ndhwc")
+    problem = problem_of("n1ic6oc17-i7x8x13", kernel, "float32", "ndhwc", dilation=dilation)
     x, weight = operands(problem, "forward")
     hit = x if where == "source" else weight
     values = torch.tensor([float("inf"), -float("inf"), float("nan")])
@@ -197,6 +226,9 @@ def test_scheme_that_does_not_fit_is_refused():
     pooled = ConvProblem.parse("cpu-float32-ndhwc-n1ic4oc8-i6x6x8-k3-p1-relu-pool3")
     with pytest.raises(ValueError, match="windows of the pool do not fit"):
         _C.winograd_forward_max_pool(pooled_plan_of(pooled), (2, 2, 2), 0, 0, 0, 0, 0)
+    dilated = ConvProblem.parse("cpu-float32-ndhwc-n1ic4oc8-i6x6x8-k3-p2-d2-relu-pool2")
+    with pytest.raises(ValueError, match="windows of the pool do not fit"):
+        _C.winograd_forward_max_pool(pooled_plan_of(dilated), (2, 2, 2), 0, 0, 0, 0, 0)
 
 
 def test_precision_allows_schemes_that_round_more():
@@ -222,7 +254,7 @@ def test_refusals_name_the_reason():
     refusals = {
         "k5-p2": "kernel size is",
         "k3-s2-p1": "stride is",
-        "k3-p2-d2": "dilation",
+        "k3-p2-d2-relu-pool2": "dilation",
         "k3-p1-relu-pool3": "windows must touch",
     }
     for text, reason in refusals.items():

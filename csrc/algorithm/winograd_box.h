@@ -18,8 +18,8 @@
 namespace pvc {
 namespace {
 
-// The sums of one row of tiles for one block of channels: voxels first .. first + count - 1 of the target, `width`
-// channels each, of which `channels` exist. Voxels beyond the target are computed too.
+// The sums of one row of tiles for one block of channels: per axis `count` voxels of the target, `lattice` apart, from
+// `first` on, `width` channels each, of which `channels` exist. Voxels beyond the target are computed too.
 template <typename T>
 struct RowSums {
     const T* sums;
@@ -89,12 +89,14 @@ class WinogradBox {
         row.stride[q_] = width;
         row.stride[p_] = box.tiles[q_] * scheme_.outputs[q_] * width;
         row.stride[o_] = scheme_.outputs[p_] * row.stride[p_];
-        row.first[o_] = box.first[o_] + o * scheme_.outputs[o_];
-        row.first[p_] = box.first[p_] + p * scheme_.outputs[p_];
+        row.first[o_] = box.first[o_] + o * box.step[o_];
+        row.first[p_] = box.first[p_] + p * box.step[p_];
         row.first[q_] = box.first[q_];
-        row.count[o_] = smaller(scheme_.outputs[o_], b_.voxels[o_] - row.first[o_]);
-        row.count[p_] = smaller(scheme_.outputs[p_], b_.voxels[p_] - row.first[p_]);
-        row.count[q_] = smaller(box.tiles[q_] * scheme_.outputs[q_], b_.voxels[q_] - row.first[q_]);
+        for (int a = 0; a < 3; ++a) {
+            const int64_t computed = scheme_.outputs[a] * (a == q_ ? box.tiles[q_] : 1);
+            const int64_t existing = ceil_divide(b_.voxels[a] - row.first[a], b_.lattice[a]);
+            row.count[a] = larger(smaller(computed, existing), 0);
+        }
 
         TileTarget<T> a = {};
         a.point = product_pitch_;
@@ -136,7 +138,7 @@ class WinogradBox {
         const int* outputs = scheme_.outputs;
         const int64_t taps = axis[0].taps * axis[1].taps * axis[2].taps, one[3] = {1, 1, 1};
         int64_t stride[3], first[3];
-        for (int a = 0; a < 3; ++a) first[a] = row.first[a] + (a == q_ ? q * outputs[a] : 0);
+        for (int a = 0; a < 3; ++a) first[a] = row.first[a] + (a == q_ ? q * box.step[a] : 0);
         const T* input = source_.pack(source, first, one, -1, stride);
         for (int64_t voxel = 0; voxel < outputs[0] * outputs[1] * outputs[2]; ++voxel) {
             const int64_t at[3] = {voxel / outputs[2] / outputs[1], voxel / outputs[2] % outputs[1],

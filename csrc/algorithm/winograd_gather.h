@@ -1,4 +1,4 @@
-// Forward and grad_input by Winograd: stride and dilation 1, one group, three taps or one per axis (the caller checks).
+// Forward and grad_input by Winograd: stride 1, one group, three taps or one per axis (the caller checks).
 //
 // `outputs` names the scheme, outputs of a tile per axis (1 where the kernel has one tap); it must be one of
 // winograd_transforms.
@@ -21,7 +21,8 @@ void winograd_gather(const Gather& gather, const int64_t outputs[3], const T* so
     const WinogradWeights<T> weights(gather, b, weight, bias);
     const int64_t size[3] = {gather.axis[0].count, gather.axis[1].count, gather.axis[2].count};
     const VolumeStrides strides = volume_strides(gather.layout, b.targets, size);
-    const RowStrides to = {strides.axis[2], strides.channel};
+    const RowStrides to = {strides.axis[2] * b.lattice[2], strides.channel};
+    const int64_t plane = strides.axis[0] * b.lattice[0], line = strides.axis[1] * b.lattice[1];
     parallel_for(gather.batch * b.box_count(), [&](int64_t task) {
         WinogradBox<T> convolution(gather, weights, task);
         convolution.run(source, [&](const RowSums<T>& row) {
@@ -30,7 +31,7 @@ void winograd_gather(const Gather& gather, const int64_t outputs[3], const T* so
             for (int64_t d = 0; d < row.count[0]; ++d) {
                 for (int64_t h = 0; h < row.count[1]; ++h) {
                     copy_matrix(row.sums + d * row.stride[0] + h * row.stride[1], RowStrides{row.stride[2], 1},
-                                first + d * strides.axis[0] + h * strides.axis[1], to, row.count[2], row.channels);
+                                first + d * plane + h * line, to, row.count[2], row.channels);
                 }
             }
         });

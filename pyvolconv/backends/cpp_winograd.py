@@ -30,7 +30,10 @@ SCHEMES: dict[tuple[int, int, int], dict[Precision, tuple[Outputs, ...]]] = {
 
 
 class CppWinograd(Backend):
-    """Winograd convolution of 3x3x3, 1x3x3 and 3x1x1 kernels with stride 1; forward also fused with a max-pool."""
+    """Winograd convolution of 3x3x3, 1x3x3 and 3x1x1 kernels with stride 1, also dilated.
+
+    Without dilation, forward is also fused with a max-pool.
+    """
 
     name = "cpp.winograd"
     family = "cpp"
@@ -45,8 +48,10 @@ class CppWinograd(Backend):
             reasons.append(f"it has no {pass_} fused with a pool")
         if problem.kernel_size not in SCHEMES:
             reasons.append(f"kernel size is {problem.kernel_size}; it computes {', '.join(map(str, SCHEMES))}")
-        if problem.stride != (1, 1, 1) or problem.dilation != (1, 1, 1):
-            reasons.append(f"stride is {problem.stride} and dilation {problem.dilation}; it needs 1")
+        if problem.stride != (1, 1, 1):
+            reasons.append(f"stride is {problem.stride}; it computes 1")
+        if problem.pool is not None and problem.dilation != (1, 1, 1):
+            reasons.append(f"dilation is {problem.dilation}; before a pool it needs 1")
         if problem.groups != 1:
             reasons.append(f"groups is {problem.groups}; it needs 1")
         if not reasons and not _fitting(problem, pass_, get_precision()):
@@ -111,13 +116,15 @@ class CppWinograd(Backend):
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
         """F(2) alone keeps integers exact; each axis of F(4) in a scheme beyond the first multiplies the error."""
-        depth, height, width = outputs = self._outputs(problem, pass_)
+        outputs = self._outputs(problem, pass_)
+        dilation = (1, 1, 1) if pass_ == "grad_weight" else problem.dilation  # taps lie next to each other
+        depth, height, width = map(_reach, outputs, dilation)
         fours = outputs.count(4)
         return Accuracy(
             constant=2.0 if fours < 2 else 2.0 * 4 ** (fours - 1),
             accumulate_dtype=problem.dtype,
             bitwise_reproducible=True,
-            reach=(_reach(depth), _reach(height), _reach(width)),
+            reach=(depth, height, width),
             exact_integers=fours == 0,
         )
 
@@ -129,9 +136,14 @@ class CppWinograd(Backend):
         return _best(problem, pass_, get_precision(), _vector_bytes()).outputs
 
 
-def _reach(outputs: int) -> int:
+def _reach(outputs: int, dilation: int) -> int:
     """How far the voxels lie that a tile of three taps per axis mixes into one output."""
-    return 0 if outputs == 1 else outputs + 1
+    return 0 if outputs == 1 else (outputs + 1) * dilation
+
+
+def _tiles(count: int, outputs: int, dilation: int) -> int:
+    """Along an axis: every residue modulo the dilation has tiles of its own, as many as the first."""
+    return min(count, dilation) * -(-count // dilation // outputs)
 
 
 class _Choice(NamedTuple):
@@ -180,7 +192,7 @@ def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes:
     best = _Choice(0.0, (0, 0, 0))
     for outputs in _fitting(problem, pass_, precision):
         points = math.prod(m + k - 1 for m, k in zip(outputs, problem.kernel_size, strict=True))
-        tiles = problem.batch * math.prod(-(-count // m) for count, m in zip(size, outputs, strict=True))
+        tiles = problem.batch * math.prod(map(_tiles, size, outputs, problem.dilation))
         weight_bytes = points * math.prod(channels) * DTYPE_BYTES[problem.dtype]
         spilling = 1.7 if weight_bytes > 16 << 20 else 1.0
         if pass_ == "grad_weight":
