@@ -60,6 +60,9 @@ PROBLEMS = (
     "n2ic4oc8-i8x9x10-k2-s2-bias",
     "n1ic3oc16-i7x8x9-k2x4x4-s2x4x4",
     "n2ic6oc10-i8x9x11-k3-s2-p1",
+    "n2ic20oc12-i10x7x13-k3-s2-p0+2x1x3+0-bias",
+    "n1ic16oc24-i5x10x15-k3-s1x2x2-p1x0x1+2",
+    "n2ic3oc17-i4x9x14-k1x3x3-s1x2x2-p0x1x1",
     "n1ic4oc6-i9x8x10-k3x2x3-s3x2x1-p1x0x2-bias",
     "n1ic3oc4-i11x7x9-k2x1x2-s4x3x5",
     # Dilation alone, and with strides that do and do not divide it.

@@ -28,7 +28,6 @@ struct WinogradBlocking {
     int64_t blocks;         // of at most `most_vectors` vectors, whole panels but the last
     int64_t voxels[3];      // target voxels to compute
     int64_t lattice[3], residues[3];
-    int64_t advance[3];                  // from tile to tile, in source voxels of a residue
     int64_t tiles[3], box[3], boxes[3];  // of a residue
 
     int64_t source_width() const { return source_vectors * lanes; }
@@ -46,10 +45,12 @@ struct WinogradBlocking {
     int64_t panel_columns(int64_t vector) const {
         return panel_size(vector) * lanes - (panel_half(vector) ? lanes / 2 : 0);
     }
-    int64_t panel_weights(int64_t vector) const { return scheme->count() * sources * vector * lanes; }
+    int64_t panel_weights(int64_t vector) const { return scheme->weight_count() * sources * vector * lanes; }
 
     // Voxels of a residue of the source under `tiles` tiles.
-    int64_t source_voxels(int a, int64_t tiles) const { return (tiles - 1) * advance[a] + scheme->points[a]; }
+    int64_t source_voxels(int a, int64_t tiles) const {
+        return (tiles - 1) * scheme->shape[a].advance + scheme->shape[a].window;
+    }
 
     // Transformed planes and products of a box.
     int64_t source_values(const int64_t box[3]) const {
@@ -123,7 +124,6 @@ WinogradBlocking<T> choose_winograd(const Gather& gather, const WinogradScheme<T
         b.voxels[a] = (cells.count - 1) * cells.step + cells.extent;
         b.lattice[a] = gather.axis[a].tap_step;
         b.residues[a] = smaller(b.lattice[a], b.voxels[a]);
-        b.advance[a] = scheme.outputs[a];
         b.tiles[a] = ceil_divide(ceil_divide(b.voxels[a], b.lattice[a]), int64_t{scheme.outputs[a]});
     }
     choose_box(gather, b);
