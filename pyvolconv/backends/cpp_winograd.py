@@ -238,7 +238,7 @@ def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes:
         weight_bytes = weights * math.prod(channels) * DTYPE_BYTES[problem.dtype]
         spilling = 1.7 if weight_bytes > (16 if strides == 1 else 4) << 20 else 1.0
         if pass_ == "grad_weight":
-            spilling = max(1.0, 0.45 * weight_bytes / (1 << 20))
+            spilling = max(1.0, 0.45 * points / weights * weight_bytes / (1 << 20))
         products = tiles * points * spilling / (0.82 * used)
         transforms = (
             taps * moving * tiles * math.prod(outputs) / shared + (128 if pass_ == "grad_weight" else 8) * points
