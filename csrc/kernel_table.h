@@ -23,7 +23,7 @@ struct PassTable {
 
     // By Winograd, `outputs` per axis and tile; algorithm/winograd_gather.h and winograd_pooled.h
     // say what the problem must be like. has_winograd: whether there is such a scheme.
-    bool (*has_winograd)(const int64_t outputs[3]);
+    bool (*has_winograd)(const ConvProblem&, const int64_t outputs[3], bool transposed);
     void (*winograd_forward)(const ConvProblem&, const int64_t outputs[3], const T* x, const T* weight,
                              const T* bias /* or null */, T* y);
     void (*winograd_grad_input)(const ConvProblem&, const int64_t outputs[3], const T* grad_output, const T* weight,

@@ -174,25 +174,28 @@ void grad_weight_max_pool(const PooledPlan& plan, uintptr_t grad_pooled, uintptr
 
 // What the Winograd kernels rely on; a scheme that does not fit would write outside of its tiles.
 template <typename T>
-void check_winograd(const pvc::PassTable<T>& passes, const pvc::ConvProblem& problem, const Size3& outputs) {
-    bool fits = passes.has_winograd(outputs.data()) && problem.groups == 1;
+void check_winograd(const pvc::PassTable<T>& passes, const pvc::ConvProblem& problem, const Size3& outputs,
+                    bool transposed) {
+    bool fits = passes.has_winograd(problem, outputs.data(), transposed) && problem.groups == 1;
     for (int axis = 0; axis < 3; ++axis) {
-        fits = fits && problem.stride[axis] == 1 && problem.dilation[axis] == 1;
         fits = fits && problem.kernel_size[axis] == (outputs[axis] == 1 ? 1 : 3);
+        const bool strided = transposed && problem.stride[axis] != 1;
+        fits = fits && !(strided && (problem.padding_begin[axis] % 2 == 0 || problem.dilation[axis] != 1));
     }
     if (!fits) throw std::invalid_argument("no Winograd scheme with these outputs per tile fits the problem");
 }
 
 // Calls body(passes, T{}) with the passes of the dtype, without the interpreter lock, if the scheme fits the problem.
 template <typename Body>
-void with_winograd(const pvc::ConvProblem& problem, bool double_precision, const Size3& outputs, const Body& body) {
+void with_winograd(const pvc::ConvProblem& problem, bool double_precision, const Size3& outputs, const Body& body,
+                   bool transposed = false) {
     const pvc::KernelTable& kernels = pvc::current_kernels();
     if (double_precision) {
-        check_winograd(kernels.float64, problem, outputs);
+        check_winograd(kernels.float64, problem, outputs, transposed);
         const py::gil_scoped_release release;
         body(kernels.float64, double{});
     } else {
-        check_winograd(kernels.float32, problem, outputs);
+        check_winograd(kernels.float32, problem, outputs, transposed);
         const py::gil_scoped_release release;
         body(kernels.float32, float{});
     }
@@ -209,11 +212,14 @@ void winograd_forward(const Plan& plan, const Size3& outputs, uintptr_t x, uintp
 
 void winograd_grad_input(const Plan& plan, const Size3& outputs, uintptr_t grad_output, uintptr_t weight,
                          uintptr_t result) {
-    with_winograd(plan.problem, plan.double_precision, outputs, [&](const auto& passes, auto zero) {
-        using T = decltype(zero);
-        passes.winograd_grad_input(plan.problem, outputs.data(), pointer<T>(grad_output), pointer<T>(weight),
-                                   pointer<T>(result));
-    });
+    with_winograd(
+        plan.problem, plan.double_precision, outputs,
+        [&](const auto& passes, auto zero) {
+            using T = decltype(zero);
+            passes.winograd_grad_input(plan.problem, outputs.data(), pointer<T>(grad_output), pointer<T>(weight),
+                                       pointer<T>(result));
+        },
+        true);
 }
 
 void winograd_grad_weight(const Plan& plan, const Size3& outputs, uintptr_t grad_output, uintptr_t x,
@@ -234,7 +240,7 @@ void winograd_forward_max_pool(const PooledPlan& plan, const Size3& outputs, uin
     const pvc::PooledProblem& problem = plan.problem;
     for (int axis = 0; axis < 3; ++axis) {
         if (problem.pool_padding[axis] != 0 || problem.pool_stride[axis] != problem.pool_window[axis] ||
-            outputs[axis] % problem.pool_window[axis] != 0) {
+            outputs[axis] % problem.pool_window[axis] != 0 || problem.conv.dilation[axis] != 1) {
             throw std::invalid_argument("the windows of the pool do not fit into tiles of these outputs");
         }
     }

@@ -10,7 +10,7 @@ import itertools
 import os
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 # Before torch loads OpenMP: idle threads sleep instead of spinning, or a busy machine makes each tiny parallel
 # region wait for a time slice (thirty times the time of this suite).
@@ -61,11 +61,16 @@ PROBLEMS = (
     "n2ic4oc8-i8x9x10-k2-s2-bias",
     "n1ic3oc16-i7x8x9-k2x4x4-s2x4x4",
     "n2ic6oc10-i8x9x11-k3-s2-p1",
+    "n2ic20oc12-i10x7x13-k3-s2-p0+2x1x3+0-bias",
+    "n1ic16oc24-i5x10x15-k3-s1x2x2-p1x0x1+2",
+    "n2ic3oc17-i4x9x14-k1x3x3-s1x2x2-p0x1x1",
     "n1ic4oc6-i9x8x10-k3x2x3-s3x2x1-p1x0x2-bias",
     "n1ic3oc4-i7x6x8-k2x1x2-s3x2x4",
     # Dilation alone, and with strides that do and do not divide it.
     "n2ic4oc8-i7x8x9-k3-p2-d2",
     "n1ic8oc16-i9x7x12-k3x2x3-p2x1x3-d2x1x3-bias",
+    "n1ic20oc12-i7x6x13-k3-p4+1x0x2+3-d3x1x2-bias",
+    "n2ic5oc8-i4x9x11-k1x3x3-p0x3x4-d5x3x4",  # the residues modulo the dilation have one to three voxels
     "n1ic4oc6-i10x11x12-k3-s2x3x4-p2-d3x3x2",
     "n1ic3oc5-i9x9x13-k2x3x3-s4x2x3-p1x2x3-d2x4x3",
     # Padding on one side only (causal, even "same"), and wider than the kernel.
@@ -299,23 +304,24 @@ def _magnitude(problem: ConvProblem, pass_: Pass, args: list[Tensor], reach: tup
     """The pass over absolute values; with a reach its largest value nearby, also beyond the ends of the result."""
     if not any(reach):
         return _reference(problem, pass_, args)
-    source, weight, *bias = (arg.cpu().double().contiguous() for arg in args)
+    source, other, *bias = (arg.cpu().double().contiguous() for arg in args)
+    begin, end = zip(*problem.padding, strict=True)
     if pass_ == "grad_weight":
-        # args are grad_output and x. More taps on each side are those of a kernel that is 2 * reach longer.
-        sides = [side + r for pair, r in zip(problem.padding, reach, strict=True) for side in pair]
-        sides = [side for axis in (2, 1, 0) for side in sides[2 * axis : 2 * axis + 2]]
-        x = torch.nn.functional.pad(weight, sides).transpose(0, 1)
-        full = torch.nn.functional.conv3d(x, source.transpose(0, 1)).transpose(0, 1)
-        return _largest_nearby(full, reach)
-    if pass_ == "grad_input":
-        weight = weight.flip(2, 3, 4).transpose(0, 1)
-        padding = tuple(k - 1 - begin for k, (begin, _) in zip(problem.kernel_size, problem.padding, strict=True))
-        ends = tuple(k - 1 - end for k, (_, end) in zip(problem.kernel_size, problem.padding, strict=True))
+        # source and other are grad_output and x. Taps beyond the kernel are those of one that is 2 * reach longer; as
+        # a convolution of x with grad_output, stride and dilation change places.
+        x = _padded(other, begin, end, [r * d for r, d in zip(reach, problem.dilation, strict=True)])
+        full = torch.nn.functional.conv3d(
+            x.transpose(0, 1), source.transpose(0, 1), stride=problem.dilation, dilation=problem.stride
+        ).transpose(0, 1)
+        depth, height, width = (k + 2 * r for k, r in zip(problem.kernel_size, reach, strict=True))
+        full = full[:, :, :depth, :height, :width]
+    elif pass_ == "grad_input":
+        full = torch.nn.functional.conv_transpose3d(source, other, stride=problem.stride, dilation=problem.dilation)
+        missing = [i + p - n for i, p, n in zip(problem.input_size, begin, full.shape[2:], strict=True)]
+        full = _padded(full, [-p for p in begin], missing, reach)
     else:
-        padding, ends = (tuple(side) for side in zip(*problem.padding, strict=True))
-    sides = [side + r for begin, end, r in zip(padding, ends, reach, strict=True) for side in (begin, end)]
-    sides = [side for axis in (2, 1, 0) for side in sides[2 * axis : 2 * axis + 2]]
-    full = torch.nn.functional.conv3d(torch.nn.functional.pad(source, sides), weight, *bias)
+        x = _padded(source, begin, end, [r * s for r, s in zip(reach, problem.stride, strict=True)])
+        full = torch.nn.functional.conv3d(x, other, *bias, stride=problem.stride, dilation=problem.dilation)
     return _largest_nearby(full, reach)
 
 
@@ -325,6 +331,12 @@ def _largest_nearby(values: Tensor, reach: tuple[int, int, int]) -> Tensor:
         window = [2 * voxels + 1 if axis == other else 1 for other in range(3)]
         values = torch.nn.functional.max_pool3d(values, window, 1)
     return values
+
+
+def _padded(values: Tensor, begin: Sequence[int], end: Sequence[int], more: Sequence[int]) -> Tensor:
+    """Zeros around the voxels, `more` on both ends of an axis; negative numbers cut off."""
+    sides = [side + m for b, e, m in zip(begin, end, more, strict=True) for side in (b, e)]
+    return torch.nn.functional.pad(values, [side for a in (4, 2, 0) for side in sides[a : a + 2]])
 
 
 def _error_in_bounds(got: Tensor, problem: ConvProblem, pass_: Pass, args: list[Tensor], accuracy: Accuracy) -> float:

@@ -1,7 +1,8 @@
 // grad_weight by Winograd: for every point of a tile, a product of the transformed source with the transformed
 // gradient, summed over all tiles (winograd_axis.h); sums are transformed to taps at the end.
 //
-// The sums of all points are [point of a plane][outer point][source channel][target channel]. They are added up box by
+// The sums are [weight of a plane][outer weight][source channel][target channel], one for each point but where points
+// share a weight (winograd_strided_axis.h). They are added up box by
 // box, in splits of the boxes that the problem alone fixes, and the splits in order.
 //
 // Where a result is not finite the whole gradient is computed again, directly: a transform spreads an infinity or NaN
@@ -27,11 +28,12 @@ class WinogradGradWeight {
             source_.axis[a] = gradient_.axis[a] = forward_axis(problem, a);
             gradient_.axis[a].source_size = problem.output_size[a];
             gradient_.axis[a].source_start = 0;
+            gradient_.axis[a].source_step = 1;
         }
         b_ = choose_winograd(source_, scheme);
         rows_ = b_.source_width();
         width_ = b_.vectors * lanes;
-        size_ = scheme.count() * rows_ * width_;
+        size_ = scheme.weight_count() * rows_ * width_;
         boxes_ = source_.batch * b_.box_count();
         constexpr int64_t kSplits = 16, kPartialBytes = 64 << 20;
         const int64_t fitting = kPartialBytes / (size_ * static_cast<int64_t>(sizeof(T)));
@@ -65,13 +67,14 @@ class WinogradGradWeight {
     static constexpr int64_t lanes = Vector<T>::lanes;
 
     void add_box(const TileBox<T>& box, const T* grad_output, const T* x, T* sums) const {
-        WinogradOperand<T> source(source_, scheme_, scheme_.points, scheme_.kernels.source, box,
+        WinogradOperand<T> source(source_, scheme_, scheme_.source_window(), scheme_.kernels.source, box,
                                   Scratch::tile_accumulators);
-        WinogradOperand<T> gradient(gradient_, scheme_, scheme_.outputs, scheme_.kernels.gradient, box,
+        WinogradOperand<T> gradient(gradient_, scheme_, scheme_.gradient_window(), scheme_.kernels.gradient, box,
                                     Scratch::tile_output);
         source.transform_planes(x);
         gradient.transform_planes(grad_output);
-        const int outer_points = scheme_.points[scheme_.outer()];
+        const AxisShape& outer = scheme_.shape[scheme_.outer()];
+        const int outer_points = outer.points;
         RankUpdate<T> a = {};
         a.step = outer_points * lanes;
         a.y_vector = gradient.row_pitch();
@@ -80,14 +83,16 @@ class WinogradGradWeight {
         for (int64_t point = 0; point < scheme_.plane_points(); ++point) {
             const T* source_rows = source.transform_outer(point);
             const T* gradient_rows = gradient.transform_outer(point);
-            for (int64_t o = 0; o < outer_points; ++o, sums += rows_ * width_) {
+            for (int64_t o = 0; o < outer_points; ++o) {
+                const int64_t weight = scheme_.plane_weight(point) * outer.weights + outer.point_weight[o];
+                T* to = sums + weight * rows_ * width_;
                 for (int64_t n = 0, count = 0; n < b_.vectors; n += count) {
                     count = smaller(kRankUpdateVectors, b_.vectors - n);
                     if (b_.vectors - n == kRankUpdateVectors + 1) count = 2;
                     a.y = gradient_rows + n * a.y_vector + o * lanes;
                     for (int64_t vector = 0; vector < b_.source_vectors; ++vector) {
                         a.x = source_rows + vector * source.row_pitch() + o * lanes;
-                        a.sums = sums + vector * lanes * width_ + n * lanes;
+                        a.sums = to + vector * lanes * width_ + n * lanes;
                         const int64_t rows = smaller(lanes, b_.sources - vector * lanes);
                         count == 1 ? update<1>(rows, a) : count == 2 ? update<2>(rows, a) : update<3>(rows, a);
                     }
@@ -107,17 +112,17 @@ class WinogradGradWeight {
     // One source channel and a vector of target channels; returns whether they are finite.
     bool store(const T* partials, int64_t source, int64_t target, T* grad_weight) const {
         using V = Vector<T>;
-        constexpr int64_t kTaps = 27, kPoints = 64;
-        alignas(64) T points[kPoints * lanes], taps[kTaps * lanes];
-        const int outer_points = scheme_.points[scheme_.outer()], plane_points = scheme_.plane_points();
-        for (int point = 0; point < plane_points; ++point) {
-            for (int o = 0; o < outer_points; ++o, partials += rows_ * width_) {
+        constexpr int64_t kTaps = 27, kWeights = 64;
+        alignas(64) T sums[kWeights * lanes], taps[kTaps * lanes];
+        const int outer_weights = scheme_.shape[scheme_.outer()].weights, plane_weights = scheme_.plane_weights();
+        for (int weight = 0; weight < plane_weights; ++weight) {
+            for (int o = 0; o < outer_weights; ++o, partials += rows_ * width_) {
                 typename V::type sum = V::load(partials);
                 for (int64_t split = 1; split < splits_; ++split) sum += V::load(partials + split * size_);
-                V::store(points + (o * plane_points + point) * lanes, sum);
+                V::store(sums + (o * plane_weights + weight) * lanes, sum);
             }
         }
-        scheme_.kernels.weight_gradient(points, taps);
+        scheme_.kernels.weight_gradient(sums, taps);
         const GatherAxis* axis = source_.axis;
         const int *role = scheme_.axis,
                   count[3] = {static_cast<int>(axis[role[0]].taps), static_cast<int>(axis[role[1]].taps),
@@ -148,7 +153,7 @@ class WinogradGradWeight {
 template <typename T>
 void winograd_grad_weight(const ConvProblem& problem, const int64_t outputs[3], const T* grad_output, const T* x,
                           T* grad_weight) {
-    const WinogradGradWeight<T> pass(problem, *winograd_scheme<T>(outputs));
+    const WinogradGradWeight<T> pass(problem, *winograd_scheme<T>(outputs, problem.stride, false));
     if (!pass.run(grad_output, x, grad_weight)) direct_grad_weight(problem, grad_output, x, grad_weight);
 }
 
