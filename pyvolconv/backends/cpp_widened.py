@@ -24,8 +24,8 @@ DTYPES = ("float16", "bfloat16")
 COPIED_BYTES = 8 << 20
 COPIED_BYTES_PER_WEIGHT = 300
 """Twice the partial sums of Winograd's weight gradient: 16 splits of 64 points for 27 taps."""
-CONVERTING = 72
-"""FLOPs at peak in the time that it takes to convert a value, measured: 56 for float16, 86 for bfloat16."""
+CONVERTING = 40
+"""FLOPs at peak in the time that it takes to convert a value, measured."""
 
 
 class CppWidened(Backend):
