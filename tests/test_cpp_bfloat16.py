@@ -24,7 +24,7 @@ TEXTS = (
 
 
 @pytest.fixture(params=PASSES[:2])
-def pass_(request):
+def gathering(request):
     return request.param
 
 
@@ -45,36 +45,38 @@ def dtype(request):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("text", TEXTS)
-def test_integers(text, layout, dtype, pass_, require, operands, run_pass, reference, poisoned):
+def test_integers(text, layout, dtype, gathering, require, operands, run_pass, reference, poisoned):
     """Products and sums are exact; a bfloat16 result is rounded once, ties to even."""
     problem = ConvProblem.parse(f"cpu-{dtype}-{layout}-{text}")
-    require(BACKEND, problem, pass_)
-    args = operands(problem, pass_, integers=True)
-    got = run_pass(BACKEND, problem, pass_, args)
-    assert torch.equal(got, reference(problem, pass_, args).to(got.dtype))
+    require(BACKEND, problem, gathering)
+    args = operands(problem, gathering, integers=True)
+    got = run_pass(BACKEND, problem, gathering, args)
+    assert torch.equal(got, reference(problem, gathering, args).to(got.dtype))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("text", TEXTS)
-def test_bound(text, layout, dtype, pass_, require, operands, run_pass, assert_within_bound):
+def test_bound(text, layout, dtype, gathering, require, operands, run_pass, assert_within_bound):
     problem = ConvProblem.parse(f"cpu-{dtype}-{layout}-{text}")
-    require(BACKEND, problem, pass_)
-    args = operands(problem, pass_)
-    assert_within_bound(run_pass(BACKEND, problem, pass_, args), problem, pass_, args, BACKEND.accuracy(problem, pass_))
+    require(BACKEND, problem, gathering)
+    args = operands(problem, gathering)
+    assert_within_bound(
+        run_pass(BACKEND, problem, gathering, args), problem, gathering, args, BACKEND.accuracy(problem, gathering)
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_float32_operands_are_rounded_once(
-    layout, pass_, float32_in_bfloat16, require, operands, run_pass, assert_within_bound
+    layout, gathering, float32_in_bfloat16, require, operands, run_pass, assert_within_bound
 ):
     """With operands that bfloat16 holds the error is that of a float32 sum, and others are rounded to these."""
     problem = ConvProblem.parse(f"cpu-float32-{layout}-n2ic19oc21-i4x5x20-k3-p1")
-    require(BACKEND, problem, pass_)
-    args = operands(problem, pass_)
+    require(BACKEND, problem, gathering)
+    args = operands(problem, gathering)
     rounded = [arg.bfloat16().float() for arg in args]
-    got = run_pass(BACKEND, problem, pass_, args)
-    assert torch.equal(got, run_pass(BACKEND, problem, pass_, rounded))
-    assert_within_bound(got, problem, pass_, rounded, Accuracy(1.0, "float32", bitwise_reproducible=True))
+    got = run_pass(BACKEND, problem, gathering, args)
+    assert torch.equal(got, run_pass(BACKEND, problem, gathering, rounded))
+    assert_within_bound(got, problem, gathering, rounded, Accuracy(1.0, "float32", bitwise_reproducible=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -102,27 +104,27 @@ def test_numbers_below_the_normal_ones_count_as_zero(require, run_pass):
     assert run_pass(BACKEND, problem, "forward", [x, weight]).item() == 2.0
 
 
-def test_same_bits_for_every_thread_count(dtype, pass_, require, operands, run_pass, threads):
+def test_same_bits_for_every_thread_count(dtype, gathering, require, operands, run_pass, threads):
     problem = ConvProblem.parse(f"cpu-{dtype}-ndhwc-n2ic34oc40-i8x9x10-k3-p1")
-    require(BACKEND, problem, pass_)
-    args = operands(problem, pass_)
+    require(BACKEND, problem, gathering)
+    args = operands(problem, gathering)
     threads(1)
-    first = run_pass(BACKEND, problem, pass_, args)
+    first = run_pass(BACKEND, problem, gathering, args)
     for count in (2, 3):
         threads(count)
-        assert torch.equal(run_pass(BACKEND, problem, pass_, args), first)
+        assert torch.equal(run_pass(BACKEND, problem, gathering, args), first)
 
 
-def test_float32_only_where_torch_is_told_so(pass_, require):
+def test_float32_only_where_torch_is_told_so(gathering, require):
     """The switch counts from the next call on, in both directions."""
     problem = ConvProblem.parse("cpu-float32-ndhwc-n4ic32oc32-i32-k3-p2-d2")
     before = torch.backends.mkldnn.conv.fp32_precision
-    assert choose(problem, pass_).name != BACKEND.name
+    assert choose(problem, gathering).name != BACKEND.name
     torch.backends.mkldnn.conv.fp32_precision = "bf16"
     try:
-        require(BACKEND, problem, pass_)
-        assert choose(problem, pass_).name == BACKEND.name
-        assert choose(problem.with_(dtype="float64"), pass_).name != BACKEND.name
+        require(BACKEND, problem, gathering)
+        assert choose(problem, gathering).name == BACKEND.name
+        assert choose(problem.with_(dtype="float64"), gathering).name != BACKEND.name
     finally:
         torch.backends.mkldnn.conv.fp32_precision = before
-    assert choose(problem, pass_).name != BACKEND.name
+    assert choose(problem, gathering).name != BACKEND.name

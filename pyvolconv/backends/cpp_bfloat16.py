@@ -16,8 +16,8 @@ from .cpp import follow_torch_threads, kernels, load_extension, plan_of, used_sh
 
 LANES = 16
 
-ROUNDING_OPERANDS = 2.0**15
-"""Two operands rounded by 2**-9 each at most, with room for their product: 2**-8, in steps of float32's eps."""
+ROUNDING_OPERANDS = 2.0**16
+"""Two operands, each rounded by less than 2**-8 of itself, in steps of float32's eps."""
 
 
 class CppBfloat16(Backend):
