@@ -284,6 +284,34 @@ void first_layer_forward_max_pool(const PooledPlan& plan, uintptr_t x, uintptr_t
     });
 }
 
+// Calls body(passes, Storage{}) for tensors of float32 or of bfloat16, without the interpreter lock.
+template <typename Body>
+void with_bfloat16(const Plan& plan, bool float32, const Body& body) {
+    if (!pvc::has_bfloat16()) throw std::invalid_argument("products of bfloat16 need AVX-512 with AVX512_BF16");
+    if (plan.problem.groups != 1) throw std::invalid_argument("products of bfloat16 need one group");
+    const pvc::KernelTable& kernels = pvc::current_kernels();
+    const py::gil_scoped_release release;
+    if (float32) {
+        body(kernels.float32_by_bfloat16, float{});
+    } else {
+        body(kernels.bfloat16, uint16_t{});
+    }
+}
+
+void bfloat16_forward(const Plan& plan, bool float32, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t y) {
+    with_bfloat16(plan, float32, [&](const auto& passes, auto zero) {
+        using T = decltype(zero);
+        passes.forward(plan.problem, pointer<T>(x), pointer<T>(weight), pointer<T>(bias), pointer<T>(y));
+    });
+}
+
+void bfloat16_grad_input(const Plan& plan, bool float32, uintptr_t grad_output, uintptr_t weight, uintptr_t result) {
+    with_bfloat16(plan, float32, [&](const auto& passes, auto zero) {
+        using T = decltype(zero);
+        passes.grad_input(plan.problem, pointer<T>(grad_output), pointer<T>(weight), pointer<T>(result));
+    });
+}
+
 double fma_peak(double seconds) {
     const pvc::KernelTable& kernels = pvc::current_kernels();
     const py::gil_scoped_release release;
@@ -338,6 +366,12 @@ PYBIND11_MODULE(_C, module) {
                py::arg("bias"), py::arg("y"));
     module.def("first_layer_forward_max_pool", &first_layer_forward_max_pool, py::arg("plan"), py::arg("x"),
                py::arg("weight"), py::arg("bias"), py::arg("pooled"), py::arg("code"));
+
+    module.def("bfloat16_forward", &bfloat16_forward, py::arg("plan"), py::arg("float32"), py::arg("x"),
+               py::arg("weight"), py::arg("bias"), py::arg("y"));
+    module.def("bfloat16_grad_input", &bfloat16_grad_input, py::arg("plan"), py::arg("float32"), py::arg("grad_output"),
+               py::arg("weight"), py::arg("grad_input"));
+    module.def("has_bfloat16", &pvc::has_bfloat16);
 
     module.def("compiled_isas", &pvc::compiled_isas);
     module.def("supported_isas", &pvc::supported_isas);

@@ -22,7 +22,7 @@ import torch
 from .backends.base import Backend
 from .backends.registry import REGISTRY, select
 from .errors import UnsupportedProblemError
-from .precision import Precision, store_precision
+from .precision import Precision, convolves_float32_in_bfloat16, store_precision
 from .problem import ConvProblem, Pass
 from .tuned import milliseconds
 
@@ -105,7 +105,7 @@ def choose_or_none(problem: ConvProblem, pass_: Pass) -> Backend | None:
     """
     for asked in _listeners:
         asked.add((problem, pass_))
-    return _choose(problem, pass_, forced_backend(), torch.get_num_threads())
+    return _choose(problem, pass_, forced_backend(), torch.get_num_threads(), convolves_float32_in_bfloat16())
 
 
 @contextmanager
@@ -177,8 +177,8 @@ def _reasons(candidates: Iterable[Backend], problem: ConvProblem, pass_: Pass) -
 
 
 @lru_cache(maxsize=4096)
-def _choose(problem: ConvProblem, pass_: Pass, forced: str | None, threads: int) -> Backend | None:
-    # `threads` is part of the key only: measured times are those of one number of threads.
+def _choose(problem: ConvProblem, pass_: Pass, forced: str | None, threads: int, bfloat16: bool) -> Backend | None:
+    # `threads` and `bfloat16` are part of the key only: of measured times, and of what backends are able to.
     candidates = _candidates(forced)
     reasons = _reasons(candidates, problem, pass_)
     able = [backend for backend in candidates if not reasons[backend.name]]

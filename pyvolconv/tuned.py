@@ -23,7 +23,7 @@ import torch
 from . import tuned_file
 from .backends.cpp import load_extension
 from .host import processor, version
-from .precision import get_precision
+from .precision import convolves_float32_in_bfloat16, get_precision
 from .problem import ConvProblem, Pass
 from .tuned_file import Setting, Table
 
@@ -94,7 +94,7 @@ def current_setting(device: str) -> Setting:
         processor=torch.cuda.get_device_name() if device == "cuda" else _processor(),
         isa="none" if extension is None else extension.current_isa(),
         threads=torch.get_num_threads(),
-        precision=get_precision(),
+        precision=get_precision() + (", float32 in bfloat16" if convolves_float32_in_bfloat16() else ""),
         pyvolconv=_version(),
         torch=str(torch.__version__),
         extension=_digest(),

@@ -39,6 +39,7 @@ struct CellAxis {
 struct Gather {
     int64_t batch, groups;
     int64_t source_channels, target_channels;  // per group
+    int64_t paired_channels;                   // where source_channels are pairs of channels: how many there are
     GatherAxis axis[3];
     CellAxis window[3];  // extent 0: every voxel is its own cell
     int64_t weight_group_stride, weight_source_stride, weight_target_stride, weight_tap_stride[3];

@@ -189,17 +189,17 @@ class CppDirect(Backend):
         width = problem.output_size[2] if pass_ == "forward" else problem.input_size[2]
         moved = problem.min_bytes(pass_) / problem.flops(pass_)
         if pass_ == "grad_weight":
-            return 1 / (1 / (0.8 * max(_used(problem.in_channels, lanes), _used(width, lanes))) + 12 * moved)
+            return 1 / (1 / (0.8 * max(used_share(problem.in_channels, lanes), used_share(width, lanes))) + 12 * moved)
         if problem.kernel_size == (1, 1, 1) and problem.groups == 1:
             in_order = problem.layout == "ndhwc"
-            used = _used(channels, lanes) * min(1, sources / lanes) if in_order else 1.0
+            used = used_share(channels, lanes) * min(1, sources / lanes) if in_order else 1.0
             return 1 / (1 / ((0.75 if in_order and channels > sources else 0.88) * used) + 5 * moved)
         reached = (
             0.82 if problem.layout == "ndhwc" else 0.75 if problem.stride == problem.dilation == (1, 1, 1) else 0.58
         )
-        return 1 / (1 / (reached * max(_used(channels, lanes), _used(width, lanes))) + 12 * moved)
+        return 1 / (1 / (reached * max(used_share(channels, lanes), used_share(width, lanes))) + 12 * moved)
 
 
-def _used(size: int, lanes: int) -> float:
+def used_share(size: int, lanes: int) -> float:
     """Share of lanes in use when `size` values are cut into vectors."""
     return size / (-(-size // lanes) * lanes)
