@@ -55,15 +55,11 @@ def kernels() -> ModuleType:
     return _C
 
 
-def call(kernel: Callable[..., None], plan: object, *tensors: Tensor | None, outputs: tuple[int, ...] = ()) -> None:
-    """Run a compiled pass: its plan, `outputs` per tile where it is a Winograd pass, and the addresses of tensors."""
+def call(kernel: Callable[..., None], plan: object, *tensors: Tensor | None, options: tuple[object, ...] = ()) -> None:
+    """Run a compiled pass: its plan, the options that only some passes have, and the addresses of tensors."""
     # Torch gives the calling Python thread its thread count (omp_set_num_threads) when first asked for it.
     torch.get_num_threads()
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    if outputs:
-        kernel(plan, outputs, *addresses)
-    else:
-        kernel(plan, *addresses)
+    kernel(plan, *options, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
 
 
 @lru_cache(maxsize=1024)

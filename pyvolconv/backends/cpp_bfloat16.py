@@ -12,7 +12,7 @@ from torch import Tensor
 from ..precision import convolves_float32_in_bfloat16
 from ..problem import ConvProblem, Pass
 from .base import Accuracy, Backend, empty
-from .cpp import follow_torch_threads, kernels, load_extension, plan_of, used_share
+from .cpp import call, kernels, load_extension, plan_of, used_share
 
 LANES = 16
 
@@ -49,27 +49,13 @@ class CppBfloat16(Backend):
 
     def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = empty(problem, "output", x)
-        follow_torch_threads()
-        kernels().bfloat16_forward(
-            plan_of(problem),
-            problem.dtype == "float32",
-            x.data_ptr(),
-            weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-        )
+        call(kernels().bfloat16_forward, plan_of(problem), x, weight, bias, y, options=(problem.dtype == "float32",))
         return y
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
         result = empty(problem, "input", grad_output)
-        follow_torch_threads()
-        kernels().bfloat16_grad_input(
-            plan_of(problem),
-            problem.dtype == "float32",
-            grad_output.data_ptr(),
-            weight.data_ptr(),
-            result.data_ptr(),
-        )
+        options = (problem.dtype == "float32",)
+        call(kernels().bfloat16_grad_input, plan_of(problem), grad_output, weight, result, options=options)
         return result
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:

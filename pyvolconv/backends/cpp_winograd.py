@@ -79,19 +79,19 @@ class CppWinograd(Backend):
     def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = empty(problem, "output", x)
         outputs = self._outputs(problem, "forward")
-        call(kernels().winograd_forward, plan_of(problem), x, weight, bias, y, outputs=outputs)
+        call(kernels().winograd_forward, plan_of(problem), x, weight, bias, y, options=(outputs,))
         return y
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
         result = empty(problem, "input", grad_output)
         outputs = self._outputs(problem, "grad_input")
-        call(kernels().winograd_grad_input, plan_of(problem), grad_output, weight, result, outputs=outputs)
+        call(kernels().winograd_grad_input, plan_of(problem), grad_output, weight, result, options=(outputs,))
         return result
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
         result = empty(problem, "weight", x)
         outputs = self._outputs(problem, "grad_weight")
-        call(kernels().winograd_grad_weight, plan_of(problem), grad_output, x, result, outputs=outputs)
+        call(kernels().winograd_grad_weight, plan_of(problem), grad_output, x, result, options=(outputs,))
         return result
 
     def forward_max_pool(
@@ -108,7 +108,14 @@ class CppWinograd(Backend):
     ) -> Tensor:
         pooled, outputs = empty(problem, "pooled", x), self._outputs(problem, "forward")
         call(
-            kernels().winograd_forward_max_pool, pooled_plan_of(problem), x, weight, bias, pooled, code, outputs=outputs
+            kernels().winograd_forward_max_pool,
+            pooled_plan_of(problem),
+            x,
+            weight,
+            bias,
+            pooled,
+            code,
+            options=(outputs,),
         )
         return pooled
 
