@@ -117,7 +117,7 @@ def test_same_bits_for_every_thread_count(dtype, gathering, require, operands, r
 
 def test_float32_only_where_torch_is_told_so(gathering, require):
     """The switch counts from the next call on, in both directions."""
-    problem = ConvProblem.parse("cpu-float32-ndhwc-n4ic32oc32-i32-k3-p2-d2")
+    problem = ConvProblem.parse("cpu-float32-ndhwc-n4ic32oc32-i32-k5-p2")
     before = torch.backends.mkldnn.conv.fp32_precision
     assert choose(problem, gathering).name != BACKEND.name
     torch.backends.mkldnn.conv.fp32_precision = "bf16"
