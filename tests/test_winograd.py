@@ -84,6 +84,20 @@ def test_within_bound_and_same_bits(isa, kernel, outputs, pass_, operands, asser
         assert torch.equal(run(problem, outputs, pass_, args), got)
 
 
+@pytest.mark.parametrize("outputs", [(2, 2, 2), (1, 2, 2), (2, 1, 1)])
+def test_blocks_of_channels_and_boxes_of_several_samples(isa, outputs, operands, reference, threads):
+    """Blocks of 64 or 32 by 128 or 64 channels, the last ones narrower; with many, boxes hold more than one sample."""
+    kernel = tuple(1 if m == 1 else 3 for m in outputs)
+    shapes = ("n2ic70oc150-i4x4x6", "n5ic65oc12-i3x6x4", "n3ic7oc131-i4x3x5", "n7ic280oc260-i2x3x3")
+    for shape, dtype, layout in itertools.product(shapes, ("float32", "float64"), LAYOUTS):
+        problem = problem_of(shape, kernel, dtype, layout)
+        args = operands(problem, "grad_weight", integers=True)
+        for count in (1, 3):
+            threads(count)
+            got = run(problem, outputs, "grad_weight", args)
+            assert torch.equal(got.double(), reference(problem, "grad_weight", args)), (shape, dtype, layout, count)
+
+
 @pytest.mark.parametrize("padding", [(0, 0, 0), (2, 0, 1), (3, 4, 2)])
 def test_paddings(isa, padding, operands, assert_within_bound):
     for outputs, pass_ in itertools.product(((2, 2, 2), (2, 2, 4)), PASSES):
