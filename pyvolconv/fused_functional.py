@@ -116,8 +116,10 @@ class _PooledCall:
             value, _ = fused_derivatives.MaxPoolFunction.apply(  # type: ignore[attr-defined]
                 self.run, x, weight, bias, *self.sizes
             )
+        elif (backend := choose_or_none(self.problem, "forward")) is not None:
+            value = backend.max_pool(self.problem, x, weight, bias)
         else:
-            value, _ = self.run(x, weight, bias)
+            value, _ = fused_ops.conv3d_max_pool(x, weight, bias, *self.sizes)
         if self.problem.activation in KEEPS_PREACTIVATION:
             value = fused_ops.APPLY[self.problem.activation](value, 0.0)
         return value

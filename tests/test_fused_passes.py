@@ -199,6 +199,7 @@ def test_forward_within_bound(able, fused, guarded_results, poisoned, magnitude)
     assert (value.dtype, code.dtype) == (x.dtype, torch.uint8)
     for result in (value, code):
         assert result.is_contiguous(memory_format=MEMORY_FORMAT[fused.layout])
+    assert torch.equal(able.max_pool(fused, x, weight, bias), value)
 
     exact = convolve(fused, x, weight, bias)
     accuracy = able.accuracy(fused, "forward")
@@ -243,6 +244,8 @@ def test_forward_exact_on_integers_with_ties_and_nan(able, fused, poisoned):
         expected_code[expected <= 0] = NO_VOXEL
     assert torch.equal(code, expected_code)
     torch.testing.assert_close(value.double(), expected, rtol=0, atol=0, equal_nan=True)
+    alone = able.max_pool(fused, x, weight, bias)
+    torch.testing.assert_close(alone, value, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("gradient", ["grad_input", "grad_weight"])

@@ -189,6 +189,9 @@ def test_pool_chooses_among_the_same_sums(isa, outputs):
         addresses = [t.data_ptr() for t in (x, weight, bias, pooled, code)]
         _C.winograd_forward_max_pool(pooled_plan_of(problem), outputs, *addresses)
         assert torch.equal(pooled, expected)
+        pooled.fill_(float("nan"))
+        _C.winograd_forward_max_pool(pooled_plan_of(problem), outputs, *addresses[:4], 0)
+        assert torch.equal(pooled, expected), "without codes"
         assert torch.equal(code == NO_VOXEL, expected == 0)
         code[code == NO_VOXEL] = 0  # a window of zeros
         d, h, w = (torch.arange(size) for size in problem.pooled_size)

@@ -68,7 +68,7 @@ struct FirstLayerRow {
     int64_t tiles;
     T* values;  // [d][h] `rows` apart, or pooled
     int64_t pitch, row[2];
-    uint8_t* codes;  // where `values` are pooled
+    uint8_t* codes;  // where `values` are pooled, or null
     int64_t code_pitch;
     int64_t size[3];  // outputs to store from the row's first tile on
 };
@@ -91,7 +91,7 @@ void store_strip(const FirstLayerArguments<T>& a, int64_t first, int64_t end, co
 }
 
 // ReLU and the maximum of each tile.
-template <typename T, int Channels>
+template <typename T, int Channels, bool Codes>
 void pool_strip(const FirstLayerArguments<T>& a, int64_t first, int64_t end, const FirstLayerRow<T>& to) {
     using V = Vector<T>;
     const bool whole = to.size[0] >= 2 && to.size[1] >= 2;
@@ -110,10 +110,15 @@ void pool_strip(const FirstLayerArguments<T>& a, int64_t first, int64_t end, con
 #pragma GCC unroll 2
         for (int t = 0; t < kFirstLayerTiles; ++t) {
             if (t > 0 && tile + t >= end) break;
-            const FirstLayerPool<T> pool = FirstLayerPool<T>::of(&y.of[0][t], kFirstLayerTiles);
-            V::store(to.values + (tile + t) * to.pitch, pool.value);
-            const auto bytes = LaneBytes<T>::narrow(pool.code);
-            std::memcpy(to.codes + (tile + t) * to.code_pitch, &bytes, sizeof(bytes));
+            T* value = to.values + (tile + t) * to.pitch;
+            if constexpr (Codes) {
+                const FirstLayerPool<T> pool = FirstLayerPool<T>::of(&y.of[0][t], kFirstLayerTiles);
+                V::store(value, pool.value);
+                const auto bytes = LaneBytes<T>::narrow(pool.code);
+                std::memcpy(to.codes + (tile + t) * to.code_pitch, &bytes, sizeof(bytes));
+            } else {
+                V::store(value, FirstLayerPool<T>::value_of(&y.of[0][t], kFirstLayerTiles));
+            }
         }
     });
 }
@@ -145,19 +150,23 @@ void compute_row_directly(const FirstLayerSource<T>& source, const T* values, co
 }
 
 // Computes one slab. For each row of tiles and vector of channels, row(tile, block, pools) says where it goes, and
-// finish(tile, block, row, pooled) ends it; `pools` asks for ReLU and pool in registers, which needs finite values.
+// finish(tile, block, row, pooled) ends it; `pools` asks for ReLU and pool in registers, which needs finite values,
+// `codes` for the voxels that they choose.
 template <typename T, typename Row, typename Finish>
 void compute_slab(const ConvProblem& problem, const FirstLayerWeights<T>& weights, const T* x,
-                  const FirstLayerSlab& slab, bool pools, const Row& row, const Finish& finish) {
+                  const FirstLayerSlab& slab, bool pools, bool codes, const Row& row, const Finish& finish) {
     constexpr int64_t lanes = Vector<T>::lanes;
     const Gather gather = first_layer_gather(problem);
     FirstLayerSource<T> source(gather, x, slab);
     const bool finite = source.within(weights.limit());
     FirstLayerArguments<T> a = {};
     a.channels = problem.in_channels;
-    const auto run = pools             ? a.channels == 1 ? pool_strip<T, 1> : pool_strip<T, 0>
-                     : a.channels == 1 ? store_strip<T, 1>
-                                       : store_strip<T, 0>;
+    const bool single = a.channels == 1;
+    const auto store = single ? store_strip<T, 1> : store_strip<T, 0>;
+    const auto pool = codes    ? single ? pool_strip<T, 1, true> : pool_strip<T, 0, true>
+                      : single ? pool_strip<T, 1, false>
+                               : pool_strip<T, 0, false>;
+    const auto run = pools ? pool : store;
     int64_t tile[3] = {0, 0, 0};
     for (int64_t d = 0; d < slab.count[0]; ++d) {
         tile[0] = slab.first[0] + d;
@@ -234,7 +243,7 @@ void first_layer_forward(const ConvProblem& problem, const T* x, const T* weight
                 }
             }
         };
-        compute_slab(problem, weights, x, slab, false, row, finish);
+        compute_slab(problem, weights, x, slab, false, false, row, finish);
     });
 }
 
@@ -300,7 +309,7 @@ void first_layer_pooled(const PooledProblem& problem, const T* x, const T* weigh
             row.height = window_part(problem, 1, tile[1]);
             pool_row(problem, target, false, slab.sample, tile, block * lanes, channels, row);
         };
-        compute_slab(conv, weights, x, slab, pools, row, finish);
+        compute_slab(conv, weights, x, slab, pools, code != nullptr, row, finish);
     });
 }
 

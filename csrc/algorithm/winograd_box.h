@@ -50,18 +50,42 @@ class WinogradBox {
     // Calls store(RowSums) for each block of target channels and each row of tiles.
     template <typename Store>
     void run(const T* source, const Store& store) {
+        compute(source, [&](RowSums<T>& row, int64_t tile) {
+            transform_row(source, row, tile);
+            store(row);
+        });
+    }
+
+    // Calls store(RowSums) with the largest value of each 2x2x2 window in place of the sums, none less than `least`;
+    // counts are still those of voxels.
+    template <typename Store>
+    void run_largest(const T* source, T least, const Store& store) {
+        largest_ = scratch<T>(Scratch::tile_pooled,
+                              scheme_.outputs[p_] / 2 * scheme_.outputs[q_] / 2 * box.tiles[q_] * b_.widest_block());
+        compute(source, [&](RowSums<T>& row, int64_t tile) {
+            find_largest(source, row, tile, least);
+            store(row);
+        });
+    }
+
+  private:
+    // Calls each(row, first tile of it).
+    template <typename Each>
+    void compute(const T* source, const Each& each) {
         source_.transform_planes(source);
         for (int64_t block = 0; block < b_.blocks; ++block) {
             for (int64_t point = 0; point < scheme_.plane_points(); ++point) {
                 multiply(block, point, source_.transform_outer(point));
             }
             for (int64_t o = 0; o < box.tiles[o_]; ++o) {
-                for (int64_t p = 0; p < box.tiles[p_]; ++p) store(transform_row(source, block, o, p));
+                for (int64_t p = 0; p < box.tiles[p_]; ++p) {
+                    RowSums<T> row = row_of_tiles(block, o, p);
+                    each(row, (o * box.tiles[p_] + p) * box.tiles[q_]);
+                }
             }
         }
     }
 
-  private:
     void multiply(int64_t block, int64_t point, const T* rows) {
         PanelArguments<T> a = {};
         a.source = rows;
@@ -78,8 +102,7 @@ class WinogradBox {
         }
     }
 
-    // The row of tiles (o, p).
-    RowSums<T> transform_row(const T* source, int64_t block, int64_t o, int64_t p) {
+    RowSums<T> row_of_tiles(int64_t block, int64_t o, int64_t p) const {
         const int64_t width = b_.block_vectors(block) * b_.lanes;
         RowSums<T> row = {};
         row.sums = sums_;
@@ -95,19 +118,23 @@ class WinogradBox {
         row.count[o_] = smaller(scheme_.outputs[o_], b_.voxels[o_] - row.first[o_]);
         row.count[p_] = smaller(scheme_.outputs[p_], b_.voxels[p_] - row.first[p_]);
         row.count[q_] = smaller(box.tiles[q_] * scheme_.outputs[q_], b_.voxels[q_] - row.first[q_]);
+        return row;
+    }
 
+    // The row of tiles from tile `first` of the box on.
+    void transform_row(const T* source, RowSums<T>& row, int64_t first) {
         TileTarget<T> a = {};
         a.point = product_pitch_;
-        a.output = box.all_tiles * width;
+        a.output = box.all_tiles * row.width;
         a.outer = row.stride[o_];
         a.row = row.stride[p_];
         a.column = row.stride[q_];
         const T* direct_weights = nullptr;
         for (int64_t q = 0; q < box.tiles[q_]; ++q) {
-            T* to = sums_ + q * scheme_.outputs[q_] * width;
+            T* to = sums_ + q * scheme_.outputs[q_] * row.width;
             bool spoilt = false;
-            for (int64_t c = 0; c < width; c += b_.lanes) {
-                a.from = product_ + ((o * box.tiles[p_] + p) * box.tiles[q_] + q) * width + c;
+            for (int64_t c = 0; c < row.width; c += b_.lanes) {
+                a.from = product_ + (first + q) * row.width + c;
                 a.initial = weights_.initial + row.channel + c;
                 a.to = to + c;
                 spoilt |= scheme_.kernels.target[b_.half((row.channel + c) / b_.lanes)](a);
@@ -116,7 +143,57 @@ class WinogradBox {
             if (direct_weights == nullptr) direct_weights = pack_direct(row);
             compute_direct(source, row, q, direct_weights, to);
         }
-        return row;
+    }
+
+    void find_largest(const T* source, RowSums<T>& row, int64_t first, T least) {
+        TileLargest<T> a = {};
+        a.point = product_pitch_;
+        a.output = box.all_tiles * row.width;
+        a.least = least;
+        // Windows may reach beyond the target.
+        const auto exist = [&](int axis, int64_t voxel) { return gather_.axis[axis].target_size - voxel; };
+        a.exist[0] = smaller(exist(o_, row.first[o_]), row.count[o_]);
+        a.exist[1] = smaller(exist(p_, row.first[p_]), row.count[p_]);
+        a.column = row.width;
+        a.row = scheme_.outputs[q_] / 2 * box.tiles[q_] * row.width;
+        const T* direct_weights = nullptr;
+        for (int64_t q = 0; q < box.tiles[q_]; ++q) {
+            T* to = largest_ + q * scheme_.outputs[q_] / 2 * row.width;
+            a.exist[2] = smaller(exist(q_, row.first[q_] + q * scheme_.outputs[q_]), scheme_.outputs[q_]);
+            bool spoilt = false;
+            for (int64_t c = 0; c < row.width; c += b_.lanes) {
+                a.from = product_ + (first + q) * row.width + c;
+                a.initial = weights_.initial + row.channel + c;
+                a.to = to + c;
+                spoilt |= scheme_.kernels.largest[b_.half((row.channel + c) / b_.lanes)](a);
+            }
+            if (!spoilt) continue;
+            if (direct_weights == nullptr) direct_weights = pack_direct(row);
+            compute_direct(source, row, q, direct_weights, sums_);
+            for (int64_t h = 0; h < a.exist[1]; h += 2) {
+                for (int64_t w = 0; w < a.exist[2]; w += 2) {
+                    largest_of_sums(row, a, h, w, to + h / 2 * a.row + w / 2 * a.column);
+                }
+            }
+        }
+        row.sums = largest_;
+        row.stride[o_] = 0;
+        row.stride[p_] = a.row;
+        row.stride[q_] = a.column;
+    }
+
+    // Of the window that begins at (h, w) of the tile in sums_. NaN is larger than any number.
+    void largest_of_sums(const RowSums<T>& row, const TileLargest<T>& a, int64_t h, int64_t w, T* to) const {
+        for (int64_t c = 0; c < row.width; ++c) {
+            T best = a.least;
+            for (int64_t voxel = 0; voxel < 8; ++voxel) {
+                const int64_t at[3] = {voxel / 4, h + voxel / 2 % 2, w + voxel % 2};
+                if (at[0] >= a.exist[0] || at[1] >= a.exist[1] || at[2] >= a.exist[2]) continue;
+                const T value = sums_[at[0] * row.stride[o_] + at[1] * row.stride[p_] + at[2] * row.stride[q_] + c];
+                if (value > best || value != value) best = value;
+            }
+            to[c] = best;
+        }
     }
 
     // The block's own weights, [tap][source channel][column].
@@ -169,6 +246,7 @@ class WinogradBox {
     WinogradOperand<T> source_;
     T* product_;
     T* sums_;
+    T* largest_ = nullptr;
 };
 
 }  // namespace

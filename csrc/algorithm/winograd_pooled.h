@@ -10,6 +10,31 @@
 namespace pvc {
 namespace {
 
+// Whether values alone are asked for that winograd_largest.h can give.
+template <typename T>
+bool finds_largest(const PooledProblem& problem, const WinogradScheme<T>& scheme, const uint8_t* code) {
+    const int64_t* window = problem.pool_window;
+    return code == nullptr && window[0] == 2 && window[1] == 2 && window[2] == 2 &&
+           scheme.kernels.largest[0] != nullptr &&
+           (problem.activation == Activation::relu || problem.activation == Activation::none);
+}
+
+template <typename T>
+void store_windows(const PooledProblem& problem, const PooledTarget<T>& target, int64_t sample, const RowSums<T>& row) {
+    const VolumeStrides& strides = target.strides;
+    T* to = target.pooled + sample * strides.sample + row.channel * strides.channel;
+    int64_t cells[3];
+    for (int a = 0; a < 3; ++a) {
+        const int64_t first = row.first[a] / 2;
+        cells[a] = smaller(ceil_divide(row.count[a], int64_t{2}), problem.pooled_size[a] - first);
+        to += first * strides.axis[a];
+    }
+    for (int64_t h = 0; h < cells[1]; ++h) {
+        copy_matrix(row.sums + h * row.stride[1], RowStrides{row.stride[2], 1}, to + h * strides.axis[1],
+                    RowStrides{strides.axis[2], strides.channel}, cells[2], row.channels);
+    }
+}
+
 template <typename T>
 void winograd_pooled(const PooledProblem& problem, const int64_t outputs[3], const T* x, const T* weight, const T* bias,
                      T* pooled, uint8_t* code) {
@@ -19,6 +44,14 @@ void winograd_pooled(const PooledProblem& problem, const int64_t outputs[3], con
     const PooledTarget<T> target = {
         pooled, code, volume_strides(problem.conv.layout, problem.conv.out_channels, problem.pooled_size)};
     const int64_t* window = problem.pool_window;
+    if (finds_largest<T>(problem, *b.scheme, code)) {
+        const T least = problem.activation == Activation::relu ? T(0) : -static_cast<T>(__builtin_inf());
+        return parallel_for(gather.batch * b.box_count(), [&](int64_t task) {
+            WinogradBox<T> convolution(gather, weights, task);
+            convolution.run_largest(
+                x, least, [&](const RowSums<T>& row) { store_windows(problem, target, convolution.box.sample, row); });
+        });
+    }
     parallel_for(gather.batch * b.box_count(), [&](int64_t task) {
         WinogradBox<T> convolution(gather, weights, task);
         convolution.run(x, [&](const RowSums<T>& sums) {

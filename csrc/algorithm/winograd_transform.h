@@ -8,6 +8,7 @@
 
 #include "../microkernel/panel.h"
 #include "winograd_axis.h"
+#include "winograd_largest.h"
 
 namespace pvc {
 namespace {
@@ -227,6 +228,7 @@ struct WinogradKernels {
     OperandKernels<T> source, gradient;  // no gradient with F(4)
     void (*weight_gradient)(const T* points, T* taps);
     bool (*target[2])(const TileTarget<T>&);
+    bool (*largest[2])(const TileLargest<T>&);  // with two outputs along the outer axis and even ones in the plane
     void (*weight)(const TileWeight<T>&);
     void (*panel)(int64_t vectors, bool half, int64_t rows, PanelArguments<T>);
 };
@@ -263,6 +265,10 @@ constexpr WinogradKernels<T> winograd_kernels() {
     }
     kernels.target[0] = Whole::target;
     kernels.target[1] = Half::target;
+    if constexpr (M == 2 && P > 1 && Q > 1) {
+        kernels.largest[0] = WinogradLargest<T, P, Q, false>::run;
+        kernels.largest[1] = WinogradLargest<T, P, Q, kHalfVectors>::run;
+    }
     kernels.weight = Whole::weight;
     kernels.panel = compute_panel<T, M>;
     return kernels;
@@ -284,9 +290,10 @@ constexpr WinogradScheme<T> winograd_scheme_of() {
 template <typename T>
 const WinogradScheme<T>* winograd_scheme(const int64_t outputs[3]) {
     static constexpr WinogradScheme<T> schemes[] = {
-        winograd_scheme_of<T, 2, 2, 2>(), winograd_scheme_of<T, 2, 2, 4>(), winograd_scheme_of<T, 2, 4, 4>(),
-        winograd_scheme_of<T, 4, 4, 4>(), winograd_scheme_of<T, 1, 2, 2>(), winograd_scheme_of<T, 1, 2, 4>(),
-        winograd_scheme_of<T, 1, 4, 4>(), winograd_scheme_of<T, 2, 1, 1>(), winograd_scheme_of<T, 4, 1, 1>(),
+        winograd_scheme_of<T, 2, 2, 2>(), winograd_scheme_of<T, 2, 2, 4>(), winograd_scheme_of<T, 2, 4, 2>(),
+        winograd_scheme_of<T, 2, 4, 4>(), winograd_scheme_of<T, 4, 4, 4>(), winograd_scheme_of<T, 1, 2, 2>(),
+        winograd_scheme_of<T, 1, 2, 4>(), winograd_scheme_of<T, 1, 4, 4>(), winograd_scheme_of<T, 2, 1, 1>(),
+        winograd_scheme_of<T, 4, 1, 1>(),
     };
     for (const WinogradScheme<T>& scheme : schemes) {
         if (scheme.outputs[0] == outputs[0] && scheme.outputs[1] == outputs[1] && scheme.outputs[2] == outputs[2]) {

@@ -207,6 +207,13 @@ struct FirstLayerPool {
         const integers number = later ? code[2] | 4 : code[0];
         return {largest, largest > T(0) ? number : integers{} + kNoVoxel};
     }
+
+    PVC_INLINE static vector value_of(const vector* y, int step) {
+        vector largest = {};
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) largest = y[i * step] > largest ? y[i * step] : largest;
+        return largest;
+    }
 };
 
 }  // namespace

@@ -106,6 +106,10 @@ class Backend(ABC):
         """Pooled values and uint8 codes, both of shape `problem.pooled_shape`."""
         raise NotImplementedError(f"{self.name} has no fused passes: {problem}")
 
+    def max_pool(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The pooled values of `forward_max_pool` alone, for what has no backward: they may round otherwise."""
+        return self.forward_max_pool(problem, x, weight, bias)[0]
+
     def grad_input_max_pool(self, problem: ConvProblem, grad: Tensor, code: Tensor, weight: Tensor) -> Tensor:
         """dL/dx of shape `problem.input_shape`."""
         raise NotImplementedError(f"{self.name} has no fused passes: {problem}")

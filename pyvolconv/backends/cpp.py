@@ -137,9 +137,16 @@ class CppDirect(Backend):
     def forward_max_pool(
         self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        code = empty(problem, "code", x)
+        return self._max_pool(problem, x, weight, bias, code.data_ptr()), code
+
+    def max_pool(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._max_pool(problem, x, weight, bias, 0)
+
+    def _max_pool(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None, code: int) -> Tensor:
         from .. import _C
 
-        pooled, code = empty(problem, "pooled", x), empty(problem, "code", x)
+        pooled = empty(problem, "pooled", x)
         follow_torch_threads()
         _C.forward_max_pool(
             pooled_plan_of(problem),
@@ -147,9 +154,9 @@ class CppDirect(Backend):
             weight.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             pooled.data_ptr(),
-            code.data_ptr(),
+            code,
         )
-        return pooled, code
+        return pooled
 
     def grad_input_max_pool(self, problem: ConvProblem, grad: Tensor, code: Tensor, weight: Tensor) -> Tensor:
         from .. import _C

@@ -64,7 +64,14 @@ class CppFirstLayer(Backend):
     def forward_max_pool(
         self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        pooled, code = empty(problem, "pooled", x), empty(problem, "code", x)
+        code = empty(problem, "code", x)
+        return self._max_pool(problem, x, weight, bias, code.data_ptr()), code
+
+    def max_pool(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._max_pool(problem, x, weight, bias, 0)
+
+    def _max_pool(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None, code: int) -> Tensor:
+        pooled = empty(problem, "pooled", x)
         follow_torch_threads()
         kernels().first_layer_forward_max_pool(
             pooled_plan_of(problem),
@@ -72,9 +79,9 @@ class CppFirstLayer(Backend):
             weight.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             pooled.data_ptr(),
-            code.data_ptr(),
+            code,
         )
-        return pooled, code
+        return pooled
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
         """The constants of F(2, 3) are powers of two: small integers stay exact."""

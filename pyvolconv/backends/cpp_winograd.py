@@ -22,7 +22,10 @@ from .cpp import DTYPES, follow_torch_threads, kernels, load_extension, plan_of,
 Outputs = tuple[int, int, int]
 
 SCHEMES: dict[tuple[int, int, int], dict[Precision, tuple[Outputs, ...]]] = {
-    (3, 3, 3): {"default": ((2, 2, 2), (2, 2, 4)), "high": ((2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4))},
+    (3, 3, 3): {
+        "default": ((2, 2, 2), (2, 2, 4), (2, 4, 2)),
+        "high": ((2, 2, 2), (2, 2, 4), (2, 4, 2), (2, 4, 4), (4, 4, 4)),
+    },
     (1, 3, 3): {"default": ((1, 2, 2), (1, 2, 4)), "high": ((1, 2, 2), (1, 2, 4), (1, 4, 4))},
     (3, 1, 1): {"default": ((2, 1, 1), (4, 1, 1)), "high": ((2, 1, 1), (4, 1, 1))},
 }
@@ -96,7 +99,14 @@ class CppWinograd(Backend):
     def forward_max_pool(
         self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        pooled, code = empty(problem, "pooled", x), empty(problem, "code", x)
+        code = empty(problem, "code", x)
+        return self._max_pool(problem, x, weight, bias, code.data_ptr()), code
+
+    def max_pool(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._max_pool(problem, x, weight, bias, 0)
+
+    def _max_pool(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None, code: int) -> Tensor:
+        pooled = empty(problem, "pooled", x)
         follow_torch_threads()
         kernels().winograd_forward_max_pool(
             pooled_plan_of(problem),
@@ -105,9 +115,9 @@ class CppWinograd(Backend):
             weight.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             pooled.data_ptr(),
-            code.data_ptr(),
+            code,
         )
-        return pooled, code
+        return pooled
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
         """F(2) alone keeps integers exact; each axis of F(4) in a scheme beyond the first multiplies the error."""
