@@ -91,6 +91,14 @@ std::string current_isa() { return current().name; }
 
 const KernelTable& current_kernels() { return *current().kernels; }
 
+bool has_bfloat16() {
+#if defined(__x86_64__)
+    return current_kernels().bfloat16.forward != nullptr && __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
 void use_isa(const std::string& name) { selected.store(find(name), std::memory_order_release); }
 
 }  // namespace pvc

@@ -19,6 +19,9 @@ std::vector<std::string> supported_isas();
 std::string current_isa();
 const KernelTable& current_kernels();
 
+// Whether KernelTable::bfloat16 and float32_by_bfloat16 can run.
+bool has_bfloat16();
+
 // Selects one for the rest of the process. Throws std::invalid_argument like current_isa().
 void use_isa(const std::string& name);
 

@@ -3,6 +3,7 @@
 // Everything it includes lives in unnamed namespaces and uses no inline function of the standard library: a weak symbol
 // from here, built with AVX-512 flags, could replace the same symbol elsewhere in the process. The table is all it
 // exports.
+#include "algorithm/bfloat_gather.h"
 #include "algorithm/direct_forward.h"
 #include "algorithm/direct_grad_input.h"
 #include "algorithm/direct_grad_weight.h"
@@ -21,6 +22,29 @@
 #define PVC_JOIN(a, b) PVC_JOIN_(a, b)
 
 namespace pvc {
+namespace {
+
+#if defined(PVC_BFLOAT_PAIRS)
+const Bfloat16* values(const uint16_t* bits) { return reinterpret_cast<const Bfloat16*>(bits); }
+
+void bfloat16_forward(const ConvProblem& problem, const uint16_t* x, const uint16_t* weight, const uint16_t* bias,
+                      uint16_t* y) {
+    bfloat_forward(problem, values(x), values(weight), values(bias), reinterpret_cast<Bfloat16*>(y));
+}
+
+void bfloat16_grad_input(const ConvProblem& problem, const uint16_t* grad_output, const uint16_t* weight,
+                         uint16_t* grad_input) {
+    bfloat_grad_input(problem, values(grad_output), values(weight), reinterpret_cast<Bfloat16*>(grad_input));
+}
+
+constexpr BfloatTable<float> kByBfloat16 = {bfloat_forward<float>, bfloat_grad_input<float>};
+constexpr BfloatTable<uint16_t> kBfloat16 = {bfloat16_forward, bfloat16_grad_input};
+#else
+constexpr BfloatTable<float> kByBfloat16 = {};
+constexpr BfloatTable<uint16_t> kBfloat16 = {};
+#endif
+
+}  // namespace
 
 const KernelTable PVC_JOIN(kernels_, PVC_ISA) = {
     {direct_forward<float>, direct_grad_input<float>, direct_grad_weight<float>, pooled_forward<float>,
@@ -31,6 +55,8 @@ const KernelTable PVC_JOIN(kernels_, PVC_ISA) = {
      sparse_grad_input<double>, sparse_grad_weight<double>, has_winograd<double>, winograd_forward<double>,
      winograd_grad_input<double>, winograd_grad_weight<double>, winograd_pooled<double>, first_layer_forward<double>,
      first_layer_pooled<double>},
+    kByBfloat16,
+    kBfloat16,
     measure_fma_peak,
 };
 

@@ -23,7 +23,7 @@ struct PassTable {
 
     // By Winograd, `outputs` per axis and tile; algorithm/winograd_gather.h and winograd_pooled.h
     // say what the problem must be like. has_winograd: whether there is such a scheme.
-    bool (*has_winograd)(const int64_t outputs[3]);
+    bool (*has_winograd)(const ConvProblem&, const int64_t outputs[3], bool transposed);
     void (*winograd_forward)(const ConvProblem&, const int64_t outputs[3], const T* x, const T* weight,
                              const T* bias /* or null */, T* y);
     void (*winograd_grad_input)(const ConvProblem&, const int64_t outputs[3], const T* grad_output, const T* weight,
@@ -39,9 +39,20 @@ struct PassTable {
                                          T* pooled, uint8_t* code);
 };
 
+// By dot products of bfloat16 pairs, one group; algorithm/bfloat_gather.h. `Storage` is float or, as its bits,
+// bfloat16. Null where the instruction set of the table has no such product; the processor needs AVX512_BF16.
+template <typename Storage>
+struct BfloatTable {
+    void (*forward)(const ConvProblem&, const Storage* x, const Storage* weight, const Storage* bias /* or null */,
+                    Storage* y);
+    void (*grad_input)(const ConvProblem&, const Storage* grad_output, const Storage* weight, Storage* grad_input);
+};
+
 struct KernelTable {
     PassTable<float> float32;
     PassTable<double> float64;
+    BfloatTable<float> float32_by_bfloat16;
+    BfloatTable<uint16_t> bfloat16;
     double (*fma_peak)(double seconds);  // measured float32 FLOP/s of all threads of the caller
 };
 

@@ -174,25 +174,28 @@ void grad_weight_max_pool(const PooledPlan& plan, uintptr_t grad_pooled, uintptr
 
 // What the Winograd kernels rely on; a scheme that does not fit would write outside of its tiles.
 template <typename T>
-void check_winograd(const pvc::PassTable<T>& passes, const pvc::ConvProblem& problem, const Size3& outputs) {
-    bool fits = passes.has_winograd(outputs.data()) && problem.groups == 1;
+void check_winograd(const pvc::PassTable<T>& passes, const pvc::ConvProblem& problem, const Size3& outputs,
+                    bool transposed) {
+    bool fits = passes.has_winograd(problem, outputs.data(), transposed) && problem.groups == 1;
     for (int axis = 0; axis < 3; ++axis) {
-        fits = fits && problem.stride[axis] == 1 && problem.dilation[axis] == 1;
         fits = fits && problem.kernel_size[axis] == (outputs[axis] == 1 ? 1 : 3);
+        const bool strided = transposed && problem.stride[axis] != 1;
+        fits = fits && !(strided && (problem.padding_begin[axis] % 2 == 0 || problem.dilation[axis] != 1));
     }
     if (!fits) throw std::invalid_argument("no Winograd scheme with these outputs per tile fits the problem");
 }
 
 // Calls body(passes, T{}) with the passes of the dtype, without the interpreter lock, if the scheme fits the problem.
 template <typename Body>
-void with_winograd(const pvc::ConvProblem& problem, bool double_precision, const Size3& outputs, const Body& body) {
+void with_winograd(const pvc::ConvProblem& problem, bool double_precision, const Size3& outputs, const Body& body,
+                   bool transposed = false) {
     const pvc::KernelTable& kernels = pvc::current_kernels();
     if (double_precision) {
-        check_winograd(kernels.float64, problem, outputs);
+        check_winograd(kernels.float64, problem, outputs, transposed);
         const py::gil_scoped_release release;
         body(kernels.float64, double{});
     } else {
-        check_winograd(kernels.float32, problem, outputs);
+        check_winograd(kernels.float32, problem, outputs, transposed);
         const py::gil_scoped_release release;
         body(kernels.float32, float{});
     }
@@ -209,11 +212,14 @@ void winograd_forward(const Plan& plan, const Size3& outputs, uintptr_t x, uintp
 
 void winograd_grad_input(const Plan& plan, const Size3& outputs, uintptr_t grad_output, uintptr_t weight,
                          uintptr_t result) {
-    with_winograd(plan.problem, plan.double_precision, outputs, [&](const auto& passes, auto zero) {
-        using T = decltype(zero);
-        passes.winograd_grad_input(plan.problem, outputs.data(), pointer<T>(grad_output), pointer<T>(weight),
-                                   pointer<T>(result));
-    });
+    with_winograd(
+        plan.problem, plan.double_precision, outputs,
+        [&](const auto& passes, auto zero) {
+            using T = decltype(zero);
+            passes.winograd_grad_input(plan.problem, outputs.data(), pointer<T>(grad_output), pointer<T>(weight),
+                                       pointer<T>(result));
+        },
+        true);
 }
 
 void winograd_grad_weight(const Plan& plan, const Size3& outputs, uintptr_t grad_output, uintptr_t x,
@@ -234,7 +240,7 @@ void winograd_forward_max_pool(const PooledPlan& plan, const Size3& outputs, uin
     const pvc::PooledProblem& problem = plan.problem;
     for (int axis = 0; axis < 3; ++axis) {
         if (problem.pool_padding[axis] != 0 || problem.pool_stride[axis] != problem.pool_window[axis] ||
-            outputs[axis] % problem.pool_window[axis] != 0) {
+            outputs[axis] % problem.pool_window[axis] != 0 || problem.conv.dilation[axis] != 1) {
             throw std::invalid_argument("the windows of the pool do not fit into tiles of these outputs");
         }
     }
@@ -275,6 +281,34 @@ void first_layer_forward_max_pool(const PooledPlan& plan, uintptr_t x, uintptr_t
         using T = decltype(zero);
         passes.first_layer_forward_max_pool(problem, pointer<T>(x), pointer<T>(weight), pointer<T>(bias),
                                             pointer<T>(pooled), pointer<uint8_t>(code));
+    });
+}
+
+// Calls body(passes, Storage{}) for tensors of float32 or of bfloat16, without the interpreter lock.
+template <typename Body>
+void with_bfloat16(const Plan& plan, bool float32, const Body& body) {
+    if (!pvc::has_bfloat16()) throw std::invalid_argument("products of bfloat16 need AVX-512 with AVX512_BF16");
+    if (plan.problem.groups != 1) throw std::invalid_argument("products of bfloat16 need one group");
+    const pvc::KernelTable& kernels = pvc::current_kernels();
+    const py::gil_scoped_release release;
+    if (float32) {
+        body(kernels.float32_by_bfloat16, float{});
+    } else {
+        body(kernels.bfloat16, uint16_t{});
+    }
+}
+
+void bfloat16_forward(const Plan& plan, bool float32, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t y) {
+    with_bfloat16(plan, float32, [&](const auto& passes, auto zero) {
+        using T = decltype(zero);
+        passes.forward(plan.problem, pointer<T>(x), pointer<T>(weight), pointer<T>(bias), pointer<T>(y));
+    });
+}
+
+void bfloat16_grad_input(const Plan& plan, bool float32, uintptr_t grad_output, uintptr_t weight, uintptr_t result) {
+    with_bfloat16(plan, float32, [&](const auto& passes, auto zero) {
+        using T = decltype(zero);
+        passes.grad_input(plan.problem, pointer<T>(grad_output), pointer<T>(weight), pointer<T>(result));
     });
 }
 
@@ -332,6 +366,12 @@ PYBIND11_MODULE(_C, module) {
                py::arg("bias"), py::arg("y"));
     module.def("first_layer_forward_max_pool", &first_layer_forward_max_pool, py::arg("plan"), py::arg("x"),
                py::arg("weight"), py::arg("bias"), py::arg("pooled"), py::arg("code"));
+
+    module.def("bfloat16_forward", &bfloat16_forward, py::arg("plan"), py::arg("float32"), py::arg("x"),
+               py::arg("weight"), py::arg("bias"), py::arg("y"));
+    module.def("bfloat16_grad_input", &bfloat16_grad_input, py::arg("plan"), py::arg("float32"), py::arg("grad_output"),
+               py::arg("weight"), py::arg("grad_input"));
+    module.def("has_bfloat16", &pvc::has_bfloat16);
 
     module.def("compiled_isas", &pvc::compiled_isas);
     module.def("supported_isas", &pvc::supported_isas);

@@ -3,6 +3,7 @@
 conv3d, conv_transpose3d        functions, as in torch.nn.functional
 conv3d_max_pool                 convolution, activation and max-pool in one pass
 Conv3d, ConvTranspose3d         modules, as in torch.nn
+InstanceNorm3d                  torch.nn's, with torch's faster way to compute it
 accelerate(model), revert       swap a model's convolutions in place, and back
 fusion_report(model)            what became of each convolution, and why no more
 use_backend(name), backends()   choose who computes
@@ -20,7 +21,7 @@ from .errors import UnsupportedProblemError
 from .functional import conv3d, conv_transpose3d
 from .fused_functional import conv3d_max_pool
 from .fusion_report import fusion_report
-from .nn import Conv3d, ConvTranspose3d
+from .nn import Conv3d, ConvTranspose3d, InstanceNorm3d
 from .precision import get_precision
 from .problem import ConvProblem
 
@@ -29,6 +30,7 @@ __all__ = [
     "Conv3d",
     "ConvProblem",
     "ConvTranspose3d",
+    "InstanceNorm3d",
     "UnsupportedProblemError",
     "accelerate",
     "backends",

@@ -1,5 +1,7 @@
 """`accelerate(model)`: give every 3-D convolution of a model this package's arithmetic, in place.
 
+So does InstanceNorm3d, the largest cost beside the convolutions of the networks that have it.
+
 A module keeps its identity, parameters, buffers and hooks; only its class changes, to one derived from both
 the original class and this package's, in that order:
 
@@ -27,17 +29,19 @@ from torch.nn.utils.parametrize import is_parametrized
 from .autotune import tune as time_passes
 from .example_run import forward, forward_and_backward
 from .fusion import find
-from .nn import Conv3d, ConvTranspose3d
+from .nn import Conv3d, ConvTranspose3d, InstanceNorm3d
 
 Model = TypeVar("Model", bound=nn.Module)
 _REPLACEMENTS: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
     (nn.Conv3d, Conv3d),
     (nn.ConvTranspose3d, ConvTranspose3d),
+    (nn.InstanceNorm3d, InstanceNorm3d),
 )
+_REPLACED = tuple(torch_class for torch_class, _ in _REPLACEMENTS)
 
 
 def accelerate(model: Model, example_input: Any = None, *, fuse: bool = True, tune: bool = True) -> Model:
-    """Swap every `nn.Conv3d` and `nn.ConvTranspose3d` of `model` in place, user subclasses included.
+    """Swap every `nn.Conv3d`, `nn.ConvTranspose3d` and `nn.InstanceNorm3d` of `model`, user subclasses included.
 
     With `fuse`, chains of Conv3d, BatchNorm3d (while in eval mode), ReLU, LeakyReLU, SiLU or GELU, and MaxPool3d run as
     one pass where it can be proven that nobody sees what is in between: in `nn.Sequential` of any nesting, and in
@@ -46,15 +50,16 @@ def accelerate(model: Model, example_input: Any = None, *, fuse: bool = True, tu
     With an example the model is checked, and tuned to this machine: it runs forward before and after the swap, then
     backward (where gradients are enabled), and every pass of every convolution that this asks for is timed in all
     backends, torch's own among them. The fastest is used from then on, by every call with the same sizes, and kept for
-    later processes (`pyvolconv info` says where). Tuning takes a minute at the most. Parameters, their gradients,
-    buffers and random generators are as before afterwards.
+    later processes (`pyvolconv info` says where); while other processes keep cores busy, times are used but not
+    kept, and a warning says so. Tuning takes a minute at the most. Parameters, their gradients, buffers and random
+    generators are as before afterwards.
 
     Args:
         model: any module; parameters, state_dict keys, hooks and isinstance relations stay as they are.
         example_input: a tensor or tuple of arguments for `model`, of the sizes that it will be used with. The model
             runs on it in its current mode, and the swap is undone if the shapes or dtypes of the results differ or a
             convolution cannot be run.
-        fuse: whether chains run as one pass; without it only the convolutions are replaced.
+        fuse: whether chains run as one pass; without it modules are only replaced one by one.
         tune: whether the convolutions of the example are timed; without it the cost model decides.
 
     Returns:
@@ -108,7 +113,7 @@ def _swap(model: nn.Module, fuse: bool) -> list[nn.Module]:
     """Swaps what is not ours yet and returns it; chains are looked for anew."""
     swapped = []
     for module in model.modules():
-        if not isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
+        if not isinstance(module, _REPLACED):
             _revert(module)
         for torch_class, our_class in _REPLACEMENTS:
             if isinstance(module, torch_class) and not isinstance(module, our_class):

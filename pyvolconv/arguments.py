@@ -13,12 +13,21 @@ from .problem import DTYPE_BYTES
 
 Sizes = int | Sequence[int]
 
+LARGEST = 2**63 - 1
+"""What counts voxels, in torch and in the kernels, goes this far."""
+LARGEST_PADDING = 2**62 - 1
+"""Torch refuses more, by name."""
+HUGE = 2**31
+"""Steps up to this one may be multiplied by strides of tensors in memory."""
+
 
 def triple(value: Any) -> tuple[int, int, int] | None:
     """Three ints out of what torch accepts for them, or None."""
     sizes = value if isinstance(value, (tuple, list)) else (value,)
     sizes = tuple(int(size) if isinstance(size, np.integer) else size for size in sizes)
     if not all(isinstance(size, (int, torch.SymInt)) and not isinstance(size, bool) for size in sizes):
+        return None
+    if any(isinstance(size, int) and not -LARGEST <= size <= LARGEST for size in sizes):
         return None
     if len(sizes) == 1:
         return sizes * 3
@@ -61,6 +70,7 @@ def conv3d_arguments(
     if min(stride) < 1 or min(dilation) < 1 or input.shape[-4] != weight.shape[1] * groups or weight.shape[1] == 0:
         return None
     kernel_size, input_size = weight.shape[2:], input.shape[-3:]
+    padded = []
     if padding == "same" and stride == (1, 1, 1):
         totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
         pairs = [side for total in totals for side in (total // 2, total - total // 2)]
@@ -73,7 +83,11 @@ def conv3d_arguments(
         size = input_size[axis] + pairs[2 * axis] + pairs[2 * axis + 1]
         if input_size[axis] == 0 or size < dilation[axis] * (kernel_size[axis] - 1) + 1:
             return None
-    return stride, tuple(pairs), dilation, groups
+        padded.append(size)
+    if max(pairs) > LARGEST_PADDING:
+        return None
+    _check_sizes(padded)
+    return _steps(stride, padded), tuple(pairs), _steps(dilation, padded), groups
 
 
 def conv_transpose3d_sizes(
@@ -103,6 +117,7 @@ def conv_transpose3d_sizes(
     size: list[int] = []
     pairs: list[int] = []
     missing: list[int] = []
+    padded: list[int] = []
     for axis in range(3):
         s, p, d, e = stride[axis], padding[axis], dilation[axis], extra[axis]
         if e >= s and e >= d:
@@ -112,6 +127,23 @@ def conv_transpose3d_sizes(
         missing = [0, e - p + end - reached, *missing]
         pairs += [p, end]
         size.append((input.shape[axis - 3] - 1) * s + d * (weight.shape[2 + axis] - 1) + 1 - p - end + reached)
+        padded.append(size[-1] + p + end)
         if size[-1] < 1:
             return None
-    return size, (stride, tuple(pairs), dilation, groups), missing
+    _check_sizes([*padded, *missing])
+    return size, (_steps(stride, padded), tuple(pairs), _steps(dilation, padded), groups), missing
+
+
+def _check_sizes(sizes: Sequence[Any]) -> None:
+    """Torch raises RuntimeError too, where it does not wrap around."""
+    for size in sizes:
+        if isinstance(size, int) and size > LARGEST:
+            raise RuntimeError(f"{size} voxels along an axis, padding included, are more than a tensor has")
+
+
+def _steps(steps: tuple[int, int, int], padded: Sequence[Any]) -> tuple[int, int, int]:
+    """Strides or dilations, huge ones cut to the padded size: from there on no second step is within it."""
+    if max(steps) <= HUGE:
+        return steps
+    depth, height, width = (min(step, size) if step > HUGE else step for step, size in zip(steps, padded, strict=True))
+    return depth, height, width

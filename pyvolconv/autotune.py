@@ -6,33 +6,31 @@ those timed, a tuned pass is never slower than torch's but for noise.
 
 A pass fused with a pool competes with the same pass put together from torch's convolution, activation and pooling.
 Where that wins, the plain passes in it are tuned too.
+
+While other processes keep cores busy that the threads of this one need, times are uncertain. They are used in this
+process, where nothing better is known, but not kept for later ones, and a warning says so.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from . import dispatch, tuned
-from .backends.base import MEMORY_FORMAT, Backend
+from .candidates import Step, steps_of
+from .cost import busy
 from .cost.timing import now
-from .fused_ops import conv3d_max_pool, conv3d_max_pool_grad_input, conv3d_max_pool_grad_weight
 from .problem import ConvProblem, Pass
 
 SECONDS = 60.0
 """Longest time that one call of `tune` spends, but for the pass in work at its end."""
 SECONDS_PER_PASS = 1.0
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 60
-HOPELESS = 100.0
-"""A backend that the cost model expects to take this many times as long as its favourite is not timed."""
-
-Step = Callable[[], object]
 
 
 class Measure(Protocol):
@@ -51,6 +49,7 @@ class Tuned:
         milliseconds: backend name -> median time; "aten" is torch.
         expected: what the cost model takes without times.
         reused: whether the times were known before.
+        kept: False where they were measured just now on a busy machine, and hold in this process only.
 
     Example:
         >>> one = Tuned(ConvProblem(1, 4, 4, (4, 4, 4), (3, 3, 3)), "forward", {"a": 1.0, "aten": 3.0}, "aten", False)
@@ -63,6 +62,7 @@ class Tuned:
     milliseconds: Mapping[str, float]
     expected: str
     reused: bool
+    kept: bool = True
 
     @property
     def winner(self) -> str:
@@ -101,25 +101,50 @@ def tune(
     seconds: float = SECONDS,
     *,
     again: bool = False,
+    even_if_busy: bool = False,
     measure: Measure | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Tuned]:
     """Time passes of problems, the largest first, and have the dispatcher take the fastest backend from now on.
+
+    Times are kept for later processes, at Ctrl-C those that there are, unless other processes kept cores busy that this
+    one needed (`cost.busy`; Linux only). A warning then says so, and the next process measures again.
 
     Args:
         asked: what to tune; passes whose times are known already are not timed again.
         seconds: bound on the whole, about one second per pass at most; what is left over then stays with the cost
             model, and a warning says how many passes that are.
         again: time known ones too.
+        even_if_busy: keep the times of a busy machine, too.
         measure: what times the candidates; `measure_alternating` unless given.
         progress: called with a line before each pass is timed.
 
     Returns:
         What was timed, in the order of timing.
     """
-    deadline = time.monotonic() + seconds
-    queue = sorted(set(asked), key=lambda one: (-one[0].flops(one[1]), str(one[0]), one[1]))
+    before = busy.sample()
     found: list[Tuned] = []
+    try:
+        left_out = _time_all(asked, time.monotonic() + seconds, again, measure, progress, found)
+    finally:
+        found = _remember(found, before, even_if_busy)
+    if left_out:
+        dispatch.logger.warning(
+            "tuning ended after %.0f s; %d passes were not timed and stay with the cost model", seconds, left_out
+        )
+    return found
+
+
+def _time_all(
+    asked: Iterable[tuple[ConvProblem, Pass]],
+    deadline: float,
+    again: bool,
+    measure: Measure | None,
+    progress: Callable[[str], None],
+    found: list[Tuned],
+) -> int:
+    """Append to `found` what is timed until the deadline; returns how many passes were left out."""
+    queue = sorted(set(asked), key=lambda one: (-one[0].flops(one[1]), str(one[0]), one[1]))
     left_out = 0
     while queue:
         problem, pass_ = queue.pop(0)
@@ -133,17 +158,27 @@ def tune(
         if one is None:
             continue
         found.append(one)
-        if not one.reused:
-            tuned.remember({(problem, pass_): one.milliseconds})
         if problem.pool is not None and one.winner == "aten":
             plain = (problem.without_epilogue().with_(bias=problem.bias and pass_ == "forward"), pass_)
             queue += [plain] if plain not in queue and all(plain != (o.problem, o.pass_) for o in found) else []
+    return left_out
+
+
+def _remember(found: Sequence[Tuned], before: busy.Sample | None, even_if_busy: bool) -> list[Tuned]:
+    """Have the dispatcher use the new times, and keep them for later processes if they are worth it."""
+    new = {(one.problem, one.pass_): one.milliseconds for one in found if not one.reused}
+    load = busy.disturbance(before, busy.sample(), torch.get_num_threads()) if new else None
+    keep = load is None or even_if_busy
+    tuned.remember(new, keep=keep)
     dispatch.forget_choices()
-    if left_out:
+    if load:
         dispatch.logger.warning(
-            "tuning ended after %.0f s; %d passes were not timed and stay with the cost model", seconds, left_out
+            "other processes kept %.1f of %d cores busy while convolutions were timed: the times are uncertain%s",
+            load.others,
+            load.cores,
+            "" if keep else ", and used in this process only; tune again on a quiet machine or with fewer threads",
         )
-    return found
+    return [one if one.reused else replace(one, kept=keep) for one in found]
 
 
 def time_pass(
@@ -160,7 +195,7 @@ def time_pass(
     name = expected.name if expected else "aten"
     if known:
         return Tuned(problem, pass_, dict(known), name, reused=True)
-    steps = _steps(problem, pass_, able, expected)
+    steps = steps_of(problem, pass_, able, expected)
     if not steps:
         return None
     with torch.no_grad():
@@ -204,72 +239,3 @@ def measure_alternating(
 
 def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
-
-
-def _steps(problem: ConvProblem, pass_: Pass, able: list[Backend], expected: Backend | None) -> dict[str, Step]:
-    """Backend name -> the pass on random tensors, for those worth timing."""
-    if expected is not None:
-        least = expected.expected_efficiency(problem, pass_) / HOPELESS
-        able = [one for one in able if not one.ours or one.expected_efficiency(problem, pass_) >= least]
-    generator = torch.Generator(problem.device).manual_seed(0)
-
-    def draw(shape: tuple[int, ...]) -> Tensor:
-        dtype = getattr(torch, problem.dtype)
-        values = torch.empty(shape, device=problem.device)
-        values.normal_(generator=generator)
-        return values.to(dtype) if len(shape) == 1 else dense(values.to(dtype))
-
-    def dense(values: Tensor) -> Tensor:
-        # Not contiguous(): of one channel or one voxel that keeps strides which name the other layout.
-        return torch.empty(
-            values.shape, dtype=values.dtype, device=values.device, memory_format=MEMORY_FORMAT[problem.layout]
-        ).copy_(values)
-
-    weight = draw(problem.weight_shape)
-    bias = draw((problem.out_channels,)) if problem.bias else None
-    if problem.pool is None:
-        operands: tuple[Any, ...]
-        if pass_ == "forward":
-            operands = (draw(problem.input_shape), weight, bias)
-        else:
-            other = weight if pass_ == "grad_input" else draw(problem.input_shape)
-            operands = (draw(problem.output_shape), other)
-        return {backend.name: _bound(getattr(backend, pass_), problem, *operands) for backend in able}
-    x = draw(problem.input_shape)
-    geometry = (
-        problem.stride,
-        [side for pair in problem.padding for side in pair],
-        problem.dilation,
-        problem.groups,
-    )
-    pool = (problem.pool.window, problem.pool.stride, problem.pool.padding, problem.pool.ceil_mode)
-    epilogue = (problem.activation, problem.negative_slope)
-    if pass_ == "forward":
-        together = _bound(conv3d_max_pool, x, weight, bias, *geometry, *epilogue, *pool)
-        fused: tuple[Any, ...] = (x, weight, bias)
-    else:
-        with torch.no_grad():
-            code = dense(conv3d_max_pool(x, weight, None, *geometry, "none", 0.01, *pool)[1])
-        grad = draw(problem.pooled_shape)
-        if pass_ == "grad_input":
-            fused = (grad, code, weight)
-            together = _bound(conv3d_max_pool_grad_input, *fused, problem.input_size, *geometry, *pool)
-        else:
-            fused = (grad, code, x)
-            sizes = (problem.kernel_size, problem.bias, *geometry, *pool)
-            together = _bound(conv3d_max_pool_grad_weight, *fused, *sizes)
-    steps = {backend.name: _bound(getattr(backend, f"{pass_}_max_pool"), problem, *fused) for backend in able}
-    peers = [backend for backend in dispatch.able_backends(problem.without_epilogue(), pass_) if not backend.ours]
-    return steps | {peer.name: _forced(peer.name, together) for peer in peers}
-
-
-def _bound(function: Callable[..., object], *args: Any) -> Step:
-    return lambda: function(*args)
-
-
-def _forced(name: str, step: Step) -> Step:
-    def run() -> object:
-        with dispatch.use_backend(name):
-            return step()
-
-    return run

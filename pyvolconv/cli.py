@@ -42,8 +42,25 @@ class LayoutOption(str, Enum):
     ndhwc = "ndhwc"
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from .host import version
+
+        typer.echo(f"pyvolconv {version('pyvolconv')}")
+        raise typer.Exit
+
+
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own number by default.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of data, weights and order of samples.")]
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 @app.command()
@@ -173,6 +190,9 @@ def tune(
     high: Annotated[bool, typer.Option("--high", help='Tune for set_precision("high").')] = False,
     seconds: Annotated[float, typer.Option(min=0, help="Longest time that is spent on timing.")] = 60.0,
     again: Annotated[bool, typer.Option("--again", help="Also time what was timed before.")] = False,
+    even_if_busy: Annotated[
+        bool, typer.Option("--even-if-busy", help="Keep times also if other processes kept cores busy meanwhile.")
+    ] = False,
     threads: Threads = None,
 ) -> None:
     """Time every convolution of a model in every backend, torch included, and keep the fastest for later runs."""
@@ -195,6 +215,7 @@ def tune(
             inference=inference,
             seconds=seconds,
             again=again,
+            even_if_busy=even_if_busy,
             console=console,
         )
     except (ValueError, RuntimeError) as error:

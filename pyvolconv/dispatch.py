@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache
@@ -22,7 +22,7 @@ import torch
 from .backends.base import Backend
 from .backends.registry import REGISTRY, select
 from .errors import UnsupportedProblemError
-from .precision import Precision, store_precision
+from .precision import Precision, convolves_float32_in_bfloat16, store_precision
 from .problem import ConvProblem, Pass
 from .tuned import milliseconds
 
@@ -88,12 +88,13 @@ def choose(problem: ConvProblem, pass_: Pass) -> Backend:
 
     Raises:
         UnsupportedProblemError: no allowed backend can run it.
-        ValueError: PYVOLCONV_BACKEND names no backend.
+        ValueError: PYVOLCONV_BACKEND names no backend, or PYVOLCONV_ISA no instruction set.
     """
     backend = choose_or_none(problem, pass_)
     if backend is None:
         forced = forced_backend()
-        raise UnsupportedProblemError(problem, pass_, _refusals(problem, pass_, forced), forced)
+        able = [name for name, reasons in _reasons(REGISTRY, problem, pass_).items() if not reasons]
+        raise UnsupportedProblemError(problem, pass_, _reasons(_candidates(forced), problem, pass_), forced, able)
     return backend
 
 
@@ -104,7 +105,7 @@ def choose_or_none(problem: ConvProblem, pass_: Pass) -> Backend | None:
     """
     for asked in _listeners:
         asked.add((problem, pass_))
-    return _choose(problem, pass_, forced_backend(), torch.get_num_threads())
+    return _choose(problem, pass_, forced_backend(), torch.get_num_threads(), convolves_float32_in_bfloat16())
 
 
 @contextmanager
@@ -121,7 +122,7 @@ def listen() -> Iterator[set[tuple[ConvProblem, Pass]]]:
 
 def able_backends(problem: ConvProblem, pass_: Pass) -> list[Backend]:
     """The backends that may be chosen for a pass without being named."""
-    reasons = _refusals(problem, pass_, None)
+    reasons = _reasons(_candidates(None), problem, pass_)
     return [backend for backend in _candidates(None) if not reasons[backend.name]]
 
 
@@ -156,24 +157,31 @@ def set_precision(precision: Precision) -> None:
 
 
 def _candidates(forced: str | None) -> tuple[Backend, ...]:
-    return select(forced) if forced else tuple(backend for backend in REGISTRY if backend.automatic)
+    if not forced:
+        return tuple(backend for backend in REGISTRY if backend.automatic)
+    try:
+        return select(forced)
+    except ValueError as error:
+        # `use_backend` refuses wrong names itself.
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={forced}: {error}") from None
 
 
-def _refusals(problem: ConvProblem, pass_: Pass, forced: str | None) -> dict[str, list[str]]:
+def _reasons(candidates: Iterable[Backend], problem: ConvProblem, pass_: Pass) -> dict[str, list[str]]:
     """Backend name -> why it cannot run the pass, empty where it can."""
     return {
         backend.name: backend.unsupported_reasons(problem, pass_)
         if problem.pool is None or backend.has_max_pool
         else ["has no pass fused with a pool"]
-        for backend in _candidates(forced)
+        for backend in candidates
     }
 
 
 @lru_cache(maxsize=4096)
-def _choose(problem: ConvProblem, pass_: Pass, forced: str | None, threads: int) -> Backend | None:
-    # `threads` is part of the key only: measured times are those of one number of threads.
-    reasons = _refusals(problem, pass_, forced)
-    able = [backend for backend in _candidates(forced) if not reasons[backend.name]]
+def _choose(problem: ConvProblem, pass_: Pass, forced: str | None, threads: int, bfloat16: bool) -> Backend | None:
+    # `threads` and `bfloat16` are part of the key only: of measured times, and of what backends are able to.
+    candidates = _candidates(forced)
+    reasons = _reasons(candidates, problem, pass_)
+    able = [backend for backend in candidates if not reasons[backend.name]]
     if not able:
         return None
     times = milliseconds(problem, pass_)

@@ -20,7 +20,8 @@ class Row:
     Attributes:
         module: its path in the model.
         became: what computes it now.
-        why_not: why no more of its surroundings is fused with it; empty when it stands in a chain that runs.
+        why_not: why no more of its surroundings is fused with it, and the chain that would run otherwise; empty when it
+            stands in a chain that runs.
     """
 
     module: str
@@ -93,7 +94,7 @@ def _row(path: str, module: nn.Module, model: nn.Module, findings: Findings) -> 
         return Row(path, alone, "accelerated without fusing")
     now = "hooks around every module" if has_global_hooks() else ""
     now = now or next((why for _, link in site.chain if (why := obstacle(link))), "")
-    return Row(path, str(site), f"not now: {now}" if now else "")
+    return Row(path, alone, f"{now}; otherwise {site}") if now else Row(path, str(site), "")
 
 
 def _why_alone(path: str, module: nn.Module, model: nn.Module, findings: Findings) -> str:

@@ -72,19 +72,26 @@ def backend_infos() -> list[BackendInfo]:
 
 def _ability(refuse: Callable[[ConvProblem, Pass], list[str]], device: str) -> tuple[str, str]:
     """(scope, reason) of the first probe that a backend can run; the reason of the most usual where there is none."""
-    for label, probe in _PROBES.items():
-        problem = probe.with_(device=device)
-        able = [pass_ for pass_ in PASSES if not refuse(problem, pass_)]
-        if able:
-            passes = "" if len(able) == len(PASSES) else ", ".join(able)
-            return ": ".join(filter(None, (label, passes))), ""
-    reasons = refuse(_ORDINARY.with_(device=device), "forward")
+    try:
+        for label, probe in _PROBES.items():
+            problem = probe.with_(device=device)
+            able = [pass_ for pass_ in PASSES if not refuse(problem, pass_)]
+            if able:
+                passes = "" if len(able) == len(PASSES) else ", ".join(able)
+                return ": ".join(filter(None, (label, passes))), ""
+        reasons = refuse(_ORDINARY.with_(device=device), "forward")
+    except ValueError as error:
+        # Wrong settings are an error for whoever computes, and here what is to be shown.
+        return "", str(error)
     return "", "; ".join(" ".join(reason.split()) for reason in reasons)
 
 
 def _tuned() -> str:
     place = tuned.location()
-    problems = f"{tuned.count()} problems for these threads, precision and versions"
+    try:
+        problems = f"{tuned.count()} problems for these threads, precision and versions"
+    except ValueError as error:
+        return f"not known: {error}"
     return f"{problems}, kept in {place}" if place else f"{problems}; {tuned.OFF_VARIABLE} is set, so none are kept"
 
 

@@ -1,10 +1,11 @@
-"""Modules: torch's own convolution modules with the arithmetic replaced.
+"""Modules: torch's own convolution modules with the arithmetic replaced, and what costs most beside them.
 
 They subclass torch's, so attributes, repr, state_dict, initialisation and isinstance stay torch's.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -73,3 +74,33 @@ class ConvTranspose3d(nn.ConvTranspose3d):
             self.groups,
             self.dilation,
         )
+
+
+class InstanceNorm3d(nn.InstanceNorm3d):
+    """`torch.nn.InstanceNorm3d` on the CPU by torch's group normalization, which is several times faster there.
+
+    Groups of one channel are the same definition: (x - mean) / sqrt(variance + eps) over the voxels of each channel of
+    each sample, times weight plus bias. What keeps running statistics or is not contiguous is computed as before.
+
+    Shapes: input and output (N, C, D, H, W) or (C, D, H, W).
+
+    Raises:
+        What `torch.nn.InstanceNorm3d` raises.
+
+    Example:
+        >>> import torch, pyvolconv
+        >>> pyvolconv.InstanceNorm3d(4, affine=True)(torch.randn(2, 4, 5, 5, 5)).shape
+        torch.Size([2, 4, 5, 5, 5])
+    """
+
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        samples, channels = input.shape[:2]
+        plain = self.running_mean is None and (self.training or not self.track_running_stats)
+        plain &= self.weight is None or self.weight.dtype == input.dtype
+        plain &= input.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+        # Of a mean over one voxel, or none, torch complains in its own words.
+        several = input.numel() > samples * channels > 0
+        if plain and several and input.device.type == "cpu" and input.is_contiguous():
+            return F.group_norm(input, channels, self.weight, self.bias, self.eps)
+        result: Tensor = super()._apply_instance_norm(input)  # type: ignore[no-untyped-call]
+        return result

@@ -1,15 +1,19 @@
 """How much rounding error a faster algorithm may add: what `pyvolconv.set_precision` chose.
 
-"default" allows algorithms whose error is of the order of a plain sum's: Winograd F(2x2x2) and F(2x2x4). "high" also
-allows F(2x4x4) and F(4x4x4), which are faster and round more: docs/performance.md has the measured errors.
+"default" allows algorithms whose error is of the order of a plain sum's: Winograd F(2x2x2), F(2x2x4) and
+F(2x4x2). "high" also allows F(2x4x4) and F(4x4x4), which are faster and round more: docs/performance.md has the
+measured errors.
 """
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
+
 Precision = Literal["default", "high"]
 _precision: Precision = "default"
+_fp32_precision = getattr(torch._C, "_get_fp32_precision_getter", None)  # as torch.backends, at a tenth of the time
 
 
 def get_precision() -> Precision:
@@ -33,3 +37,16 @@ def store_precision(precision: Precision) -> None:
     if precision not in get_args(Precision):
         raise ValueError(f"precision={precision!r} is unknown; expected 'default' or 'high'")
     _precision = precision
+
+
+def convolves_float32_in_bfloat16() -> bool:
+    """Whether the user lets torch's CPU convolutions of float32 compute in bfloat16.
+
+    That is `torch.backends.mkldnn.conv.fp32_precision = "bf16"`, or what torch takes it from where it is not set; never
+    by default.
+
+    Example:
+        >>> convolves_float32_in_bfloat16()
+        False
+    """
+    return _fp32_precision("mkldnn", "conv") == "bf16" if _fp32_precision is not None else False

@@ -100,6 +100,7 @@ def tune_model(
     inference: bool = False,
     seconds: float,
     again: bool = False,
+    even_if_busy: bool = False,
     console: Console,
 ) -> list[Tuned]:
     """Time every pass that the accelerated model asks for on random inputs of these shapes, one per argument.
@@ -112,6 +113,7 @@ def tune_model(
         inference: the forward pass alone, without gradients.
         seconds: bound on the timing.
         again: time passes whose times are known, too.
+        even_if_busy: keep the times of a busy machine, too.
         console: where a line says what is being timed.
 
     Raises:
@@ -129,7 +131,13 @@ def tune_model(
         except (TypeError, RuntimeError) as error:
             given = " ".join(f"--input {','.join(map(str, shape))}" for shape in shapes)
             raise ValueError(f"the model does not run on {given}: {error}") from error
-        return tune(asked, seconds, again=again, progress=lambda line: status.update(Text(line)))
+        return tune(
+            asked,
+            seconds,
+            again=again,
+            even_if_busy=even_if_busy,
+            progress=lambda line: status.update(Text(line)),
+        )
 
 
 def print_tuned(console: Console, found: Sequence[Tuned]) -> None:
@@ -161,14 +169,22 @@ def summary(found: Sequence[Tuned]) -> str:
         >>> print(summary([Tuned(problem, "forward", {"a": 1.0, "aten": 3.0}, "a", False)]).split(". ")[0])
         1 pass, 0 of them timed before: 3.00x torch in the geometric mean
     """
-    place = tuned.location()
     worst = max((one.regret for one in found if one.regret is not None), default=None)
     return (
         f"{len(found)} {'pass' if len(found) == 1 else 'passes'}, {sum(one.reused for one in found)} of them timed "
         f"before: {_ratio(geometric_mean(one.speed_up for one in found))} torch in the geometric mean. "
         f"Untuned, they would take {_ratio(geometric_mean(one.regret for one in found))} the time of the fastest, "
-        f"{_ratio(worst)} at worst.\n" + (f"Kept in {place}" if place else "Not kept: PYVOLCONV_NO_CACHE is set")
+        f"{_ratio(worst)} at worst.\n{_where_kept(found)}"
     )
+
+
+def _where_kept(found: Sequence[Tuned]) -> str:
+    place = tuned.location()
+    if place is None:
+        return f"Not kept: {tuned.OFF_VARIABLE} is set"
+    if all(one.kept for one in found):
+        return f"Kept in {place}"
+    return "Not kept, as other processes kept cores busy: tune again on a quiet machine, or with --even-if-busy"
 
 
 def _example(shape: tuple[int, ...], dtype: str, memory_format: torch.memory_format) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from . import tuned_file
 from .backends.cpp import load_extension
 from .host import processor, version
-from .precision import get_precision
+from .precision import convolves_float32_in_bfloat16, get_precision
 from .problem import ConvProblem, Pass
 from .tuned_file import Setting, Table
 
@@ -47,14 +47,14 @@ def milliseconds(problem: ConvProblem, pass_: Pass) -> Mapping[str, float]:
     return tables.get(current_setting(problem.device), {}).get(str(problem), {}).get(pass_, {})
 
 
-def remember(found: Mapping[tuple[ConvProblem, Pass], Mapping[str, float]]) -> None:
-    """Take in times that were measured just now, in milliseconds by backend name, and add them to the file."""
+def remember(found: Mapping[tuple[ConvProblem, Pass], Mapping[str, float]], *, keep: bool = True) -> None:
+    """Take in times that were measured just now, in milliseconds by backend name; with `keep` add them to the file."""
     tables = _loaded()
     by_setting: dict[Setting, Table] = {}
     for (problem, pass_), times in found.items():
         table = by_setting.setdefault(current_setting(problem.device), {})
         table.setdefault(str(problem), {})[pass_] = dict(times)
-    path = location()
+    path = location() if keep else None
     for setting, table in by_setting.items():
         with _lock:
             known = tables.setdefault(setting, {})
@@ -94,7 +94,7 @@ def current_setting(device: str) -> Setting:
         processor=torch.cuda.get_device_name() if device == "cuda" else _processor(),
         isa="none" if extension is None else extension.current_isa(),
         threads=torch.get_num_threads(),
-        precision=get_precision(),
+        precision=get_precision() + (", float32 in bfloat16" if convolves_float32_in_bfloat16() else ""),
         pyvolconv=_version(),
         torch=str(torch.__version__),
         extension=_digest(),

@@ -1,4 +1,4 @@
-// The fused passes of one instruction set without Python: a library for ctypes, or with -DHARNESS_MAIN a program.
+// The fused passes of cpp.direct without Python: a library for ctypes, or with -DHARNESS_MAIN a program.
 //
 // The program reads problems from standard input, as the integers of `read_problem`, and runs every pass of each in
 // both dtypes on buffers of exactly the right size, so that a sanitizer sees any access outside of them. Codes are all
@@ -7,14 +7,12 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "kernel_table.h"
-
-#define JOIN_(a, b) a##b
-#define JOIN(a, b) JOIN_(a, b)
+#include "algorithm/pooled_forward.h"
+#include "algorithm/sparse_grad_input.h"
+#include "algorithm/sparse_grad_weight.h"
 
 namespace {
 
-const pvc::KernelTable& kernels = pvc::JOIN(kernels_, PVC_ISA);
 constexpr int kNumbers = 39;
 
 pvc::PooledProblem read_problem(const int64_t* n, double negative_slope) {
@@ -39,14 +37,14 @@ pvc::PooledProblem read_problem(const int64_t* n, double negative_slope) {
 
 // pass 0, 1, 2: forward (first = x, second = weight), grad_input (grad, weight), grad_weight (grad, x; writes `bias`).
 template <typename T>
-void run(const pvc::PassTable<T>& passes, const pvc::PooledProblem& problem, int pass, const void* first,
-         const void* second, void* bias, void* result, uint8_t* code) {
+void run(const pvc::PooledProblem& problem, int pass, const void* first, const void* second, void* bias, void* result,
+         uint8_t* code) {
     const T* a = static_cast<const T*>(first);
     const T* b = static_cast<const T*>(second);
     T* to = static_cast<T*>(result);
-    if (pass == 0) passes.forward_max_pool(problem, a, b, static_cast<const T*>(bias), to, code);
-    if (pass == 1) passes.grad_input_max_pool(problem, a, code, b, to);
-    if (pass == 2) passes.grad_weight_max_pool(problem, a, code, b, to, static_cast<T*>(bias));
+    if (pass == 0) pvc::pooled_forward<T>(problem, a, b, static_cast<const T*>(bias), to, code);
+    if (pass == 1) pvc::sparse_grad_input<T>(problem, a, code, b, to);
+    if (pass == 2) pvc::sparse_grad_weight<T>(problem, a, code, b, to, static_cast<T*>(bias));
 }
 
 }  // namespace
@@ -57,9 +55,9 @@ extern "C" __attribute__((visibility("default"))) void run_pass(const int64_t* n
                                                                 uint8_t* code) {
     const pvc::PooledProblem problem = read_problem(numbers, negative_slope);
     if (double_precision != 0) {
-        run(kernels.float64, problem, pass, first, second, bias, result, code);
+        run<double>(problem, pass, first, second, bias, result, code);
     } else {
-        run(kernels.float32, problem, pass, first, second, bias, result, code);
+        run<float>(problem, pass, first, second, bias, result, code);
     }
 }
 
@@ -76,7 +74,7 @@ T* buffer(int64_t count) {
 }
 
 template <typename T>
-void run_all(const pvc::PassTable<T>& passes, const pvc::PooledProblem& pooled) {
+void run_all(const pvc::PooledProblem& pooled) {
     const pvc::ConvProblem& problem = pooled.conv;
     const int64_t values = problem.batch * problem.out_channels * product(pooled.pooled_size);
     T* x = buffer<T>(problem.batch * problem.in_channels * product(problem.input_size));
@@ -84,12 +82,12 @@ void run_all(const pvc::PassTable<T>& passes, const pvc::PooledProblem& pooled) 
     T* weight = buffer<T>(problem.out_channels * problem.in_channels / problem.groups * product(problem.kernel_size));
     T* bias = buffer<T>(problem.out_channels);
     uint8_t* code = buffer<uint8_t>(values);
-    passes.forward_max_pool(pooled, x, weight, bias, y, nullptr);
-    passes.forward_max_pool(pooled, x, weight, nullptr, y, code);
+    pvc::pooled_forward<T>(pooled, x, weight, bias, y, nullptr);
+    pvc::pooled_forward<T>(pooled, x, weight, nullptr, y, code);
     for (int round = 0; round < 2; ++round) {
         for (int64_t i = 0; i < values; ++i) y[i] = static_cast<T>(i % 5 - 2);
-        passes.grad_input_max_pool(pooled, y, code, weight, x);
-        passes.grad_weight_max_pool(pooled, y, code, x, weight, round == 0 ? bias : nullptr);
+        pvc::sparse_grad_input<T>(pooled, y, code, weight, x);
+        pvc::sparse_grad_weight<T>(pooled, y, code, x, weight, round == 0 ? bias : nullptr);
         for (int64_t i = 0; i < values; ++i) code[i] = static_cast<uint8_t>(i * 37 + 255);
     }
     T* const buffers[] = {x, y, weight, bias};
@@ -108,8 +106,8 @@ int main() {
         if (read < kNumbers) continue;
         read = 0;
         const pvc::PooledProblem problem = read_problem(numbers, 0.25);
-        run_all(kernels.float32, problem);
-        run_all(kernels.float64, problem);
+        run_all<float>(problem);
+        run_all<double>(problem);
         ++problems;
     }
     std::printf("%d problems\n", problems);

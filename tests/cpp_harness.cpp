@@ -1,4 +1,4 @@
-// The kernels of one instruction set without Python: a library for ctypes, or with -DHARNESS_MAIN a program.
+// The passes of cpp.direct without Python: a library for ctypes, or with -DHARNESS_MAIN a program.
 //
 // The program reads problems from standard input, as the integers of `read_problem`, and runs every pass of each in
 // both dtypes on buffers of exactly the right size, so that a sanitizer sees any access outside of them.
@@ -6,14 +6,12 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "kernel_table.h"
-
-#define JOIN_(a, b) a##b
-#define JOIN(a, b) JOIN_(a, b)
+#include "algorithm/direct_forward.h"
+#include "algorithm/direct_grad_input.h"
+#include "algorithm/direct_grad_weight.h"
 
 namespace {
 
-const pvc::KernelTable& kernels = pvc::JOIN(kernels_, PVC_ISA);
 constexpr int kNumbers = 26;
 
 pvc::ConvProblem read_problem(const int64_t* n) {
@@ -34,13 +32,13 @@ pvc::ConvProblem read_problem(const int64_t* n) {
 
 // pass 0, 1, 2: forward (first = x, second = weight), grad_input (grad_output, weight), grad_weight (grad_output, x).
 template <typename T>
-void run(const pvc::PassTable<T>& passes, const pvc::ConvProblem& problem, int pass, const void* first,
-         const void* second, const void* bias, void* result) {
+void run(const pvc::ConvProblem& problem, int pass, const void* first, const void* second, const void* bias,
+         void* result) {
     const T* a = static_cast<const T*>(first);
     const T* b = static_cast<const T*>(second);
-    if (pass == 0) passes.forward(problem, a, b, static_cast<const T*>(bias), static_cast<T*>(result));
-    if (pass == 1) passes.grad_input(problem, a, b, static_cast<T*>(result));
-    if (pass == 2) passes.grad_weight(problem, a, b, static_cast<T*>(result));
+    if (pass == 0) pvc::direct_forward<T>(problem, a, b, static_cast<const T*>(bias), static_cast<T*>(result));
+    if (pass == 1) pvc::direct_grad_input<T>(problem, a, b, static_cast<T*>(result));
+    if (pass == 2) pvc::direct_grad_weight<T>(problem, a, b, static_cast<T*>(result));
 }
 
 }  // namespace
@@ -50,9 +48,9 @@ extern "C" __attribute__((visibility("default"))) void run_pass(const int64_t* n
                                                                 void* result) {
     const pvc::ConvProblem problem = read_problem(numbers);
     if (double_precision != 0) {
-        run(kernels.float64, problem, pass, first, second, bias, result);
+        run<double>(problem, pass, first, second, bias, result);
     } else {
-        run(kernels.float32, problem, pass, first, second, bias, result);
+        run<float>(problem, pass, first, second, bias, result);
     }
 }
 
@@ -69,14 +67,14 @@ T* buffer(int64_t count) {
 }
 
 template <typename T>
-void run_all(const pvc::PassTable<T>& passes, const pvc::ConvProblem& problem) {
+void run_all(const pvc::ConvProblem& problem) {
     T* x = buffer<T>(problem.batch * problem.in_channels * product(problem.input_size));
     T* y = buffer<T>(problem.batch * problem.out_channels * product(problem.output_size));
     T* weight = buffer<T>(problem.out_channels * problem.in_channels / problem.groups * product(problem.kernel_size));
     T* bias = buffer<T>(problem.out_channels);
-    passes.forward(problem, x, weight, bias, y);
-    passes.grad_input(problem, y, weight, x);
-    passes.grad_weight(problem, y, x, weight);
+    pvc::direct_forward<T>(problem, x, weight, bias, y);
+    pvc::direct_grad_input<T>(problem, y, weight, x);
+    pvc::direct_grad_weight<T>(problem, y, x, weight);
     T* const buffers[] = {x, y, weight, bias};
     for (T* each : buffers) std::free(each);
 }
@@ -92,8 +90,8 @@ int main() {
         if (read < kNumbers) continue;
         read = 0;
         const pvc::ConvProblem problem = read_problem(numbers);
-        run_all(kernels.float32, problem);
-        run_all(kernels.float64, problem);
+        run_all<float>(problem);
+        run_all<double>(problem);
         ++problems;
     }
     std::printf("%d problems\n", problems);

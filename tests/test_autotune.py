@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 
 import pyvolconv
-from pyvolconv import autotune, dispatch, example_run, tuned
+from pyvolconv import autotune, dispatch, example_run, tuned, tuned_file
 from pyvolconv.autotune import measure_alternating, time_pass, tune
+from pyvolconv.cost import busy
 from pyvolconv.problem import ConvProblem
 
 PLAIN = ConvProblem.parse("cpu-float32-ncdhw-n2ic16oc16-i4x5x6-k3-p1-bias")
@@ -167,6 +169,62 @@ def test_largest_first_and_within_the_time(caplog):
         assert tune([(problem.with_(out_channels=8), "forward") for problem in sizes], 0, measure=rigged()) == []
     (record,) = caplog.records
     assert "3 passes were not timed" in record.getMessage()
+
+
+@pytest.fixture
+def others(monkeypatch, tmp_path, threads):
+    """others(cores): that many of two cores are kept busy by other processes from now on; times are kept on disk."""
+    monkeypatch.delenv(tuned.OFF_VARIABLE)
+    monkeypatch.setenv(tuned.FOLDER_VARIABLE, str(tmp_path))
+    threads(2)
+
+    def keep_busy(cores):
+        samples = itertools.count()
+        monkeypatch.setattr(busy, "sample", lambda: busy.Sample(n := float(next(samples)), n, n * (1 + cores), 2))
+
+    return keep_busy
+
+
+def test_times_of_a_busy_machine_are_used_but_not_kept(others, caplog):
+    others(0.8)
+    with caplog.at_level(logging.WARNING, logger="pyvolconv"):
+        (one,) = tune([(PLAIN, "forward")], measure=rigged(im2col=0.1))
+    (record,) = caplog.records
+    assert "other processes kept 0.8 of 2 cores busy" in record.getMessage()
+    assert "\n" not in record.getMessage()
+    assert not one.kept
+    assert dispatch.choose(PLAIN, "forward").name == "im2col"
+    assert tuned_file.read(tuned.location()) == {}
+    tuned.forget()
+    (again,) = tune([(PLAIN, "forward")], measure=rigged(aten=0.1))
+    assert (again.reused, again.winner) == (False, "aten")
+
+
+@pytest.mark.parametrize(("cores", "even_if_busy", "warnings"), [(0.05, False, 0), (0.8, True, 1)])
+def test_times_of_a_quiet_machine_are_kept_and_of_a_busy_one_if_asked(others, caplog, cores, even_if_busy, warnings):
+    others(cores)
+    with caplog.at_level(logging.WARNING, logger="pyvolconv"):
+        (one,) = tune([(PLAIN, "forward")], measure=rigged(im2col=0.1), even_if_busy=even_if_busy)
+    assert (one.kept, len(caplog.records)) == (True, warnings)
+    tuned.forget()
+    assert tuned.milliseconds(PLAIN, "forward")["im2col"] == 100.0
+    (again,) = tune([(PLAIN, "forward")], measure=lambda steps, seconds: pytest.fail("timed again"))
+    assert again.reused
+
+
+def test_what_was_timed_before_an_interruption_is_kept(others):
+    others(0.0)
+    larger = PLAIN.with_(batch=4)
+
+    def interrupt(line):
+        if line.startswith("2 of 2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune([(PLAIN, "forward"), (larger, "forward")], measure=rigged(), progress=interrupt)
+    tuned.forget()
+    assert tuned.milliseconds(larger, "forward")
+    assert not tuned.milliseconds(PLAIN, "forward")
 
 
 class Clock:

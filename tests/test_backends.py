@@ -44,10 +44,7 @@ def test_able_backends_say_so(float32_problem, pass_):
         assert set(able) >= set(ON_EVERY_CPU)
 
 
-def test_within_bound(
-    backend, problem, pass_, require, operands, run_pass, assert_within_bound, guarded_results, poisoned
-):
-    require(backend, problem, pass_)
+def test_within_bound(backend, problem, pass_, operands, run_pass, assert_within_bound, guarded_results, poisoned):
     args = operands(problem, pass_)
     copies = [arg.clone() for arg in args]
     got = run_pass(backend, problem, pass_, args)
@@ -70,9 +67,8 @@ def test_within_bound(
         assert torch.equal(arg, copy), "a pass wrote to its argument"
 
 
-def test_exact_on_integers(backend, float32_problem, pass_, require, operands, run_pass, reference, poisoned):
+def test_exact_on_integers(backend, float32_problem, pass_, operands, run_pass, reference, poisoned):
     """Sums of small integers round nowhere, in any order: a plain sum must give them to the bit."""
-    require(backend, float32_problem, pass_)
     accuracy = backend.accuracy(float32_problem, pass_)
     assert accuracy.accumulate_dtype == "float32"
     if not accuracy.exact_integers:
@@ -82,16 +78,14 @@ def test_exact_on_integers(backend, float32_problem, pass_, require, operands, r
     assert torch.equal(got.cpu().double(), reference(float32_problem, pass_, args))
 
 
-def test_same_bits_for_every_run_and_thread_count(
-    backend, float32_problem, pass_, require, operands, run_pass, threads
-):
-    require(backend, float32_problem, pass_)
+def test_same_bits_for_every_run_and_thread_count(backend, float32_problem, pass_, operands, run_pass, threads):
     if not backend.accuracy(float32_problem, pass_).bitwise_reproducible:
         pytest.skip(f"{backend.name} does not promise the same bits")
     args = operands(float32_problem, pass_)
     threads(1)
     first = run_pass(backend, float32_problem, pass_, args)
-    for count in (1, 2, 3):
+    # Torch's threads are not those of a GPU, and the interpreter has one.
+    for count in (2,) if backend.name == "triton" else (1, 2, 3):
         threads(count)
         again = run_pass(backend, float32_problem, pass_, args)
         assert torch.equal(again, first), f"other bits with {count} threads"

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import pyvolconv
 from pyvolconv.cli import app
+from pyvolconv.cost import busy
 from pyvolconv.info import backend_infos
 
 COMMANDS = ("compare", "info", "profile", "tune")
@@ -26,6 +27,11 @@ def test_help_names_every_command(run):
     assert result.exit_code == 0
     for command in COMMANDS:
         assert command in result.output
+
+
+def test_version(run):
+    result = run("--version")
+    assert (result.exit_code, result.output) == (0, f"pyvolconv {pyvolconv.__version__}\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -145,6 +151,20 @@ def test_tune_shows_every_pass_and_sums_up(run, monkeypatch):
     assert "PYVOLCONV_NO_CACHE" in words
     assert "8 of them timed before" in run("tune", "cnn", "--input", "2,1,9,10,11").output
     assert "0 of them timed before" in run("tune", "cnn", "--input", "2,1,9,10,11", "--again").output
+
+
+@pytest.mark.usefixtures("rigged")
+def test_tune_says_where_times_are_kept(run, tmp_path, monkeypatch):
+    monkeypatch.delenv("PYVOLCONV_NO_CACHE")
+    monkeypatch.setenv("PYVOLCONV_CACHE_DIR", str(tmp_path))
+    load = busy.Load(1.5, 2)
+    monkeypatch.setattr(busy, "disturbance", lambda *_: load)
+    asked = ("tune", "cnn", "--input", "2,1,9,10,11", "--again")
+    assert "Not kept, as other processes kept cores busy" in run(*asked).output
+    assert list(tmp_path.iterdir()) == []
+    assert f"Kept in {tmp_path}" in run(*asked, "--even-if-busy").output
+    load = None
+    assert f"Kept in {tmp_path}" in run(*asked).output
 
 
 @pytest.mark.usefixtures("rigged")

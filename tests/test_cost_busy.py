@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pyvolconv.cost.busy import STAT, Load, Sample, sample
+from pyvolconv.cost.busy import SHORTEST, STAT, Load, Sample, disturbance, sample
 
 
 def between(*, own, busy, cores=2, seconds=10.0):
@@ -32,6 +32,17 @@ def test_cores_that_others_had(others, cores, threads, missing):
 def test_a_little_is_tolerated():
     assert not Load(0.15, 2).disturbs(2)
     assert Load(0.25, 2).disturbs(2)
+
+
+def test_what_disturbs_is_told_from_what_cannot_be_known():
+    def found(own, busy, seconds=10.0):
+        return disturbance(Sample(5.0, 0.0, 0.0, 2), Sample(5.0 + seconds, own, busy, 2), 2)
+
+    assert found(15.0, 20.0) == Load(0.5, 2)
+    assert found(15.0, 16.0) is None
+    assert found(0.0, 2 * SHORTEST, SHORTEST / 2) is None
+    assert disturbance(None, Sample(0.0, 0.0, 0.0, 2), 2) is None
+    assert disturbance(Sample(0.0, 0.0, 0.0, 2), None, 2) is None
 
 
 def test_only_cores_of_this_process_count(tmp_path, monkeypatch):

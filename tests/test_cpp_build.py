@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -24,10 +25,9 @@ PROBLEM = ConvProblem.parse("cpu-float32-ndhwc-n1ic2oc3-i4-k3")
 compiled = pytest.mark.skipif(EXTENSION is None, reason=MISSING)
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=300
-    )
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def setup_py(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -52,26 +52,55 @@ def test_instruction_sets():
         EXTENSION.use_isa("mmx")
 
 
-@compiled
-@pytest.mark.parametrize("cap", EXTENSION.compiled_isas() if EXTENSION else [])
-def test_isa_variable_caps(cap):
-    code = "import torch\nfrom pyvolconv.backends.cpp import load_extension as l\nprint(l()[0].current_isa())"
-    compiled_isas = EXTENSION.compiled_isas()
-    allowed = compiled_isas[compiled_isas.index(cap) :]
-    best = next(isa for isa in allowed if isa in EXTENSION.supported_isas())
-    assert python(code, PYVOLCONV_ISA=cap).stdout.split() == [best]
+CAPS = """
+import os, sys
+import torch, pyvolconv
+from pyvolconv.backends.cpp import load_extension
+from pyvolconv.info import backend_infos, installation
 
+def convolve():
+    return pyvolconv.conv3d(torch.ones(1, 2, 4, 4, 4), torch.ones(3, 2, 3, 3, 3))
 
-@compiled
-def test_unknown_isa_variable_is_a_reason():
-    code = f"""
-from pyvolconv.backends.cpp import CppDirect
-from pyvolconv.problem import ConvProblem
-print(*CppDirect().unsupported_reasons(ConvProblem.parse({str(PROBLEM)!r}), "forward"))
+# The instruction set is chosen once per process: one child, which starts with nothing chosen, for each.
+for cap in sys.argv[1:]:
+    sys.stdout.flush()
+    if os.fork():
+        assert os.wait()[1] == 0
+        continue
+    os.environ["PYVOLCONV_ISA"] = cap
+    torch.set_num_threads(1)
+    if cap != "mmx":
+        print(load_extension()[0].current_isa(), convolve().unique().tolist())
+        sys.stdout.flush()
+        os._exit(0)
+    for _ in range(2):
+        try:
+            convolve()
+        except ValueError as error:
+            print(error)
+    print(installation()["instruction set"])
+    print(installation()["cache"])
+    print({info.reason for info in backend_infos() if info.name.startswith("cpp.")})
+    sys.stdout.flush()
+    os._exit(0)
 """
-    reason = python(code, PYVOLCONV_ISA="mmx").stdout
-    assert reason.startswith("PYVOLCONV_ISA=mmx is not an instruction set of this build")
-    assert reason.strip().endswith("baseline")
+
+
+@compiled
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_isa_variable_caps_and_is_an_error_at_first_use_if_wrong():
+    compiled_isas = EXTENSION.compiled_isas()
+    supported = EXTENSION.supported_isas()
+    run = python(CAPS, *compiled_isas, "mmx")
+    assert run.returncode == 0, run.stderr
+    *capped, first, second, isa, cache, backends = run.stdout.splitlines()
+    best = [next(isa for isa in compiled_isas[cap:] if isa in supported) for cap in range(len(compiled_isas))]
+    assert capped == [f"{isa} [54.0]" for isa in best]
+    expected = "PYVOLCONV_ISA=mmx is not an instruction set of this build; expected one of: "
+    expected += ", ".join(compiled_isas)
+    assert first == second == expected
+    assert (isa, cache) == (f"none usable: {expected}", f"not known: {expected}")
+    assert backends == str({expected})
 
 
 @compiled
@@ -185,21 +214,43 @@ def test_sdist_holds_what_a_build_needs(tmp_path):
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
 
 
-@pytest.mark.slow
-def test_instruction_sets_leak_no_symbols(tmp_path):
+AVX = re.compile(r"\tv[a-z]")
+
+
+def reachable_avx(library: Path) -> set[str]:
+    """Functions made of AVX instructions under names that code outside of their object could resolve to."""
+    listing = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", str(library)], capture_output=True, text=True, check=True
+    ).stdout
+    mangled, name = set(), ""
+    for line in listing.splitlines():
+        if line.endswith(">:"):
+            name = line.partition("<")[2].removesuffix(">:")
+        elif AVX.search(line):
+            mangled.add(name)
+    names = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
+    return {name for name in names.splitlines() if "(anonymous namespace)" not in name}
+
+
+@compiled
+def test_instruction_sets_leak_no_symbols():
     """A weak function built with AVX-512 flags could replace the same function elsewhere in the process."""
-    if shutil.which("nm") is None or shutil.which("g++") is None:
-        pytest.skip("no g++ and nm to build and list objects with")
-    built = setup_py("build_ext", f"--build-temp={tmp_path / 'temp'}", f"--build-lib={tmp_path / 'lib'}")
-    assert built.returncode == 0, built.stderr
-    objects = list((tmp_path / "temp").glob("*/csrc/isa_kernels.o"))
-    assert {path.parent.parent.name for path in objects} == set(EXTENSION.compiled_isas())
-    for path in objects:
-        isa = path.parent.parent.name
-        listing = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
-        symbols = [
-            line.rsplit(maxsplit=1) if " U " in line else line.split(maxsplit=2)[1:] for line in listing.splitlines()
-        ]
-        defined = {name for kind, name in symbols if kind in tuple("TDBRVWuvw")}
-        # The second is a pointer to the C++ exception handler, data and the same in every object.
-        assert defined == {f"pvc::kernels_{isa}", "DW.ref.__gxx_personality_v0"}
+    if shutil.which("objdump") is None or "avx2" not in EXTENSION.compiled_isas():
+        pytest.skip("no objdump to find AVX instructions with, or none of them in this build")
+    assert reachable_avx(Path(EXTENSION.__file__)) == set()
+
+
+def test_a_leaking_function_is_found(tmp_path):
+    if shutil.which("objdump") is None or shutil.which("g++") is None or platform.machine() != "x86_64":
+        pytest.skip("no g++ and objdump for x86-64 to build and list a library with")
+    source = tmp_path / "leak.cpp"
+    source.write_text(
+        "namespace { __attribute__((noinline)) double hidden(double* x) { return x[0] * 3 + x[1]; } }\n"
+        "__attribute__((noinline)) inline double weak(double* x) { return x[0] * 2 + x[1]; }\n"
+        "double table(double* x, int n) { return n ? weak(x) : hidden(x); }\n"
+    )
+    library = tmp_path / "leak.so"
+    command = ["g++", "-O2", "-mavx2", "-shared", "-fPIC", "-fvisibility=hidden", str(source), "-o", str(library)]
+    subprocess.run(command, check=True)
+    assert "weak(double*)" in reachable_avx(library)
+    assert not any("hidden" in name for name in reachable_avx(library))

@@ -18,6 +18,7 @@ WIDENED = CppWidened()
 def few_bytes(monkeypatch):
     """Parts of one or two samples."""
     monkeypatch.setattr(cpp_widened, "COPIED_BYTES", 5_000)
+    monkeypatch.setattr(cpp_widened, "COPIED_BYTES_PER_WEIGHT", 0)
     cpp_widened._parts.cache_clear()
     yield
     cpp_widened._parts.cache_clear()
@@ -31,7 +32,7 @@ def test_several_parts_are_one_batch(
 ):
     problem = ConvProblem.parse(f"cpu-{dtype}-{layout}-{text}")
     require(WIDENED, problem, pass_)
-    assert len(cpp_widened._parts(problem)) > 1
+    assert len(cpp_widened._parts(problem, pass_)) > 1
     if WIDENED.accuracy(problem, pass_).exact_integers:
         args = operands(problem, pass_, integers=True)
         exact = reference(problem, pass_, args)
@@ -42,10 +43,17 @@ def test_several_parts_are_one_batch(
 
 def test_parts_cover_the_batch():
     problem = ConvProblem.parse("cpu-float16-ncdhw-n7ic64oc64-i32-k3-p1")
-    parts = cpp_widened._parts(problem)
+    parts = cpp_widened._parts(problem, "forward")
+    assert len(parts) > 1
     assert [begin for begin, _ in parts] == list(itertools.accumulate([0] + [part.batch for _, part in parts[:-1]]))
     assert sum(part.batch for _, part in parts) == 7
     assert all(part.dtype == "float32" and part.layout == "ncdhw" for _, part in parts)
+
+
+def test_weights_do_not_make_parts_smaller(pass_):
+    """They are converted once, and every part's sums of their gradient would have to be added."""
+    problem = ConvProblem.parse("cpu-float16-ndhwc-n8ic512oc512-i2x7x7-k3-p1")
+    assert len(cpp_widened._parts(problem, pass_)) == 1
 
 
 def test_float16_does_not_run_in_a_scalar_loop(pass_, require):

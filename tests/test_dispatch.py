@@ -130,8 +130,9 @@ def test_forced_by_environment(registry, monkeypatch):
 
 def test_wrong_name_in_environment_is_an_error(monkeypatch):
     monkeypatch.setenv("PYVOLCONV_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="unknown backend 'cuda'; expected one of"):
-        convolve()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="PYVOLCONV_BACKEND=cuda: unknown backend 'cuda'; expected one of: "):
+            convolve()
 
 
 def test_innermost_block_wins_and_is_undone_by_an_exception():
@@ -231,6 +232,26 @@ def test_refusal_names_problem_pass_and_every_reason(registry):
     ):
         convolve()
     assert list(raised.value.reasons) == ["one"]
+
+
+def test_refusal_says_what_to_do(registry):
+    refusing = Recorder("one", refuses=PASSES)
+    registry(refusing, Recorder("two"), Recorder("shy", automatic=False))
+    with pyvolconv.use_backend("one"), pytest.raises(UnsupportedProblemError) as raised:
+        convolve()
+    assert raised.value.able == ("two", "shy")
+    *_, last = str(raised.value).splitlines()
+    assert last.startswith("Leave the backend unforced, or name one that can")
+    assert last.endswith(": two, shy")
+    dispatch.forget_choices()
+    registry(refusing, Recorder("shy", automatic=False))
+    with pytest.raises(UnsupportedProblemError, match=r"\nName one that can, by use_backend.*: shy$"):
+        convolve()
+    dispatch.forget_choices()
+    registry(refusing)
+    with pytest.raises(UnsupportedProblemError, match="\nNo other backend can run it here") as raised:
+        convolve()
+    assert raised.value.able == ()
 
 
 def test_refused_gradient_is_an_error_and_leaves_nothing_half_written(registry):

@@ -30,16 +30,24 @@ SHAPES = (
 )
 
 
-@pytest.fixture(params=[] if _C is None else _C.supported_isas())
-def isa(request):
+ISAS = [] if _C is None else _C.supported_isas()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, use_isa):
+    use_isa(request.param)
+    return request.param
+
+
+@pytest.fixture
+def use_isa():
     before = _C.current_isa()
-    _C.use_isa(request.param)
-    yield request.param
+    yield _C.use_isa
     _C.use_isa(before)
 
 
-def problems(dtypes=("float32", "float64")):
-    for shape, dtype, layout in itertools.product(SHAPES, dtypes, LAYOUTS):
+def problems(dtypes=("float32", "float64"), shapes=SHAPES):
+    for shape, dtype, layout in itertools.product(shapes, dtypes, LAYOUTS):
         yield ConvProblem.parse(f"cpu-{dtype}-{layout}-{shape}-bias")
 
 
@@ -63,14 +71,17 @@ def spoil(tensor, count=4):
         tensor[tuple(int(i) for i in torch.unravel_index(torch.tensor(place), tensor.shape))] = value
 
 
-def test_within_bound_and_same_bits(isa, operands, assert_within_bound, threads):
-    for problem in problems():
+@pytest.mark.parametrize("shape", SHAPES)
+def test_within_bound_and_same_bits(shape, operands, assert_within_bound, threads, use_isa):
+    for problem in problems(shapes=[shape]):
         args = operands(problem, "forward")
-        threads(1)
-        got = BACKEND.forward(problem, *args)
-        assert_within_bound(got, problem, "forward", args, BACKEND.accuracy(problem, "forward"))
-        threads(3)
-        assert torch.equal(BACKEND.forward(problem, *args), got)
+        for isa in ISAS:
+            use_isa(isa)
+            threads(1)
+            got = BACKEND.forward(problem, *args)
+            assert_within_bound(got, problem, "forward", args, BACKEND.accuracy(problem, "forward"))
+            threads(3)
+            assert torch.equal(BACKEND.forward(problem, *args), got), f"other bits with 3 threads and {isa}"
 
 
 def test_exact_on_integers(isa, operands, reference):

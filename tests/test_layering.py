@@ -25,7 +25,7 @@ FLOORS = (
     ("fused_ops",),
     ("derivatives", "transforms"),
     ("fused_derivatives", "fused_transforms"),
-    ("shortcut", "cost"),
+    ("shortcut", "cost", "candidates"),
     ("functional",),
     ("fused_functional", "nn"),
     ("chains", "straight_forward"),
@@ -102,7 +102,7 @@ def test_only_the_dispatcher_and_the_operators_know_backends(module):
             # The machine's FMA peak is measured by the compiled part too.
             assert _unit(module) in ("backends", "cost"), f"{module} imports {target}"
         if _unit(target) == "backends":
-            knowing = ("backends", "tuned", "dispatch", "ops", "fused_ops", "shortcut", "autotune")
+            knowing = ("backends", "tuned", "dispatch", "ops", "fused_ops", "shortcut", "candidates")
             assert _unit(module) in knowing, f"{module} imports {target}"
 
 

@@ -192,49 +192,52 @@ def compiled(launch):
     source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
 
-dtype, channels, out_channels, stride, groups, layout, precision = eval(sys.argv[1])
-memory_format = getattr(torch, layout)
-def tensor(*shape):
-    return torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
-x, weight = tensor(2, channels, 16, 32, 32), tensor(out_channels, channels // groups, 3, 3, 3)
-y = tensor(2, out_channels, *(-(-size // step) for size, step in zip((16, 32, 32), stride)))
-bias = torch.empty(out_channels, dtype=dtype, device="meta")
-geometry = (stride, (1, 1, 1), (1, 1, 1), groups)
-launches = [
-    forward(x, weight, bias, *geometry, y, precision),
-    grad_input(y, weight, *geometry, x, precision),
-    *grad_weight(y, x, *geometry, weight, precision),
-]
-for launch in launches:
-    code = compiled(launch)
-    assert len(code.asm["cubin"]) > 0
-    tensor_core = any(name in code.asm["ptx"] for name in ("wgmma.mma_async", "mma.sync"))
-    print(launch.kernel.__name__, tensor_core, code.metadata.shared)
+def compile_all(dtype, channels, out_channels, stride, groups, layout, precision):
+    memory_format = getattr(torch, layout)
+    def tensor(*shape):
+        return torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
+    x, weight = tensor(2, channels, 16, 32, 32), tensor(out_channels, channels // groups, 3, 3, 3)
+    y = tensor(2, out_channels, *(-(-size // step) for size, step in zip((16, 32, 32), stride)))
+    bias = torch.empty(out_channels, dtype=dtype, device="meta")
+    geometry = (stride, (1, 1, 1), (1, 1, 1), groups)
+    launches = [
+        forward(x, weight, bias, *geometry, y, precision),
+        grad_input(y, weight, *geometry, x, precision),
+        *grad_weight(y, x, *geometry, weight, precision),
+    ]
+    for launch in launches:
+        code = compiled(launch)
+        assert len(code.asm["cubin"]) > 0
+        tensor_core = any(name in code.asm["ptx"] for name in ("wgmma.mma_async", "mma.sync"))
+        print(launch.kernel.__name__, tensor_core, code.metadata.shared)
+
+for case in sys.argv[1:]:
+    compile_all(*eval(case))
 """
+
+HOPPER = {
+    "(torch.float16, 64, 64, (1, 1, 1), 1, 'channels_last_3d', 'ieee')": True,
+    "(torch.bfloat16, 64, 64, (2, 2, 2), 1, 'contiguous_format', 'ieee')": True,
+    "(torch.float32, 32, 32, (1, 1, 1), 32, 'channels_last_3d', 'ieee')": False,
+    "(torch.float32, 24, 32, (1, 1, 1), 1, 'channels_last_3d', 'tf32')": True,
+}
+"""Arguments of `compile_all`, and whether the products must run on tensor cores."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case",
-    [
-        "(torch.float16, 64, 64, (1, 1, 1), 1, 'channels_last_3d', 'ieee')",
-        "(torch.bfloat16, 64, 64, (2, 2, 2), 1, 'contiguous_format', 'ieee')",
-        "(torch.float32, 32, 32, (1, 1, 1), 32, 'channels_last_3d', 'ieee')",
-        "(torch.float32, 24, 32, (1, 1, 1), 1, 'channels_last_3d', 'tf32')",
-    ],
-)
-def test_compiles_for_hopper_without_a_gpu(case, tmp_path):
+def test_compiles_for_hopper_without_a_gpu(tmp_path):
     """Down to machine code for compute capability 9.0; 16-bit and TF32 products run on its tensor cores."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     result = subprocess.run(
-        [sys.executable, "-c", COMPILE, case], capture_output=True, text=True, timeout=600, env=environment
+        [sys.executable, "-c", COMPILE, *HOPPER], capture_output=True, text=True, timeout=600, env=environment
     )
     assert result.returncode == 0, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
     names = ["forward_kernel", "grad_input_kernel", "grad_weight_kernel", "add_partials_kernel"]
-    assert [name for name, _, _ in lines] == names
-    for name, tensor_core, shared_bytes in lines:
+    assert [name for name, _, _ in lines] == names * len(HOPPER)
+    on_tensor_cores = [on for on in HOPPER.values() for _ in names]
+    for (name, tensor_core, shared_bytes), expected in zip(lines, on_tensor_cores, strict=True):
         assert int(shared_bytes) <= 227 * 1024, f"{name}: more shared memory than a Hopper multiprocessor has"
         if name != "add_partials_kernel":
-            assert tensor_core == str("torch.float32" not in case or "tf32" in case)
+            assert tensor_core == str(expected)

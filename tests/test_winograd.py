@@ -13,7 +13,7 @@ import torch
 from pyvolconv import get_precision, set_precision
 from pyvolconv.backends.base import MEMORY_FORMAT, Accuracy
 from pyvolconv.backends.cpp import load_extension, plan_of, pooled_plan_of
-from pyvolconv.backends.cpp_winograd import SCHEMES, CppWinograd
+from pyvolconv.backends.cpp_winograd import SCHEMES, STRIDED_SCHEMES, CppWinograd
 from pyvolconv.epilogue import NO_VOXEL
 from pyvolconv.problem import LAYOUTS, PASSES, ConvProblem
 
@@ -21,6 +21,7 @@ _C, missing = load_extension()
 pytestmark = pytest.mark.skipif(_C is None, reason=missing or "compiled")
 
 ALL = [(kernel, outputs) for kernel, allowed in SCHEMES.items() for outputs in allowed["high"]]
+STRIDED = [(kernel, stride, outputs) for (kernel, stride), outputs in STRIDED_SCHEMES.items()]
 SHAPES = (
     "n1ic1oc1-i1x1x1",
     "n2ic16oc24-i5x6x7",
@@ -33,18 +34,27 @@ CONSTANT = {0: 2.0, 1: 2.0, 2: 8.0, 3: 32.0}
 """By axes of F(4): what `CppWinograd.accuracy` declares."""
 
 
-@pytest.fixture(params=[] if _C is None else _C.supported_isas())
-def isa(request):
+ISAS = [] if _C is None else _C.supported_isas()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, use_isa):
+    use_isa(request.param)
+    return request.param
+
+
+@pytest.fixture
+def use_isa():
     before = _C.current_isa()
-    _C.use_isa(request.param)
-    yield request.param
+    yield _C.use_isa
     _C.use_isa(before)
 
 
-def problem_of(shape, kernel, dtype, layout, padding=None):
-    text = f"cpu-{dtype}-{layout}-{shape}-k{'x'.join(map(str, kernel))}"
-    padding = tuple(k // 2 for k in kernel) if padding is None else padding
-    return ConvProblem.parse(f"{text}-p{'x'.join(map(str, padding))}")
+def problem_of(shape, kernel, dtype, layout, padding=None, dilation=(1, 1, 1), stride=(1, 1, 1)):
+    dilation = tuple(d if k > 1 else 1 for k, d in zip(kernel, dilation, strict=True))
+    padding = tuple(k // 2 * d for k, d in zip(kernel, dilation, strict=True)) if padding is None else padding
+    kernel, stride, padding, dilation = ("x".join(map(str, each)) for each in (kernel, stride, padding, dilation))
+    return ConvProblem.parse(f"cpu-{dtype}-{layout}-{shape}-k{kernel}-s{stride}-p{padding}-d{dilation}")
 
 
 def run(problem, outputs, pass_, args):
@@ -63,13 +73,14 @@ def run(problem, outputs, pass_, args):
     return result
 
 
-def accuracy_of(outputs, dtype):
-    reach = tuple(0 if m == 1 else m + 1 for m in outputs)
+def accuracy_of(outputs, dtype, dilation=(1, 1, 1), stride=(1, 1, 1)):
+    mixed = tuple(0 if m == 1 else m + 1 if s == 1 else 2 for m, s in zip(outputs, stride, strict=True))
+    reach = tuple(m * d for m, d in zip(mixed, dilation, strict=True))
     return Accuracy(CONSTANT[outputs.count(4)], dtype, True, reach)
 
 
 @pytest.mark.parametrize(("kernel", "outputs"), ALL)
-def test_within_bound_and_same_bits(isa, kernel, outputs, pass_, operands, assert_within_bound, threads):
+def test_within_bound_and_same_bits(kernel, outputs, pass_, operands, assert_within_bound, threads, use_isa):
     if pass_ == "grad_weight" and 4 in outputs:
         with pytest.raises(ValueError, match="one or two outputs per tile"):
             run(problem_of(SHAPES[0], kernel, "float32", "ndhwc"), outputs, pass_, [torch.zeros(1), torch.zeros(1)])
@@ -77,11 +88,13 @@ def test_within_bound_and_same_bits(isa, kernel, outputs, pass_, operands, asser
     for shape, dtype, layout in itertools.product(SHAPES, ("float32", "float64"), LAYOUTS):
         problem = problem_of(shape, kernel, dtype, layout)
         args = operands(problem, pass_)
-        threads(1)
-        got = run(problem, outputs, pass_, args)
-        assert_within_bound(got, problem, pass_, args, accuracy_of(outputs, dtype))
-        threads(3)
-        assert torch.equal(run(problem, outputs, pass_, args), got)
+        for isa in ISAS:
+            use_isa(isa)
+            threads(1)
+            got = run(problem, outputs, pass_, args)
+            assert_within_bound(got, problem, pass_, args, accuracy_of(outputs, dtype))
+            threads(3)
+            assert torch.equal(run(problem, outputs, pass_, args), got), f"other bits with 3 threads and {isa}"
 
 
 @pytest.mark.parametrize("outputs", [(2, 2, 2), (1, 2, 2), (2, 1, 1)])
@@ -108,6 +121,89 @@ def test_paddings(isa, padding, operands, assert_within_bound):
         assert_within_bound(run(problem, outputs, pass_, args), problem, pass_, args, accuracy_of(outputs, "float32"))
 
 
+@pytest.mark.parametrize(("kernel", "outputs"), ALL)
+@pytest.mark.parametrize("dilation", [(2, 2, 2), (3, 1, 2), (5, 12, 4)])
+def test_dilation(isa, kernel, outputs, dilation, pass_, operands, assert_within_bound, threads):
+    """Residues with several boxes, with parts of tiles, with one voxel and with none."""
+    if pass_ == "grad_weight" and 4 in outputs:
+        return
+    lattice = (1, 1, 1) if pass_ == "grad_weight" else dilation  # taps are next to each other
+    for (shape, dtype), layout in itertools.product(
+        (("n2ic16oc24-i5x6x7", "float32"), ("n1ic5oc33-i9x7x30", "float32"), ("n1ic17oc8-i12x3x11", "float64")), LAYOUTS
+    ):
+        problem = problem_of(shape, kernel, dtype, layout, dilation=dilation)
+        args = operands(problem, pass_)
+        threads(1)
+        got = run(problem, outputs, pass_, args)
+        assert_within_bound(got, problem, pass_, args, accuracy_of(outputs, dtype, lattice))
+        threads(3)
+        assert torch.equal(run(problem, outputs, pass_, args), got)
+
+
+@pytest.mark.parametrize("padding", ["0", "4x1x2", "3+0x0+5x7+2"])
+def test_exact_on_integers_with_dilation(isa, padding, operands, reference):
+    for dilation, pass_, layout in itertools.product(("2", "3x1x4"), PASSES, LAYOUTS):
+        problem = ConvProblem.parse(f"cpu-float32-{layout}-n2ic5oc20-i9x8x13-k3-p{padding}-d{dilation}")
+        args = operands(problem, pass_, integers=True)
+        assert torch.equal(run(problem, (2, 2, 2), pass_, args).double(), reference(problem, pass_, args))
+
+
+def tile(outputs, stride, pass_):
+    return tuple(m * s for m, s in zip(outputs, stride, strict=True)) if pass_ == "grad_input" else outputs
+
+
+@pytest.mark.parametrize(("kernel", "stride", "outputs"), STRIDED)
+def test_strides(isa, kernel, stride, outputs, pass_, operands, assert_within_bound, threads):
+    for shape, dtype, layout in itertools.product(SHAPES, ("float32", "float64"), LAYOUTS):
+        problem = problem_of(shape, kernel, dtype, layout, stride=stride)
+        args = operands(problem, pass_)
+        threads(1)
+        got = run(problem, tile(outputs, stride, pass_), pass_, args)
+        assert_within_bound(got, problem, pass_, args, accuracy_of(outputs, dtype, stride=stride))
+        threads(3)
+        assert torch.equal(run(problem, tile(outputs, stride, pass_), pass_, args), got)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "outputs"), STRIDED)
+def test_strides_are_exact_on_integers(isa, kernel, stride, outputs, operands, reference):
+    """All constants are 1 or -1. Paddings of one side, wider than the kernel; also with dilation."""
+    kernel, step = ("x".join(map(str, each)) for each in (kernel, stride))
+    depth = "0" if outputs[0] == 1 else "3+1"
+    paddings = (
+        f"p{depth}x1x1",
+        f"p{depth}x1+4x3+0",
+        f"p{depth}x5x1+2",
+        "p0",
+        f"p{depth}x4x0+3",
+        f"p{depth}x2x3-d1x2x3",
+    )
+    for padding, pass_, layout in itertools.product(paddings, PASSES, LAYOUTS):
+        problem = ConvProblem.parse(f"cpu-float32-{layout}-n2ic5oc20-i9x10x15-k{kernel}-s{step}-{padding}")
+        if pass_ == "grad_input" and any(
+            s == 2 and p % 2 == 0 for s, (p, _) in zip(stride, problem.padding, strict=True)
+        ):
+            continue
+        args = operands(problem, pass_, integers=True)
+        got = run(problem, tile(outputs, stride, pass_), pass_, args)
+        assert torch.equal(got.double(), reference(problem, pass_, args))
+
+
+@pytest.mark.parametrize(("kernel", "stride", "outputs"), STRIDED)
+def test_infinity_and_nan_in_a_strided_gradient(isa, kernel, stride, outputs, operands):
+    problem = problem_of("n1ic17oc6-i9x8x13", kernel, "float32", "ndhwc", stride=stride)
+    grad_output, weight = operands(problem, "grad_input")
+    for hit, values in ((grad_output, (float("inf"), float("nan"), 3e38)), (weight, (-float("inf"), float("nan")))):
+        for value in values:
+            place = tuple(int(torch.randint(size, ())) for size in hit.shape)
+            kept = hit[place].clone()
+            hit[place] = value
+            direct = torch.empty(problem.input_shape).contiguous(memory_format=torch.channels_last_3d)
+            _C.grad_input(plan_of(problem), grad_output.data_ptr(), weight.data_ptr(), direct.data_ptr())
+            got = run(problem, tile(outputs, stride, "grad_input"), "grad_input", [grad_output, weight])
+            torch.testing.assert_close(got, direct, rtol=1e-3, atol=1e-3, equal_nan=True)
+            hit[place] = kept
+
+
 @pytest.mark.parametrize("outputs", [(2, 2, 2), (1, 2, 2), (2, 1, 1)])
 def test_exact_on_integers(isa, outputs, operands, reference):
     """The constants of F(2, 3) are powers of two."""
@@ -118,11 +214,15 @@ def test_exact_on_integers(isa, outputs, operands, reference):
         assert torch.equal(run(problem, outputs, pass_, args).double(), reference(problem, pass_, args))
 
 
-@pytest.mark.parametrize(("kernel", "outputs"), ALL)
+@pytest.mark.parametrize(
+    ("kernel", "outputs", "dilation", "stride"),
+    [(kernel, outputs, dilation, (1, 1, 1)) for kernel, outputs in ALL for dilation in ((1, 1, 1), (2, 1, 3))]
+    + [(kernel, outputs, (1, 1, 1), stride) for kernel, stride, outputs in STRIDED],
+)
 @pytest.mark.parametrize("where", ["source", "weight"])
-def test_infinity_and_nan_reach_only_what_depends_on_them(isa, kernel, outputs, where, operands):
+def test_infinity_and_nan_reach_only_what_depends_on_them(isa, kernel, outputs, dilation, stride, where, operands):
     """The same voxels are infinite, negative infinite and NaN as in the direct convolution of the same values."""
-    problem = problem_of("n1ic6oc17-i7x8x13", kernel, "float32", "ndhwc")
+    problem = problem_of("n1ic6oc17-i7x8x13", kernel, "float32", "ndhwc", dilation=dilation, stride=stride)
     x, weight = operands(problem, "forward")
     hit = x if where == "source" else weight
     values = torch.tensor([float("inf"), -float("inf"), float("nan")])
@@ -138,13 +238,17 @@ def test_infinity_and_nan_reach_only_what_depends_on_them(isa, kernel, outputs, 
     torch.testing.assert_close(got, direct, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
-@pytest.mark.parametrize("outputs", [(2, 2, 2), (1, 2, 2), (2, 1, 1)])
+@pytest.mark.parametrize(
+    ("outputs", "stride"),
+    [((2, 2, 2), (1, 1, 1)), ((1, 2, 2), (1, 1, 1)), ((2, 1, 1), (1, 1, 1)), ((2, 2, 2), (2, 2, 2))],
+)
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38])
-def test_weight_gradient_that_is_not_finite_is_the_direct_one(isa, outputs, value, operands):
+def test_weight_gradient_that_is_not_finite_is_the_direct_one(isa, outputs, stride, value, operands):
     """3e38: sums of the transforms overflow, the gradient itself does not."""
     kernel = tuple(1 if m == 1 else 3 for m in outputs)
     for layout, hit in itertools.product(LAYOUTS, (0, 1)):
-        problem = problem_of("n1ic6oc17-i7x8x13", kernel, "float32", layout)
+        shape = "n1ic6oc17-i7x8x13" if stride == (1, 1, 1) else "n1ic6oc17-i13x16x25"
+        problem = problem_of(shape, kernel, "float32", layout, stride=stride)
         args = operands(problem, "grad_weight")
         if value == 3e38:
             args[1 - hit].zero_()
@@ -169,11 +273,13 @@ def test_no_overflow_that_the_convolution_does_not_have(isa, operands):
         assert torch.equal(run(problem, outputs, "forward", [x, weight]), torch.full(problem.output_shape, 1.5e38))
 
 
-@pytest.mark.parametrize("outputs", SCHEMES[3, 3, 3]["high"])
-def test_pool_chooses_among_the_same_sums(isa, outputs):
+@pytest.mark.parametrize(
+    ("outputs", "stride"), [(outputs, 1) for outputs in SCHEMES[3, 3, 3]["high"]] + [((2, 2, 2), 2)]
+)
+def test_pool_chooses_among_the_same_sums(isa, outputs, stride):
     """Fused with a pool the sums have the same bits as without: values and codes are those of torch's max_pool3d."""
     for shape, layout in itertools.product(("n2ic16oc24-i5x7x9", "n1ic3oc40-i8x4x16"), LAYOUTS):
-        problem = ConvProblem.parse(f"cpu-float32-{layout}-{shape}-k3-p1-bias-relu-pool2ceil")
+        problem = ConvProblem.parse(f"cpu-float32-{layout}-{shape}-k3-s{stride}-p1-bias-relu-pool2ceil")
         plain = problem.with_(activation="none", pool=None)
         x, weight = (
             torch.randn(s).contiguous(memory_format=MEMORY_FORMAT[layout])
@@ -208,12 +314,21 @@ def test_scheme_that_does_not_fit_is_refused():
     for outputs in ((2, 2, 3), (1, 2, 2), (0, 0, 0)):
         with pytest.raises(ValueError, match="no Winograd scheme with these outputs"):
             _C.winograd_forward(plan_of(problem), outputs, 0, 0, 0, 0)
-    strided = ConvProblem.parse("cpu-float32-ndhwc-n1ic4oc8-i6x6x8-k3-s2-p1")
+    strided = ConvProblem.parse("cpu-float32-ndhwc-n1ic4oc8-i6x6x8-k3-s2x2x3-p1")
     with pytest.raises(ValueError, match="no Winograd scheme with these outputs"):
         _C.winograd_forward(plan_of(strided), (2, 2, 2), 0, 0, 0, 0)
+    for text in ("s2-p1", "s2-p2", "s2-p2-d3"):
+        strided = ConvProblem.parse(f"cpu-float32-ndhwc-n1ic4oc8-i6x6x8-k3-{text}")
+        with pytest.raises(ValueError, match="no Winograd scheme with these outputs"):
+            _C.winograd_forward(plan_of(strided), (4, 4, 4), 0, 0, 0, 0)
+        with pytest.raises(ValueError, match="no Winograd scheme with these outputs"):
+            _C.winograd_grad_input(plan_of(strided), (2, 2, 2) if text == "s2-p1" else (4, 4, 4), 0, 0, 0)
     pooled = ConvProblem.parse("cpu-float32-ndhwc-n1ic4oc8-i6x6x8-k3-p1-relu-pool3")
     with pytest.raises(ValueError, match="windows of the pool do not fit"):
         _C.winograd_forward_max_pool(pooled_plan_of(pooled), (2, 2, 2), 0, 0, 0, 0, 0)
+    dilated = ConvProblem.parse("cpu-float32-ndhwc-n1ic4oc8-i6x6x8-k3-p2-d2-relu-pool2")
+    with pytest.raises(ValueError, match="windows of the pool do not fit"):
+        _C.winograd_forward_max_pool(pooled_plan_of(dilated), (2, 2, 2), 0, 0, 0, 0, 0)
 
 
 def test_precision_allows_schemes_that_round_more():
@@ -238,8 +353,9 @@ def test_refusals_name_the_reason():
     backend = CppWinograd()
     refusals = {
         "k5-p2": "kernel size is",
-        "k3-s2-p1": "stride is",
-        "k3-p2-d2": "dilation",
+        "k3-s2x1x2-p1": "it computes (1, 1, 1), (2, 2, 2), (1, 2, 2)",
+        "k3x1x1-s2x1x1-p1x0x0": "it computes (1, 1, 1)",
+        "k3-p2-d2-relu-pool2": "dilation",
         "k3-p1-relu-pool3": "windows must touch",
     }
     for text, reason in refusals.items():
@@ -248,6 +364,10 @@ def test_refusals_name_the_reason():
     plain = ConvProblem.parse("cpu-float32-ndhwc-n1ic4oc8-i8-k3-p1")
     assert backend.unsupported_reasons(plain, "forward") == []
     assert backend.unsupported_reasons(plain, "grad_weight") == []
+    for text in ("k3-s2-p2", "k3-s2-p1-d2"):
+        strided = ConvProblem.parse(f"cpu-float32-ndhwc-n1ic4oc8-i8-{text}")
+        assert backend.unsupported_reasons(strided, "forward") == []
+        assert "an odd padding" in backend.unsupported_reasons(strided, "grad_input")[0]
     pooled = plain.with_(
         activation="relu", pool=ConvProblem.parse("cpu-float32-ndhwc-n1ic4oc8-i8-k3-p1-relu-pool2").pool
     )

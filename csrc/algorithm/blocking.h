@@ -68,6 +68,7 @@ struct Blocking {
 // ends unless there are too few channels to transpose by vectors; in ndhwc the planar kernel has to transpose.
 template <typename T>
 Kernel choose_kernel(const Gather& gather) {
+    if constexpr (is_pair<T>) return Kernel::broadcast;
     constexpr int64_t lanes = Vector<T>::lanes;
     const auto used = [](int64_t count) {
         return static_cast<double>(count) / static_cast<double>(ceil_divide(count, lanes) * lanes);

@@ -10,9 +10,13 @@ namespace {
 
 template <typename T, int NR>
 Microkernel<T> microkernel_of(const Blocking<T>& b, int64_t items) {
-    if (b.kernel == Kernel::planar) return planar_tile_of<T, NR>(items);
+    if constexpr (!is_pair<T>) {
+        if (b.kernel == Kernel::planar) return planar_tile_of<T, NR>(items);
+    }
     if constexpr (NR <= kBroadcastVectors) {
-        if (b.kernel == Kernel::depthwise) return depthwise_tile_of<T, NR>(items);
+        if constexpr (!is_pair<T>) {
+            if (b.kernel == Kernel::depthwise) return depthwise_tile_of<T, NR>(items);
+        }
         if (b.length == 3) return broadcast_tile_of<T, NR, 3>(items);
         return b.length == 1 ? broadcast_tile_of<T, NR, 1>(items) : broadcast_tile_of<T, NR, 0>(items);
     }
@@ -47,7 +51,8 @@ void compute_part(const Blocking<T>& b, int64_t grains, int64_t items, TileArgum
     }
 }
 
-template <typename T>
+// S: what source and target hold.
+template <typename T, typename S = T>
 class TileTask {
   public:
     TileTask(const Gather& gather, const Blocking<T>& b, int64_t task) : gather_(gather), b_(b) {
@@ -66,14 +71,14 @@ class TileTask {
         items_ = b.items(to_.count);
         // A vector of the planar kernel may be longer than what is left of the last row.
         input_ = scratch<T>(Scratch::tile_input, tiling.packed_voxels() * b.chunk + b.lanes);
-        sums_ = scratch<T>(Scratch::tile_accumulators, items_ * b.grains * b.lanes);
+        sums_ = scratch<Sum<T>>(Scratch::tile_accumulators, items_ * b.grains * b.lanes);
         places_ = static_cast<int64_t*>(
             scratch_bytes(Scratch::tile_output, static_cast<size_t>(items_) * (sizeof(int64_t) + sizeof(int32_t))));
         offsets_ = reinterpret_cast<int32_t*>(places_ + items_);
         list_items();
     }
 
-    void run(const T* source, const T* packed_weights, const T* initial, T* target) {
+    void run(const S* source, const T* packed_weights, const Sum<T>* initial, S* target) {
         const int64_t all_sources = gather_.groups * gather_.source_channels;
         for (int64_t chunk = 0; chunk < b_.chunks; ++chunk) {
             from_.channel = unit_ * b_.unit_sources + chunk * b_.chunk;
@@ -114,6 +119,7 @@ class TileTask {
 
     // Whether a kernel can write its sums to the target itself.
     bool direct() const {
+        if constexpr (is_pair<T>) return false;
         const int64_t all_targets = gather_.groups * gather_.target_channels;
         const bool last = gather_.layout == Layout::ndhwc;
         if (b_.kernel != Kernel::planar) return last && to_.channels == to_.width;
@@ -121,7 +127,7 @@ class TileTask {
     }
 
     // Whether the target is too large to stay in a cache, and a block writes whole cache lines of it.
-    bool streams(const T* target) const {
+    bool streams(const S* target) const {
         constexpr int64_t kLargeBytes = int64_t{64} << 20, kLine = 64;
         const GatherAxis* axis = gather_.axis;
         const int64_t voxel_bytes = gather_.groups * gather_.target_channels * static_cast<int64_t>(sizeof(T));
@@ -132,7 +138,7 @@ class TileTask {
                voxel_bytes % kLine == 0 && block_bytes % kLine == 0 && begin % kLine == 0;
     }
 
-    T* tile_target(T* target) const {
+    S* tile_target(S* target) const {
         const GatherAxis* axis = gather_.axis;
         const int64_t all_targets = gather_.groups * gather_.target_channels;
         int64_t voxel = 0, voxels = 1;
@@ -145,7 +151,7 @@ class TileTask {
                to_.channel * (last ? 1 : voxels);
     }
 
-    void compute_block(int64_t chunk, int64_t block, const T* weights, const T* initial, T* target) {
+    void compute_block(int64_t chunk, int64_t block, const T* weights, const Sum<T>* initial, S* target) {
         const int64_t grains = b_.block_grains(block), channel = b_.block_first(block) * b_.grain;
         const int64_t all_targets = gather_.groups * gather_.target_channels;
         to_.channel = unit_ * b_.unit_targets + channel;
@@ -167,16 +173,20 @@ class TileTask {
             arguments.segment_count = b_.parts[p].segments;
             arguments.weights = block_weights + b_.parts[p].element * to_.width;
             arguments.initial = chunk == 0 && p == 0 ? initial + channel : nullptr;
-            arguments.target = last && direct() ? tile_target(target) : nullptr;
-            arguments.stream = arguments.target != nullptr && streams(target);
+            if constexpr (!is_pair<T>) {
+                arguments.target = last && direct() ? tile_target(target) : nullptr;
+                arguments.stream = arguments.target != nullptr && streams(target);
+            }
             compute_part(b_, grains, items_, arguments);
         }
         if (chunk + 1 < b_.chunks || direct()) return;
-        if (b_.kernel == Kernel::planar) {
-            store_planar(gather_, to_, arguments.sums, target);
-        } else {
-            store_channels_last(gather_, to_, arguments.sums, target);
+        if constexpr (!is_pair<T>) {
+            if (b_.kernel == Kernel::planar) {
+                store_planar(gather_, to_, arguments.sums, target);
+                return;
+            }
         }
+        store_channels_last(gather_, to_, arguments.sums, target);
     }
 
     const Gather& gather_;
@@ -185,7 +195,7 @@ class TileTask {
     SourceBlock from_ = {};
     TargetBlock to_ = {};
     T* input_;
-    T* sums_;
+    Sum<T>* sums_;
     int64_t* places_;
     int32_t* offsets_;
 };

@@ -39,6 +39,7 @@ struct CellAxis {
 struct Gather {
     int64_t batch, groups;
     int64_t source_channels, target_channels;  // per group
+    int64_t paired_channels;                   // where source_channels are pairs of channels: how many there are
     GatherAxis axis[3];
     CellAxis window[3];  // extent 0: every voxel is its own cell
     int64_t weight_group_stride, weight_source_stride, weight_target_stride, weight_tap_stride[3];
@@ -85,7 +86,7 @@ inline GatherAxis forward_axis(const ConvProblem& problem, int axis) {
             -problem.padding_begin[axis],
             problem.stride[axis],
             problem.kernel_size[axis],
-            problem.dilation[axis],
+            problem.kernel_size[axis] == 1 ? 1 : problem.dilation[axis],
             0,
             1,
             problem.output_size[axis],
@@ -110,7 +111,7 @@ inline GatherAxis grad_input_axis(const ConvProblem& problem, int axis, int64_t 
             taps == 0 ? 0 : (shifted - last_tap * dilation) / stride,
             1,
             taps,
-            period * dilation / stride,
+            taps < 2 ? 1 : period * dilation / stride,
             last_tap,
             -period,
             residue < input ? ceil_divide(input - residue, stride) : 0,

@@ -41,7 +41,7 @@ inline void copy_values(const T* from, T* to, int64_t count) {
     V::store(to + count - V::lanes, V::load(from + count - V::lanes));
 }
 
-// rows x columns values; one of the two is contiguous in `from`, one in `to`.
+// rows x columns values. Where neither of the two is contiguous on a side (a lattice in ncdhw), value by value.
 template <typename T>
 void copy_matrix(const T* from, RowStrides from_strides, T* to, RowStrides to_strides, int64_t voxels,
                  int64_t channels) {
@@ -57,10 +57,14 @@ void copy_matrix(const T* from, RowStrides from_strides, T* to, RowStrides to_st
         for (int64_t v = 0; v < voxels; ++v) {
             copy_values(from + v * from_strides.voxel, to + v * to_strides.voxel, channels);
         }
-    } else if (from_strides.voxel == 1) {
+    } else if (from_strides.voxel == 1 && to_strides.channel == 1) {
         transpose(from, from_strides.channel, to, to_strides.voxel, channels, voxels);
-    } else {
+    } else if (from_strides.channel == 1 && to_strides.voxel == 1) {
         transpose(from, from_strides.voxel, to, to_strides.channel, voxels, channels);
+    } else {
+        for (int64_t c = 0; c < channels; ++c, from += from_strides.channel, to += to_strides.channel) {
+            for (int64_t v = 0; v < voxels; ++v) to[v * to_strides.voxel] = from[v * from_strides.voxel];
+        }
     }
 }
 
@@ -68,9 +72,10 @@ void copy_matrix(const T* from, RowStrides from_strides, T* to, RowStrides to_st
 template <typename T>
 void pack_row(const GatherAxis& axis, const PackedAxis& packed, const SourceBlock& block, const T* row, RowStrides from,
               T* to, RowStrides packed_strides) {
-    if (packed.dense) {
-        const int64_t begin = smaller(larger(-block.origin[2], 0), packed.rows);
-        const int64_t end = larger(smaller(axis.source_size - block.origin[2], packed.rows), begin);
+    if (const int64_t step = even_step(axis, packed); step > 0) {
+        const int64_t begin = smaller(ceil_divide(larger(-block.origin[2], 0), step), packed.rows);
+        const int64_t inside = ceil_divide(larger(axis.source_size - block.origin[2], 0), step);
+        const int64_t end = larger(smaller(inside, packed.rows), begin);
         if (packed_strides.voxel == 1) {
             for (int64_t c = 0; c < block.channels; ++c) {
                 fill_zero(to + c * packed_strides.channel, begin);
@@ -80,8 +85,8 @@ void pack_row(const GatherAxis& axis, const PackedAxis& packed, const SourceBloc
             fill_zero(to, begin * block.width);
             fill_zero(to + end * block.width, (packed.rows - end) * block.width);
         }
-        copy_matrix(row + (block.origin[2] + begin) * from.voxel, from, to + begin * packed_strides.voxel,
-                    packed_strides, end - begin, block.channels);
+        copy_matrix(row + (block.origin[2] + begin * step) * from.voxel, {from.voxel * step, from.channel},
+                    to + begin * packed_strides.voxel, packed_strides, end - begin, block.channels);
         return;
     }
     for (int64_t w = 0; w < packed.rows; ++w) {

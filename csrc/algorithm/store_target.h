@@ -1,7 +1,8 @@
 // The sums of one tile and one block of target channels, written to where they belong in the target tensor.
 #pragma once
 
-#include "../vector.h"
+#include "../arena.h"
+#include "../bfloat_pair.h"
 #include "tiling.h"
 #include "transpose.h"
 
@@ -29,14 +30,32 @@ void store_voxels_ndhwc(const T* sums, const TargetBlock& block, int64_t voxels,
     }
 }
 
+#if defined(PVC_BFLOAT_PAIRS)
+inline void store_voxels_ndhwc(const float* sums, const TargetBlock& block, int64_t voxels, int64_t stride,
+                               Bfloat16* to) {
+    for (int64_t v = 0; v < voxels; ++v, sums += block.width, to += stride) copy_bfloat16(sums, to, block.channels);
+}
+
+inline void transpose(const float* from, int64_t from_stride, Bfloat16* to, int64_t to_stride, int64_t rows,
+                      int64_t columns) {
+    float* planes = scratch<float>(Scratch::tile_rows, rows * columns);
+    transpose(from, from_stride, planes, rows, rows, columns);
+    for (int64_t c = 0; c < columns; ++c) copy_bfloat16(planes + c * rows, to + c * to_stride, rows);
+}
+#endif
+
+inline void assign(float& to, float sum) { to = sum; }
+inline void assign(double& to, double sum) { to = sum; }
+inline void assign(Bfloat16& to, float sum) { to = to_bfloat16(sum); }
+
 // Sums of a channels-last kernel: [count 0][count 1][count 2][width].
-template <typename T>
-void store_channels_last(const Gather& gather, const TargetBlock& block, const T* sums, T* target) {
+template <typename T, typename S>
+void store_channels_last(const Gather& gather, const TargetBlock& block, const T* sums, S* target) {
     const GatherAxis* axis = gather.axis;
     const int64_t all_channels = gather.groups * gather.target_channels;
     const int64_t voxels = axis[0].target_size * axis[1].target_size * axis[2].target_size;
     const bool last = gather.layout == Layout::ndhwc;
-    T* first = target + block.sample * all_channels * voxels + block.channel * (last ? 1 : voxels);
+    S* first = target + block.sample * all_channels * voxels + block.channel * (last ? 1 : voxels);
     // Rows that follow one another in memory are one run.
     const bool joined = axis[2].target_step == 1 && block.count[2] == axis[2].target_size && axis[1].target_step == 1;
     const int64_t runs = joined ? 1 : block.count[1], run = joined ? block.count[1] * block.count[2] : block.count[2];
@@ -52,8 +71,8 @@ void store_channels_last(const Gather& gather, const TargetBlock& block, const T
                 transpose(sums, block.width, first + voxel, voxels, run, block.channels);
             } else {
                 for (int64_t c = 0; c < block.channels; ++c) {
-                    T* to = first + voxel + c * voxels;
-                    for (int64_t w = 0; w < run; ++w) to[w * axis[2].target_step] = sums[w * block.width + c];
+                    S* to = first + voxel + c * voxels;
+                    for (int64_t w = 0; w < run; ++w) assign(to[w * axis[2].target_step], sums[w * block.width + c]);
                 }
             }
         }

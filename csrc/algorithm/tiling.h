@@ -36,6 +36,11 @@ inline int64_t source_position(const GatherAxis& axis, const PackedAxis& packed,
     return row % packed.tile * axis.source_step + row / packed.tile * axis.tap_step;
 }
 
+// What source_position adds from each row to the next, or 0 where that differs.
+inline int64_t even_step(const GatherAxis& axis, const PackedAxis& packed) {
+    return packed.dense ? 1 : packed.tile == 1 ? axis.tap_step : 0;
+}
+
 struct Tiling {
     PackedAxis axis[3];
     int64_t cells[3];  // of one tile

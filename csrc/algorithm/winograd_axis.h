@@ -1,4 +1,5 @@
-// One axis of a Winograd convolution F(m, 3): m outputs of a filter of three taps from m + 2 products.
+// One axis of a Winograd convolution F(m, 3): m outputs of a filter of three taps from m + 2 products. Those with a
+// stride are in winograd_strided_axis.h.
 //
 // S. Winograd, "Arithmetic Complexity of Computations" (1980), in the form of A. Lavin and S. Gray, "Fast Algorithms
 // for Convolutional Neural Networks" (2016): y = A^T [(G g) * (B^T d)]. With interpolation points a_j, one of them
@@ -14,21 +15,31 @@
 // 0, 1, -1, 2, -2 loses about twice as much. Identity serves an axis of one tap.
 //
 // The gradient of the filter follows from that of y: dg = G^T [(A dy) * (B^T d)]. `gradient` is A, `weight_gradient` is
-// G^T.
+// G^T,
+// from the sums that belong to the transformed weights.
 //
 // The functions transform `step`-spaced values in place; `interior` is the part of `target` that all points but zero
 // and infinity have in all outputs. V is a scalar or a vector.
+//
+// A tile reads `window` source voxels; that of the next tile begins `advance` further on. panel.h adds up the products
+// of the `shared` points, applies `interior`, and adds those of the points `apart`.
 #pragma once
 
 namespace pvc {
 namespace {
 
-template <int Outputs>
+// Point `point` times transformed weight `weight`, added to sum `output`. Both lists are sorted by weight.
+struct PointProduct {
+    int point, weight, output;
+};
+
+// `Kind` is the number of outputs of stride 1.
+template <int Kind>
 struct WinogradAxis;
 
 template <>
 struct WinogradAxis<1> {
-    static constexpr int outputs = 1, taps = 1, points = 1;
+    static constexpr int outputs = 1, taps = 1, window = 1, advance = 1, points = 1, weights = 1;
 
     template <typename V>
     static inline void source(V*, int) {}
@@ -44,7 +55,8 @@ struct WinogradAxis<1> {
 
 template <>
 struct WinogradAxis<2> {
-    static constexpr int outputs = 2, taps = 3, points = 4;
+    static constexpr int outputs = 2, taps = 3, window = 4, advance = 2, points = 4, weights = 4;
+    static constexpr PointProduct shared[] = {{1, 1, 0}, {2, 2, 1}}, apart[] = {{0, 0, 0}, {3, 3, 1}};
 
     template <typename V>
     static inline void source(V* v, int step) {
@@ -96,7 +108,9 @@ struct WinogradAxis<2> {
 
 template <>
 struct WinogradAxis<4> {
-    static constexpr int outputs = 4, taps = 3, points = 6;
+    static constexpr int outputs = 4, taps = 3, window = 6, advance = 4, points = 6, weights = 6;
+    static constexpr PointProduct shared[] = {{1, 1, 0}, {2, 2, 1}, {3, 3, 2}, {4, 4, 3}},
+                                  apart[] = {{0, 0, 0}, {5, 5, 3}};
 
     template <typename V>
     static inline void source(V* v, int step) {

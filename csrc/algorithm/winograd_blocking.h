@@ -2,6 +2,10 @@
 //
 // A box is what one task computes: some tiles of one sample whose transformed source, and products of one block of
 // channels, stay in the second-level cache.
+//
+// With a dilation, target voxels that are `lattice` apart share source voxels, and others do not: each residue modulo
+// the lattice is a dense convolution of its own, on every `lattice`-th voxel. A box has tiles of one residue per axis;
+// all residues are cut as the first, the largest.
 #pragma once
 
 #include "../arena.h"
@@ -24,10 +28,11 @@ struct WinogradBlocking {
     int64_t blocks;          // of at most `most_vectors` vectors, whole panels but the last
     int64_t batch, samples;  // of a box
     int64_t voxels[3];       // target voxels to compute
-    int64_t tiles[3], box[3], boxes[3];
+    int64_t lattice[3], residues[3];
+    int64_t tiles[3], box[3], boxes[3];  // of a residue
 
-    int64_t source_width() const { return source_vectors * lanes; }
-    int64_t box_count() const { return boxes[0] * boxes[1] * boxes[2]; }  // of a sample
+    // Boxes of a sample, or of as many as a box takes.
+    int64_t box_count() const { return boxes[0] * boxes[1] * boxes[2] * residues[0] * residues[1] * residues[2]; }
     int64_t all_boxes() const { return ceil_divide(batch, samples) * box_count(); }
     int64_t block_first(int64_t block) const { return block * most_vectors; }
     int64_t block_vectors(int64_t block) const { return smaller(most_vectors, vectors - block_first(block)); }
@@ -42,18 +47,18 @@ struct WinogradBlocking {
     int64_t panel_columns(int64_t vector) const {
         return panel_size(vector) * lanes - (panel_half(vector) ? lanes / 2 : 0);
     }
-    int64_t panel_weights(int64_t vector) const { return scheme->count() * sources * vector * lanes; }
+    int64_t panel_weights(int64_t vector) const { return scheme->weight_count() * sources * vector * lanes; }
 
-    // Planes of the source under `tiles` tiles along the outer axis.
-    int64_t planes(int64_t tiles) const {
-        const int outer = scheme->outer();
-        return tiles * scheme->outputs[outer] + scheme->points[outer] - scheme->outputs[outer];
+    // Voxels of a residue of the source under `tiles` tiles.
+    int64_t source_voxels(int a, int64_t tiles) const {
+        return (tiles - 1) * scheme->shape[a].advance + scheme->shape[a].window;
     }
 
     // Transformed planes and products of a box.
     int64_t source_values(const int64_t box[3]) const {
         const int* axis = scheme->axis;
-        return planes(box[axis[0]]) * box[axis[1]] * box[axis[2]] * source_vectors * scheme->tile_pitch();
+        return source_voxels(axis[0], box[axis[0]]) * box[axis[1]] * box[axis[2]] * source_vectors *
+               scheme->tile_pitch();
     }
     int64_t product_pitch(const int64_t box[3]) const {
         return odd_lines<T>(box[0] * box[1] * box[2] * scheme->outputs[scheme->outer()] * widest_block());
@@ -81,7 +86,8 @@ void choose_box(const Gather& gather, const BoxLimits& limits, WinogradBlocking<
     const double plane_cost = 0.08, packed_cost = last ? 0.03 : 0.1, row_cost = last ? 0.2 : 1;
     const WinogradScheme<T>& scheme = *b.scheme;
     const int* axis = scheme.axis;
-    const int64_t tiles = gather.batch * b.tiles[0] * b.tiles[1] * b.tiles[2];
+    const int64_t residues = b.residues[0] * b.residues[1] * b.residues[2];
+    const int64_t tiles = gather.batch * residues * b.tiles[0] * b.tiles[1] * b.tiles[2];
     const int64_t most = larger(smaller(kMostTiles, ceil_divide(tiles, limits.boxes)), kFewestTiles);
     double best = 0;
     for (int64_t w = 1; w <= smaller(b.tiles[2], most); ++w) {
@@ -93,11 +99,10 @@ void choose_box(const Gather& gather, const BoxLimits& limits, WinogradBlocking<
                 if (count > kFewestTiles && b.box_bytes(size) > limits.bytes) continue;
                 double packed = 1, boxes = 1;
                 for (int a = 0; a < 3; ++a) {
-                    const int outputs = scheme.outputs[a];
-                    packed *= static_cast<double>(size[a] * outputs + scheme.points[a] - outputs) / outputs;
+                    packed *= static_cast<double>(b.source_voxels(a, size[a])) / scheme.outputs[a];
                     boxes *= static_cast<double>(ceil_divide(b.tiles[a], size[a]));
                 }
-                const double planes = static_cast<double>(b.planes(size[axis[0]]) * count) /
+                const double planes = static_cast<double>(b.source_voxels(axis[0], size[axis[0]]) * count) /
                                       static_cast<double>(size[axis[0]] * scheme.outputs[axis[0]]);
                 const double rows = static_cast<double>(count / size[axis[2]]);
                 const double cost = boxes * (static_cast<double>(count) + kBoxCost + plane_cost * planes +
@@ -129,7 +134,9 @@ WinogradBlocking<T> choose_winograd(const Gather& gather, const WinogradScheme<T
     for (int a = 0; a < 3; ++a) {
         const CellAxis cells = gather.cells(a);
         b.voxels[a] = (cells.count - 1) * cells.step + cells.extent;
-        b.tiles[a] = ceil_divide(b.voxels[a], int64_t{scheme.outputs[a]});
+        b.lattice[a] = gather.axis[a].tap_step;
+        b.residues[a] = smaller(b.lattice[a], b.voxels[a]);
+        b.tiles[a] = ceil_divide(ceil_divide(b.voxels[a], b.lattice[a]), int64_t{scheme.outputs[a]});
     }
     choose_box(gather, limits, b);
     return b;

@@ -18,8 +18,8 @@
 namespace pvc {
 namespace {
 
-// The sums of one row of tiles for one block of channels: voxels first .. first + count - 1 of the target, `width`
-// channels each, of which `channels` exist. Voxels beyond the target are computed too.
+// The sums of one row of tiles for one block of channels: per axis `count` voxels of the target, `lattice` apart, from
+// `first` on, `width` channels each, of which `channels` exist. Voxels beyond the target are computed too.
 template <typename T>
 struct RowSums {
     const T* sums;
@@ -39,7 +39,7 @@ class WinogradBox {
           weights_(weights),
           b_(weights.blocking),
           scheme_(*b_.scheme),
-          source_(gather, scheme_, scheme_.points, scheme_.kernels.source, box, Scratch::tile_accumulators) {
+          source_(gather, scheme_, scheme_.source_window(), scheme_.kernels.source, box, Scratch::tile_accumulators) {
         o_ = scheme_.axis[0], p_ = scheme_.axis[1], q_ = scheme_.axis[2];
         product_pitch_ = b_.product_pitch(box.tiles);
         product_ = scratch<T>(Scratch::tile_output, scheme_.plane_points() * product_pitch_);
@@ -69,6 +69,8 @@ class WinogradBox {
     }
 
   private:
+    using V = Vector<T>;
+
     // Calls each(row, first tile of it).
     template <typename Each>
     void compute(const T* source, const Each& each) {
@@ -93,10 +95,11 @@ class WinogradBox {
         a.depth = b_.sources;
         a.row_pitch = b_.block_vectors(block) * b_.lanes;
         a.output_pitch = box.all_tiles * a.row_pitch;
+        const int64_t outer_weights = scheme_.shape[o_].weights;
         const int64_t first = b_.block_first(block), end = first + b_.block_vectors(block);
         for (int64_t vector = first; vector < end; vector += b_.panel_vectors) {
             a.weight = weights_.transformed + b_.panel_weights(vector) +
-                       point * scheme_.points[o_] * b_.sources * b_.panel_columns(vector);
+                       scheme_.plane_weight(point) * outer_weights * b_.sources * b_.panel_columns(vector);
             a.target = product_ + point * product_pitch_ + (vector - first) * b_.lanes;
             scheme_.kernels.panel(b_.panel_size(vector), b_.panel_half(vector), box.all_tiles, a);
         }
@@ -112,12 +115,14 @@ class WinogradBox {
         row.stride[q_] = width;
         row.stride[p_] = box.tiles[q_] * scheme_.outputs[q_] * width;
         row.stride[o_] = scheme_.outputs[p_] * row.stride[p_];
-        row.first[o_] = box.first[o_] + o * scheme_.outputs[o_];
-        row.first[p_] = box.first[p_] + p * scheme_.outputs[p_];
+        row.first[o_] = box.first[o_] + o * box.step[o_];
+        row.first[p_] = box.first[p_] + p * box.step[p_];
         row.first[q_] = box.first[q_];
-        row.count[o_] = smaller(scheme_.outputs[o_], b_.voxels[o_] - row.first[o_]);
-        row.count[p_] = smaller(scheme_.outputs[p_], b_.voxels[p_] - row.first[p_]);
-        row.count[q_] = smaller(box.tiles[q_] * scheme_.outputs[q_], b_.voxels[q_] - row.first[q_]);
+        for (int a = 0; a < 3; ++a) {
+            const int64_t computed = scheme_.outputs[a] * (a == q_ ? box.tiles[q_] : 1);
+            const int64_t existing = ceil_divide(b_.voxels[a] - row.first[a], b_.lattice[a]);
+            row.count[a] = larger(smaller(computed, existing), 0);
+        }
         return row;
     }
 
@@ -208,33 +213,41 @@ class WinogradBox {
 
     // The outputs of tile `q` of a row by the definition of the convolution.
     void compute_direct(const T* source, const RowSums<T>& row, int64_t q, const T* weights, T* to) const {
-        using V = Vector<T>;
-        const GatherAxis* axis = gather_.axis;
+        const int64_t one[3] = {1, 1, 1};
+        int64_t stride[3], tile[3];
+        for (int a = 0; a < 3; ++a) tile[a] = a == q_ ? q : (row.first[a] - box.first[a]) / box.step[a];
+        const T* input = source_.pack(source, tile, one, -1, stride);
         const int* outputs = scheme_.outputs;
-        const int64_t taps = axis[0].taps * axis[1].taps * axis[2].taps, one[3] = {1, 1, 1};
-        int64_t stride[3], first[3];
-        for (int a = 0; a < 3; ++a) first[a] = row.first[a] + (a == q_ ? q * outputs[a] : 0);
-        const T* input = source_.pack(source, first, one, -1, stride);
-        for (int64_t voxel = 0; voxel < outputs[0] * outputs[1] * outputs[2]; ++voxel) {
-            const int64_t at[3] = {voxel / outputs[2] / outputs[1], voxel / outputs[2] % outputs[1],
-                                   voxel % outputs[2]};
-            const T* from = input;
+        for (int voxel = 0; voxel < outputs[0] * outputs[1] * outputs[2]; ++voxel) {
+            const int at[3] = {voxel / outputs[2] / outputs[1], voxel / outputs[2] % outputs[1], voxel % outputs[2]};
+            OutputTaps taps[3];
             T* sums = to;
             for (int a = 0; a < 3; ++a) {
-                from += at[a] * stride[a];
+                taps[a] = scheme_.shape[a].output_taps(at[a]);
                 sums += at[a] * row.stride[a];
             }
             for (int64_t c = 0; c < row.width; c += b_.lanes) {
-                typename V::type sum = V::load(weights_.initial + row.channel + c);
-                for (int64_t tap = 0; tap < taps; ++tap) {
-                    const T* values = from + tap / axis[2].taps / axis[1].taps * stride[0] +
-                                      tap / axis[2].taps % axis[1].taps * stride[1] + tap % axis[2].taps * stride[2];
-                    const T* column = weights + tap * b_.sources * row.width + c;
-                    for (int64_t s = 0; s < b_.sources; ++s) sum += values[s] * V::load(column + s * row.width);
-                }
-                V::store(sums + c, sum);
+                const typename V::type initial = V::load(weights_.initial + row.channel + c);
+                V::store(sums + c, sum_direct(input, stride, taps, weights + c, row.width, initial));
             }
         }
+    }
+
+    typename V::type sum_direct(const T* input, const int64_t stride[3], const OutputTaps taps[3], const T* weights,
+                                int64_t width, typename V::type sum) const {
+        const GatherAxis* axis = gather_.axis;
+        for (int i = 0; i < taps[0].count * taps[1].count * taps[2].count; ++i) {
+            const int at[3] = {i / taps[2].count / taps[1].count, i / taps[2].count % taps[1].count, i % taps[2].count};
+            const T* values = input;
+            int64_t tap = 0;
+            for (int a = 0; a < 3; ++a) {
+                values += (taps[a].voxel + at[a]) * stride[a];
+                tap = tap * axis[a].taps + taps[a].tap + at[a] * taps[a].tap_step;
+            }
+            const T* column = weights + tap * b_.sources * width;
+            for (int64_t s = 0; s < b_.sources; ++s) sum += values[s] * V::load(column + s * width);
+        }
+        return sum;
     }
 
     const Gather& gather_;

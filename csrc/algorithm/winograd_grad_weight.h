@@ -6,7 +6,8 @@
 // block of 64 source channels is transformed once for every 128 target channels that it is multiplied by, the gradient
 // once for every 64 source channels. That is a sixth of the products, and nothing is kept that grows with the channels.
 //
-// Sums are [point of a plane][outer point][source channel][target channel]. Where there are few pairs, the boxes too
+// Sums are [weight of a plane][outer weight][source channel][target channel], one for each point but where points share
+// a weight (winograd_strided_axis.h). Where there are few pairs, the boxes too
 // are cut, into splits that the problem alone fixes; sums are added up box by box, and the splits in order.
 //
 // Where a result is not finite the whole gradient is computed again, directly: a transform spreads an infinity or NaN
@@ -53,9 +54,10 @@ class WinogradGradWeight {
             source_.axis[a] = gradient_.axis[a] = forward_axis(problem, a);
             gradient_.axis[a].source_size = problem.output_size[a];
             gradient_.axis[a].source_start = 0;
+            gradient_.axis[a].source_step = 1;
         }
         pairs_ = sources_.cut.parts * targets_.cut.parts;
-        size_ = scheme.count() * sources_.widest() * targets_.widest();
+        size_ = scheme.weight_count() * sources_.widest() * targets_.widest();
         constexpr int64_t kTasks = 16;
         const int64_t wanted = ceil_divide(kTasks, pairs_);
         Gather block = source_;
@@ -116,13 +118,14 @@ class WinogradGradWeight {
 
     void add_box(int64_t pair, const TileBox<T>& box, const T* grad_output, const T* x, T* sums) const {
         const ChannelRange sources = source_block(pair), targets = target_block(pair);
-        WinogradOperand<T> source(source_, scheme_, scheme_.points, scheme_.kernels.source, box,
+        WinogradOperand<T> source(source_, scheme_, scheme_.source_window(), scheme_.kernels.source, box,
                                   Scratch::tile_accumulators, sources);
-        WinogradOperand<T> gradient(gradient_, scheme_, scheme_.outputs, scheme_.kernels.gradient, box,
+        WinogradOperand<T> gradient(gradient_, scheme_, scheme_.gradient_window(), scheme_.kernels.gradient, box,
                                     Scratch::tile_output, targets);
         source.transform_planes(x);
         gradient.transform_planes(grad_output);
-        const int outer_points = scheme_.points[scheme_.outer()];
+        const AxisShape& outer = scheme_.shape[scheme_.outer()];
+        const int outer_points = outer.points;
         const int64_t columns = vectors(targets), width = columns * lanes, size = vectors(sources) * lanes * width;
         RankUpdate<T> a = {};
         a.step = outer_points * lanes;
@@ -132,14 +135,15 @@ class WinogradGradWeight {
         for (int64_t point = 0; point < scheme_.plane_points(); ++point) {
             const T* source_rows = source.transform_outer(point);
             const T* gradient_rows = gradient.transform_outer(point);
-            for (int64_t o = 0; o < outer_points; ++o, sums += size) {
+            for (int64_t o = 0; o < outer_points; ++o) {
+                T* to = sums + (scheme_.plane_weight(point) * outer.weights + outer.point_weight[o]) * size;
                 for (int64_t n = 0, count = 0; n < columns; n += count) {
                     count = smaller(kRankUpdateVectors, columns - n);
                     if (columns - n == kRankUpdateVectors + 1) count = 2;
                     a.y = gradient_rows + n * a.y_vector + o * lanes;
                     for (int64_t first = 0; first < sources.count; first += lanes) {
                         a.x = source_rows + first / lanes * source.row_pitch() + o * lanes;
-                        a.sums = sums + first * width + n * lanes;
+                        a.sums = to + first * width + n * lanes;
                         const int64_t rows = smaller(lanes, sources.count - first);
                         count == 1 ? update<1>(rows, a) : count == 2 ? update<2>(rows, a) : update<3>(rows, a);
                     }
@@ -197,20 +201,20 @@ class WinogradGradWeight {
         return finite;
     }
 
-    // The taps of one source channel and a vector of target channels; `pitch`: between points.
+    // The taps of one source channel and a vector of target channels; `pitch`: between weights.
     void transform_sums(const T* sums, int64_t pitch, T* taps) const {
         using V = Vector<T>;
-        constexpr int64_t kPoints = 64;
-        alignas(64) T points[kPoints * lanes];
-        const int outer_points = scheme_.points[scheme_.outer()], plane_points = scheme_.plane_points();
-        for (int point = 0; point < plane_points; ++point) {
-            for (int o = 0; o < outer_points; ++o, sums += pitch) {
-                typename V::type sum = V::load(sums);
-                for (int64_t split = 1; split < splits_; ++split) sum += V::load(sums + split * pairs_ * size_);
-                V::store(points + (o * plane_points + point) * lanes, sum);
+        constexpr int64_t kWeights = 64;
+        alignas(64) T totals[kWeights * lanes];
+        const int outer_weights = scheme_.shape[scheme_.outer()].weights, plane_weights = scheme_.plane_weights();
+        for (int weight = 0; weight < plane_weights; ++weight) {
+            for (int o = 0; o < outer_weights; ++o, sums += pitch) {
+                typename V::type total = V::load(sums);
+                for (int64_t split = 1; split < splits_; ++split) total += V::load(sums + split * pairs_ * size_);
+                V::store(totals + (o * plane_weights + weight) * lanes, total);
             }
         }
-        scheme_.kernels.weight_gradient(points, taps);
+        scheme_.kernels.weight_gradient(totals, taps);
     }
 
     const WinogradScheme<T>& scheme_;
@@ -225,7 +229,7 @@ class WinogradGradWeight {
 template <typename T>
 void winograd_grad_weight(const ConvProblem& problem, const int64_t outputs[3], const T* grad_output, const T* x,
                           T* grad_weight) {
-    const WinogradGradWeight<T> pass(problem, *winograd_scheme<T>(outputs));
+    const WinogradGradWeight<T> pass(problem, *winograd_scheme<T>(outputs, problem.stride, false));
     if (!pass.run(grad_output, x, grad_weight)) direct_grad_weight(problem, grad_output, x, grad_weight);
 }
 

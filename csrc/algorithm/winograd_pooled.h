@@ -39,7 +39,7 @@ template <typename T>
 void winograd_pooled(const PooledProblem& problem, const int64_t outputs[3], const T* x, const T* weight, const T* bias,
                      T* pooled, uint8_t* code) {
     const Gather gather = gather_windows(problem);
-    const WinogradBlocking<T> b = choose_winograd(gather, *winograd_scheme<T>(outputs));
+    const WinogradBlocking<T> b = choose_winograd(gather, *winograd_scheme<T>(outputs, problem.conv.stride, false));
     const WinogradWeights<T> weights(gather, b, weight, bias);
     const PooledTarget<T> target = {
         pooled, code, volume_strides(problem.conv.layout, problem.conv.out_channels, problem.pooled_size)};

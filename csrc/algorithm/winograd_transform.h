@@ -6,14 +6,11 @@
 // a plane lie row by row, the width innermost.
 #pragma once
 
-#include "../microkernel/panel.h"
-#include "winograd_axis.h"
 #include "winograd_largest.h"
+#include "winograd_shape.h"
 
 namespace pvc {
 namespace {
-
-constexpr int kMostPoints = 6;  // of an axis
 
 // At least `values`, in an odd number of cache lines: what is visited one after another in such steps does not compete
 // for the same lines of a cache.
@@ -69,7 +66,7 @@ struct TileWeight {
     int64_t point;
 };
 
-// M outputs along the outer axis, P x Q in a plane. `Half`: of vectors half as long.
+// Kinds of axes (winograd_axis.h): M the outer one, P and Q those of a plane. `Half`: of vectors half as long.
 template <typename T, int M, int P, int Q, bool Half>
 struct WinogradTile {
     using V = VectorPart<T, Half>;
@@ -78,14 +75,15 @@ struct WinogradTile {
     using AxisP = WinogradAxis<P>;
     using AxisQ = WinogradAxis<Q>;
     static constexpr int PO = AxisO::points, PP = AxisP::points, PQ = AxisQ::points;
+    static constexpr int WO = AxisO::weights, WP = AxisP::weights, WQ = AxisQ::weights;
 
     template <bool Border>
     static void plane_source(const PlaneSource<T>& a) {
         vector v[PP * PQ];
 #pragma GCC unroll 6
-        for (int p = 0; p < PP; ++p) {
+        for (int p = 0; p < AxisP::window; ++p) {
 #pragma GCC unroll 6
-            for (int q = 0; q < PQ; ++q) {
+            for (int q = 0; q < AxisQ::window; ++q) {
                 v[p * PQ + q] = V::load(a.row[p] + (Border ? a.column[q] : q * a.column[1]));
                 if constexpr (Border) v[p * PQ + q] = V::keep(v[p * PQ + q], a.mask[q]);
             }
@@ -102,11 +100,11 @@ struct WinogradTile {
     static void outer_source(const OuterSource<T>& a) {
         T* to = a.to;
         for (int64_t outer = 0; outer < a.outer_tiles; ++outer) {
-            const T* from = a.from + outer * M * a.plane;
+            const T* from = a.from + outer * AxisO::advance * a.plane;
             for (int64_t tile = 0; tile < a.plane_tiles; ++tile, from += a.tile, to += PO * Vector<T>::lanes) {
                 vector v[PO];
 #pragma GCC unroll 6
-                for (int o = 0; o < PO; ++o) v[o] = V::load(from + o * a.plane);
+                for (int o = 0; o < AxisO::window; ++o) v[o] = V::load(from + o * a.plane);
                 AxisO::source(v, 1);
 #pragma GCC unroll 6
                 for (int o = 0; o < PO; ++o) V::store(to + o * Vector<T>::lanes, v[o]);
@@ -119,18 +117,18 @@ struct WinogradTile {
     static void plane_gradient(const PlaneSource<T>& a) {
         vector v[PP * PQ];
 #pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) {
+        for (int p = 0; p < AxisP::outputs; ++p) {
 #pragma GCC unroll 2
-            for (int q = 0; q < Q; ++q) {
+            for (int q = 0; q < AxisQ::outputs; ++q) {
                 v[p * PQ + q] = V::load(a.row[p] + (Border ? a.column[q] : q * a.column[1]));
                 if constexpr (Border) v[p * PQ + q] = V::keep(v[p * PQ + q], a.mask[q]);
             }
             AxisQ::gradient(v + p * PQ, 1);
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 5
         for (int q = 0; q < PQ; ++q) {
             AxisP::gradient(v + q, PQ);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
             for (int p = 0; p < PP; ++p) V::store(a.to + (p * PQ + q) * Vector<T>::lanes, v[p * PQ + q]);
         }
     }
@@ -138,27 +136,27 @@ struct WinogradTile {
     static void outer_gradient(const OuterSource<T>& a) {
         T* to = a.to;
         for (int64_t outer = 0; outer < a.outer_tiles; ++outer) {
-            const T* from = a.from + outer * M * a.plane;
+            const T* from = a.from + outer * AxisO::outputs * a.plane;
             for (int64_t tile = 0; tile < a.plane_tiles; ++tile, from += a.tile, to += PO * Vector<T>::lanes) {
                 vector v[PO];
 #pragma GCC unroll 2
-                for (int o = 0; o < M; ++o) v[o] = V::load(from + o * a.plane);
+                for (int o = 0; o < AxisO::outputs; ++o) v[o] = V::load(from + o * a.plane);
                 AxisO::gradient(v, 1);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
                 for (int o = 0; o < PO; ++o) V::store(to + o * Vector<T>::lanes, v[o]);
             }
         }
     }
 
-    // Points, numbered as in `weight`, to taps (o * taps of p + p) * taps of q + q, both `lanes` elements apart.
-    static void weight_gradient(const T* points, T* taps) {
-        vector v[PO * PP * PQ];
-        for (int i = 0; i < PO * PP * PQ; ++i) v[i] = V::load(points + i * Vector<T>::lanes);
-        for (int i = 0; i < PP * PQ; ++i) AxisO::weight_gradient(v + i, PP * PQ);
+    // Sums, numbered as in `weight`, to taps (o * taps of p + p) * taps of q + q, both `lanes` elements apart.
+    static void weight_gradient(const T* sums, T* taps) {
+        vector v[WO * WP * WQ];
+        for (int i = 0; i < WO * WP * WQ; ++i) v[i] = V::load(sums + i * Vector<T>::lanes);
+        for (int i = 0; i < WP * WQ; ++i) AxisO::weight_gradient(v + i, WP * WQ);
         for (int o = 0; o < AxisO::taps; ++o) {
-            for (int q = 0; q < PQ; ++q) AxisP::weight_gradient(v + o * PP * PQ + q, PQ);
+            for (int q = 0; q < WQ; ++q) AxisP::weight_gradient(v + o * WP * WQ + q, WQ);
             for (int p = 0; p < AxisP::taps; ++p) {
-                vector* row = v + (o * PP + p) * PQ;
+                vector* row = v + (o * WP + p) * WQ;
                 AxisQ::weight_gradient(row, 1);
                 for (int q = 0; q < AxisQ::taps; ++q, taps += Vector<T>::lanes) V::store(taps, row[q]);
             }
@@ -169,7 +167,7 @@ struct WinogradTile {
     static bool target(const TileTarget<T>& a) {
         const vector initial = V::load(a.initial);
         vector spoilt = {};
-        for (int o = 0; o < M; ++o) {
+        for (int o = 0; o < AxisO::outputs; ++o) {
             const T* from = a.from + o * a.output;
             vector v[PP * PQ];
 #pragma GCC unroll 6
@@ -179,11 +177,11 @@ struct WinogradTile {
                 AxisP::target(v + q, PQ);
             }
 #pragma GCC unroll 4
-            for (int p = 0; p < P; ++p) {
+            for (int p = 0; p < AxisP::outputs; ++p) {
                 T* to = a.to + o * a.outer + p * a.row;
                 AxisQ::target(v + p * PQ, 1);
 #pragma GCC unroll 4
-                for (int q = 0; q < Q; ++q) {
+                for (int q = 0; q < AxisQ::outputs; ++q) {
                     const vector value = v[p * PQ + q] + initial;
                     spoilt += value - value;  // zero, or NaN for good once a value is infinite or NaN
                     V::store(to + q * a.column, value);
@@ -196,21 +194,21 @@ struct WinogradTile {
         return any != 0;
     }
 
-    // Of the whole tile; point (o, p, q) is number (o * PP + p) * PQ + q.
+    // Of the whole tile; weight (o, p, q) is number (o * WP + p) * WQ + q.
     static void weight(const TileWeight<T>& a) {
-        vector v[PO * PP * PQ];
+        vector v[WO * WP * WQ];
         for (int o = 0; o < AxisO::taps; ++o) {
             for (int p = 0; p < AxisP::taps; ++p) {
-                vector* row = v + (o * PP + p) * PQ;
+                vector* row = v + (o * WP + p) * WQ;
                 for (int q = 0; q < AxisQ::taps; ++q) {
                     row[q] = V::load(a.from + o * a.stride[0] + p * a.stride[1] + q * a.stride[2]);
                 }
                 AxisQ::weight(row, 1);
             }
-            for (int q = 0; q < PQ; ++q) AxisP::weight(v + o * PP * PQ + q, PQ);
+            for (int q = 0; q < WQ; ++q) AxisP::weight(v + o * WP * WQ + q, WQ);
         }
-        for (int i = 0; i < PP * PQ; ++i) AxisO::weight(v + i, PP * PQ);
-        for (int i = 0; i < PO * PP * PQ; ++i) V::store(a.to + i * a.point, v[i]);
+        for (int i = 0; i < WP * WQ; ++i) AxisO::weight(v + i, WP * WQ);
+        for (int i = 0; i < WO * WP * WQ; ++i) V::store(a.to + i * a.point, v[i]);
     }
 };
 
@@ -226,7 +224,7 @@ struct OperandKernels {
 template <typename T>
 struct WinogradKernels {
     OperandKernels<T> source, gradient;  // no gradient with F(4)
-    void (*weight_gradient)(const T* points, T* taps);
+    void (*weight_gradient)(const T* sums, T* taps);
     bool (*target[2])(const TileTarget<T>&);
     bool (*largest[2])(const TileLargest<T>&);  // with two outputs along the outer axis and even ones in the plane
     void (*weight)(const TileWeight<T>&);
@@ -237,13 +235,30 @@ struct WinogradKernels {
 template <typename T>
 struct WinogradScheme {
     int outputs[3], points[3];  // by depth, height, width
+    AxisShape shape[3];
     int axis[3];
     int panel_vectors;
     WinogradKernels<T> kernels;
 
     int outer() const { return axis[0]; }
     int plane_points() const { return points[axis[1]] * points[axis[2]]; }
-    int count() const { return points[0] * points[1] * points[2]; }
+    int plane_weights() const { return shape[axis[1]].weights * shape[axis[2]].weights; }
+    int weight_count() const { return shape[0].weights * shape[1].weights * shape[2].weights; }
+
+    // The transformed weight of a plane that a point of a plane is multiplied with.
+    int plane_weight(int point) const {
+        const AxisShape &p = shape[axis[1]], &q = shape[axis[2]];
+        return p.point_weight[point / q.points] * q.weights + q.point_weight[point % q.points];
+    }
+
+    // Of the source and of the gradient of the target.
+    TileWindow source_window() const {
+        return {{shape[0].window, shape[1].window, shape[2].window},
+                {shape[0].advance, shape[1].advance, shape[2].advance}};
+    }
+    TileWindow gradient_window() const {
+        return {{outputs[0], outputs[1], outputs[2]}, {outputs[0], outputs[1], outputs[2]}};
+    }
 
     // Between the tiles of a transformed plane, for all their points of a vector of channels.
     int64_t tile_pitch() const { return odd_lines<T>(plane_points() * Vector<T>::lanes); }
@@ -257,7 +272,7 @@ constexpr WinogradKernels<T> winograd_kernels() {
     kernels.source = {{Whole::template plane_source<false>, Half::template plane_source<false>},
                       {Whole::template plane_source<true>, Half::template plane_source<true>},
                       {Whole::outer_source, Half::outer_source}};
-    if constexpr (M == 2 && P <= 2 && Q <= 2) {
+    if constexpr (M != 4 && P <= 2 && Q <= 2 && Q != kTransposed) {
         kernels.gradient = {{Whole::template plane_gradient<false>, Half::template plane_gradient<false>},
                             {Whole::template plane_gradient<true>, Half::template plane_gradient<true>},
                             {Whole::outer_gradient, Half::outer_gradient}};
@@ -276,29 +291,44 @@ constexpr WinogradKernels<T> winograd_kernels() {
 
 template <typename T, int D, int H, int W>
 constexpr WinogradScheme<T> winograd_scheme_of() {
-    constexpr int points[3] = {WinogradAxis<D>::points, WinogradAxis<H>::points, WinogradAxis<W>::points};
-    if constexpr (D == 1) {
-        return {
-            {D, H, W}, {points[0], points[1], points[2]}, {1, 0, 2}, panel_vectors(H), winograd_kernels<T, H, D, W>()};
-    } else {
-        return {
-            {D, H, W}, {points[0], points[1], points[2]}, {0, 1, 2}, panel_vectors(D), winograd_kernels<T, D, H, W>()};
+    constexpr AxisShape d = axis_shape<D>(), h = axis_shape<H>(), w = axis_shape<W>();
+    WinogradScheme<T> scheme = {};
+    scheme.shape[0] = d, scheme.shape[1] = h, scheme.shape[2] = w;
+    for (int a = 0; a < 3; ++a) {
+        scheme.outputs[a] = scheme.shape[a].outputs;
+        scheme.points[a] = scheme.shape[a].points;
     }
+    scheme.axis[0] = D == 1, scheme.axis[1] = D != 1, scheme.axis[2] = 2;
+    if constexpr (D == 1) {
+        scheme.kernels = winograd_kernels<T, H, D, W>();
+    } else {
+        scheme.kernels = winograd_kernels<T, D, H, W>();
+    }
+    scheme.panel_vectors = panel_vectors(scheme.outputs[scheme.axis[0]]);
+    return scheme;
 }
 
-// The scheme with these outputs per axis, or null when there is none.
+// The scheme with these outputs and strides per axis, for the gradient of the source or not, or null when there is
+// none.
 template <typename T>
-const WinogradScheme<T>* winograd_scheme(const int64_t outputs[3]) {
+const WinogradScheme<T>* winograd_scheme(const int64_t outputs[3], const int64_t stride[3], bool transposed) {
+    constexpr int S = kStrided, X = kTransposed;
     static constexpr WinogradScheme<T> schemes[] = {
         winograd_scheme_of<T, 2, 2, 2>(), winograd_scheme_of<T, 2, 2, 4>(), winograd_scheme_of<T, 2, 4, 2>(),
         winograd_scheme_of<T, 2, 4, 4>(), winograd_scheme_of<T, 4, 4, 4>(), winograd_scheme_of<T, 1, 2, 2>(),
         winograd_scheme_of<T, 1, 2, 4>(), winograd_scheme_of<T, 1, 4, 4>(), winograd_scheme_of<T, 2, 1, 1>(),
-        winograd_scheme_of<T, 4, 1, 1>(),
+        winograd_scheme_of<T, 4, 1, 1>(), winograd_scheme_of<T, S, S, S>(), winograd_scheme_of<T, 2, S, S>(),
+        winograd_scheme_of<T, 1, S, S>(), winograd_scheme_of<T, X, X, X>(), winograd_scheme_of<T, 2, X, X>(),
+        winograd_scheme_of<T, 1, X, X>(),
     };
     for (const WinogradScheme<T>& scheme : schemes) {
-        if (scheme.outputs[0] == outputs[0] && scheme.outputs[1] == outputs[1] && scheme.outputs[2] == outputs[2]) {
-            return &scheme;
+        bool same = true;
+        for (int a = 0; a < 3; ++a) {
+            const AxisShape& shape = scheme.shape[a];
+            same = same && shape.outputs == outputs[a] && shape.stride == stride[a];
+            same = same && (shape.stride == 1 || shape.transposed == transposed);
         }
+        if (same) return &scheme;
     }
     return nullptr;
 }

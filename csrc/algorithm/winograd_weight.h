@@ -8,8 +8,8 @@
 namespace pvc {
 namespace {
 
-// [panel][point of the plane], and there [source channel][interior point of the outer axis][column], then [source
-// channel][end][column]; and what the sums start from.
+// [panel][weight of the plane], and there [source channel][shared weight of the outer axis][column], then [source
+// channel][weight apart][column]; and what the sums start from.
 template <typename T>
 struct WinogradWeights {
     const Gather& gather;
@@ -20,7 +20,7 @@ struct WinogradWeights {
 
     WinogradWeights(const Gather& gather, const WinogradBlocking<T>& b, const T* weight, const T* bias)
         : gather(gather), blocking(b), weight(weight) {
-        const int64_t values = b.scheme->count() * b.sources * b.vectors * b.lanes;
+        const int64_t values = b.scheme->weight_count() * b.sources * b.vectors * b.lanes;
         transformed = scratch<T>(Scratch::shared_weights, values + b.vectors * b.lanes);
         initial = transformed + values;
         for (int64_t c = 0; c < b.vectors * b.lanes; ++c) initial[c] = bias != nullptr && c < b.targets ? bias[c] : 0;
@@ -59,13 +59,14 @@ struct WinogradWeights {
 
     void store(const T* points, int64_t source, int64_t columns, int64_t width, T* to) const {
         const WinogradScheme<T>& scheme = *blocking.scheme;
-        const int64_t lanes = blocking.lanes, sources = blocking.sources, plane_points = scheme.plane_points();
-        const int64_t outer_points = scheme.points[scheme.outer()], interior = outer_points - 2;
-        for (int64_t point = 0; point < plane_points; ++point, to += outer_points * sources * columns) {
-            for (int64_t o = 0; o < outer_points; ++o) {
-                const bool end = o == 0 || o == outer_points - 1;
-                const int64_t row = end ? interior * sources + source * 2 + (o != 0) : source * interior + o - 1;
-                const T* from = points + (o * plane_points + point) * lanes;
+        const AxisShape& outer = scheme.shape[scheme.outer()];
+        const int64_t lanes = blocking.lanes, sources = blocking.sources, plane_weights = scheme.plane_weights();
+        for (int64_t weight = 0; weight < plane_weights; ++weight, to += outer.weights * sources * columns) {
+            for (int64_t o = 0; o < outer.weights; ++o) {
+                const int64_t first =
+                    outer.is_shared[o] ? source * outer.shared : sources * outer.shared + source * outer.apart;
+                const int64_t row = first + outer.weight_row[o];
+                const T* from = points + (o * plane_weights + weight) * lanes;
                 for (int64_t i = 0; i < width; ++i) to[row * columns + i] = from[i];
             }
         }

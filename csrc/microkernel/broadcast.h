@@ -30,9 +30,8 @@ void broadcast_tile(const TileArguments<T>& a) {
             weights += NR * V::lanes;
 #pragma GCC unroll 16
             for (int m = 0; m < MR; ++m) {
-                const T value = row[m][i];
 #pragma GCC unroll 4
-                for (int n = 0; n < NR; ++n) sum[m][n] += value * weight[n];
+                for (int n = 0; n < NR; ++n) add_product(sum[m][n], weight[n], row[m] + i);
             }
         };
         if constexpr (Length > 0) {

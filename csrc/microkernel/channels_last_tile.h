@@ -9,10 +9,10 @@ namespace {
 
 template <typename T, int MR, int NR>
 inline void begin_channels_last(const TileArguments<T>& a, typename Vector<T>::type (&sum)[MR][NR]) {
-    using V = Vector<T>;
+    using V = Vector<Sum<T>>;
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
-        const T* from = a.initial != nullptr ? a.initial : a.sums + m * NR * V::lanes;
+        const Sum<T>* from = a.initial != nullptr ? a.initial : a.sums + m * NR * V::lanes;
 #pragma GCC unroll 4
         for (int n = 0; n < NR; ++n) sum[m][n] = V::load(from + n * V::lanes);
     }
@@ -20,7 +20,7 @@ inline void begin_channels_last(const TileArguments<T>& a, typename Vector<T>::t
 
 template <typename T, int MR, int NR>
 inline void end_channels_last(const TileArguments<T>& a, const typename Vector<T>::type (&sum)[MR][NR]) {
-    using V = Vector<T>;
+    using V = Vector<Sum<T>>;
     if (a.stream) {
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m) {
@@ -31,7 +31,7 @@ inline void end_channels_last(const TileArguments<T>& a, const typename Vector<T
     }
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
-        T* to = a.target != nullptr ? a.target + a.places[m] : a.sums + m * NR * V::lanes;
+        Sum<T>* to = a.target != nullptr ? a.target + a.places[m] : a.sums + m * NR * V::lanes;
 #pragma GCC unroll 4
         for (int n = 0; n < NR; ++n) V::store(to + n * V::lanes, sum[m][n]);
     }

@@ -1,19 +1,19 @@
 // The products of a Winograd convolution at all points of one axis, and that axis transformed back, in registers.
 //
-// For rows (tiles) r, columns (target channels) c and the points j of F(M, 3), product_j[r][c] = sum over k of
-// source[r][j][k] * weight[j][k][c]. The M interior points take part in every output; zero and infinity, the first and
-// last point, in one each (winograd_axis.h). So the interior products are summed up in M register tiles, these are
-// mixed into M outputs, and the products of the two ends are added where they belong:
+// For rows (tiles) r, columns (target channels) c and the points j of an axis with M outputs, product_j[r][c] = sum
+// over k of source[r][j][k] * weight[j][k][c]. Some points take part in several outputs: the M interior points of F(M,
+// 3) in all of them; the others, there zero and infinity, in one each (winograd_axis.h). So the products of the shared
+// points are summed up in at most M register tiles, these are mixed into M outputs, and the products of the points
+// apart are added where they belong:
 //
-//     target[i][r][c] = interior(product_1, ..., product_M)[i] + (i == 0 ? product_0 : 0)
-//                                                              + (i == M - 1 ? product_{M + 1} : 0)
+//     target[i][r][c] = interior(shared products)[i] + sum of the products of the points that belong to output i alone
 //
 // A register tile is M times MR rows by NR vectors of columns. Where vectors have 64 bytes, the last may be half of
 // one: 24 columns then cost three halves, not four, on processors that execute such a vector in two halves, and no more
 // than two vectors on the others.
 #pragma once
 
-#include "../algorithm/winograd_axis.h"
+#include "../algorithm/winograd_strided_axis.h"
 #include "../isa.h"
 
 namespace pvc {
@@ -24,38 +24,80 @@ struct PanelArguments {
     const T* source;      // [chunk of `lanes` elements k][row][point][lane]
     int64_t chunk_pitch;  // between chunks
     int64_t depth;        // elements k
-    const T* weight;      // [k][interior point][column], then [k][end][column]
+    const T* weight;      // [k][shared weight][column], then [k][weight apart][column]
     T* target;            // [output][row][column]
     int64_t output_pitch, row_pitch;
 };
 
-template <typename T, int M, int MR, int NR, bool Half>
+template <int N>
+constexpr int count_of(const PointProduct (&)[N]) {
+    return N;
+}
+
+// The order of the weights of an axis: first those of shared points, as their products need them, then the others.
+template <int Kind>
+struct PanelWeights {
+    using Axis = WinogradAxis<Kind>;
+    static constexpr int shared_products = count_of(Axis::shared), apart_products = count_of(Axis::apart);
+    static constexpr int distinct(const PointProduct* products, int count) {
+        int weights = 1;
+        for (int i = 1; i < count; ++i) weights += products[i].weight != products[i - 1].weight;
+        return weights;
+    }
+    static constexpr int shared = distinct(Axis::shared, shared_products);
+    static constexpr int apart = distinct(Axis::apart, apart_products);
+
+    static constexpr bool is_shared(int weight) {
+        for (const PointProduct& product : Axis::shared) {
+            if (product.weight == weight) return true;
+        }
+        return false;
+    }
+
+    // Of a weight among the shared ones or those apart.
+    static constexpr int row(int weight) {
+        if (is_shared(weight)) return distinct_before(Axis::shared, weight);
+        return distinct_before(Axis::apart, weight);
+    }
+
+    static constexpr int distinct_before(const PointProduct* products, int weight) {
+        int i = 0;
+        while (products[i].weight != weight) ++i;
+        return distinct(products, i + 1) - 1;
+    }
+};
+
+template <typename T, int Kind, int MR, int NR, bool Half>
 class PanelTile {
+    using Axis = WinogradAxis<Kind>;
     using V = Vector<T>;
     using Tail = VectorPart<T, Half>;
-    static constexpr int whole = NR - 1, columns = whole * V::lanes + Tail::lanes, row = (M + 2) * V::lanes;
+    static constexpr int M = Axis::outputs, row = Axis::points * V::lanes;
+    static constexpr int whole = NR - 1, columns = whole * V::lanes + Tail::lanes;
 
     typename V::type sum_[M][MR][NR] = {};
     typename Tail::type tail_[M][MR] = {};
 
-    // Adds the products of `Points` points: number `First + i * Step` to output i * (M - 1) / (Points - 1).
-    template <int Points, int First, int Step>
+    template <bool Shared>
     __attribute__((always_inline)) inline const T* add(const PanelArguments<T>& a, const T* weights) {
+        constexpr int products = Shared ? PanelWeights<Kind>::shared_products : PanelWeights<Kind>::apart_products;
+        constexpr int rows = Shared ? PanelWeights<Kind>::shared : PanelWeights<Kind>::apart;
         const T* chunk = a.source;
         for (int64_t left = a.depth; left > 0; left -= V::lanes, chunk += a.chunk_pitch) {
             const T* end = chunk + (left < V::lanes ? left : V::lanes);
-            for (const T* from = chunk; from < end; ++from, weights += Points * columns) {
+            for (const T* from = chunk; from < end; ++from, weights += rows * columns) {
 #pragma GCC unroll 4
-                for (int i = 0; i < Points; ++i) {
-                    const int output = i * (M - 1) / (Points - 1);
-                    const T* vectors = weights + i * columns;
+                for (int i = 0; i < products; ++i) {
+                    const PointProduct product = (Shared ? Axis::shared : Axis::apart)[i];
+                    const int output = product.output;
+                    const T* vectors = weights + PanelWeights<Kind>::row(product.weight) * columns;
                     typename V::type weight[NR];
 #pragma GCC unroll 4
                     for (int n = 0; n < whole; ++n) weight[n] = V::load(vectors + n * V::lanes);
                     const typename Tail::type last = Tail::load(vectors + whole * V::lanes);
 #pragma GCC unroll 16
                     for (int m = 0; m < MR; ++m) {
-                        const T value = from[m * row + (First + i * Step) * V::lanes];
+                        const T value = from[m * row + product.point * V::lanes];
 #pragma GCC unroll 4
                         for (int n = 0; n < whole; ++n) sum_[output][m][n] += value * weight[n];
                         tail_[output][m] += value * last;
@@ -68,14 +110,14 @@ class PanelTile {
 
   public:
     __attribute__((always_inline)) inline void run(const PanelArguments<T>& a) {
-        const T* ends = add<M, 1, 1>(a, a.weight);
+        const T* apart = add<true>(a, a.weight);
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
-            for (int n = 0; n < whole; ++n) WinogradAxis<M>::interior(&sum_[0][m][n], MR * NR);
-            WinogradAxis<M>::interior(&tail_[0][m], MR);
+            for (int n = 0; n < whole; ++n) Axis::interior(&sum_[0][m][n], MR * NR);
+            Axis::interior(&tail_[0][m], MR);
         }
-        add<2, 0, M + 1>(a, ends);
+        add<false>(a, apart);
 #pragma GCC unroll 4
         for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 16
@@ -89,9 +131,9 @@ class PanelTile {
     }
 };
 
-template <typename T, int M, int MR, int NR, bool Half>
+template <typename T, int Kind, int MR, int NR, bool Half>
 void panel_tile(const PanelArguments<T>& a) {
-    PanelTile<T, M, MR, NR, Half> tile;
+    PanelTile<T, Kind, MR, NR, Half> tile;
     tile.run(a);
 }
 
@@ -104,32 +146,34 @@ constexpr int panel_rows(int outputs, int vectors) { return (kVectorRegisters ==
 template <typename T>
 using PanelKernel = void (*)(const PanelArguments<T>&);
 
-template <typename T, int M, int MR, int NR, bool Half>
+template <typename T, int Kind, int MR, int NR, bool Half>
 PanelKernel<T> panel_kernel_of(int64_t rows) {
-    if (rows == MR) return panel_tile<T, M, MR, NR, Half>;
-    if constexpr (MR > 1) return panel_kernel_of<T, M, MR - 1, NR, Half>(rows);
+    if (rows == MR) return panel_tile<T, Kind, MR, NR, Half>;
+    if constexpr (MR > 1) return panel_kernel_of<T, Kind, MR - 1, NR, Half>(rows);
     return nullptr;
 }
 
-template <typename T, int M, int NR>
+template <typename T, int Kind, int NR>
 PanelKernel<T> panel_kernel(int64_t rows, bool half) {
+    constexpr int most = panel_rows(WinogradAxis<Kind>::outputs, NR);
     if constexpr (kHalfVectors) {
-        if (half) return panel_kernel_of<T, M, panel_rows(M, NR), NR, true>(rows);
+        if (half) return panel_kernel_of<T, Kind, most, NR, true>(rows);
     }
-    return panel_kernel_of<T, M, panel_rows(M, NR), NR, false>(rows);
+    return panel_kernel_of<T, Kind, most, NR, false>(rows);
 }
 
-// All `rows` of a panel of one or panel_vectors(M) vectors, of which the last may be half.
-template <typename T, int M>
+// All `rows` of a panel of one or panel_vectors(outputs) vectors, of which the last may be half.
+template <typename T, int Kind>
 void compute_panel(int64_t vectors, bool half, int64_t rows, PanelArguments<T> a) {
+    constexpr int M = WinogradAxis<Kind>::outputs;
     const int64_t most = panel_rows(M, static_cast<int>(vectors));
     while (rows > 0) {
         // What is left is shared by two tiles when one is not enough: few rows cannot hide the latency of an FMA.
         const int64_t now = rows >= 2 * most || rows == most ? most : rows > most ? (rows + 1) / 2 : rows;
         const PanelKernel<T> kernel =
-            vectors == 1 ? panel_kernel<T, M, 1>(now, half) : panel_kernel<T, M, panel_vectors(M)>(now, half);
+            vectors == 1 ? panel_kernel<T, Kind, 1>(now, half) : panel_kernel<T, Kind, panel_vectors(M)>(now, half);
         kernel(a);
-        a.source += now * (M + 2) * Vector<T>::lanes;
+        a.source += now * WinogradAxis<Kind>::points * Vector<T>::lanes;
         a.target += now * a.row_pitch;
         rows -= now;
     }

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "../vector.h"
+#include "../bfloat_pair.h"
 
 namespace pvc {
 namespace {
@@ -26,10 +26,10 @@ struct TileArguments {
     const Segment* segments;
     int64_t segment_count;
     const T* weights;
-    const T* initial;
-    bool stream;  // channels-last: `target` is written past the caches
-    T* sums;      // MR rows of NR vectors
-    T* target;
+    const Sum<T>* initial;
+    bool stream;   // channels-last: `target` is written past the caches
+    Sum<T>* sums;  // MR rows of NR vectors
+    Sum<T>* target;
     const int64_t* places;   // places[m]: where the item begins in target
     int64_t channel_stride;  // planar: from one channel to the next in target
 };

@@ -49,6 +49,10 @@ class Accuracy:
     voxels (Winograd) has a `reach`: the product of absolute values is then the largest within that
     many voxels of the result, of the convolution continued beyond the ends of the result.
 
+    Operands are finite there. Whether an infinite or NaN weight (of grad_weight: gradient) makes a result NaN whose
+    window reaches into the padding depends on the kernel, in torch too: most multiply it by the zeros that stand for
+    padding, some, `numba` always, leave those products out.
+
     Attributes:
         constant: c above. 1 covers any order of a plain sum.
         accumulate_dtype: name of the dtype whose eps is u.

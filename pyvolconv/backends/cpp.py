@@ -7,6 +7,7 @@ set is the fastest that the machine supports, capped by the environment variable
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,9 @@ DTYPES = ("float32", "float64")
 def load_extension() -> tuple[ModuleType | None, str]:
     """The compiled module and "", or None and one line that says why there is none.
 
+    Raises:
+        ValueError: PYVOLCONV_ISA names no instruction set of the build; the message lists those that exist.
+
     Example:
         >>> module, reason = load_extension()
         >>> (module is None) == bool(reason)
@@ -40,10 +44,7 @@ def load_extension() -> tuple[ModuleType | None, str]:
             f"the compiled module pyvolconv._C cannot be imported ({error}); install g++ and then pyvolconv again, "
             "without PYVOLCONV_NO_EXTENSION"
         )
-    try:
-        _C.current_isa()
-    except ValueError as error:
-        return None, str(error)
+    _C.current_isa()
     return _C, ""
 
 
@@ -52,6 +53,13 @@ def kernels() -> ModuleType:
     from .. import _C
 
     return _C
+
+
+def call(kernel: Callable[..., None], plan: object, *tensors: Tensor | None, options: tuple[object, ...] = ()) -> None:
+    """Run a compiled pass: its plan, the options that only some passes have, and the addresses of tensors."""
+    # Torch gives the calling Python thread its thread count (omp_set_num_threads) when first asked for it.
+    torch.get_num_threads()
+    kernel(plan, *options, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
 
 
 @lru_cache(maxsize=1024)
@@ -116,74 +124,45 @@ class CppDirect(Backend):
 
     def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = empty(problem, "output", x)
-        follow_torch_threads()
-        kernels().forward(
-            plan_of(problem), x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
-        )
+        call(kernels().forward, plan_of(problem), x, weight, bias, y)
         return y
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
         result = empty(problem, "input", grad_output)
-        follow_torch_threads()
-        kernels().grad_input(plan_of(problem), grad_output.data_ptr(), weight.data_ptr(), result.data_ptr())
+        call(kernels().grad_input, plan_of(problem), grad_output, weight, result)
         return result
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
         result = empty(problem, "weight", x)
-        follow_torch_threads()
-        kernels().grad_weight(plan_of(problem), grad_output.data_ptr(), x.data_ptr(), result.data_ptr())
+        call(kernels().grad_weight, plan_of(problem), grad_output, x, result)
         return result
 
     def forward_max_pool(
         self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         code = empty(problem, "code", x)
-        return self._max_pool(problem, x, weight, bias, code.data_ptr()), code
+        return self._max_pool(problem, x, weight, bias, code), code
 
     def max_pool(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._max_pool(problem, x, weight, bias, 0)
+        return self._max_pool(problem, x, weight, bias, None)
 
-    def _max_pool(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None, code: int) -> Tensor:
-        from .. import _C
-
+    @staticmethod
+    def _max_pool(problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None, code: Tensor | None) -> Tensor:
         pooled = empty(problem, "pooled", x)
-        follow_torch_threads()
-        _C.forward_max_pool(
-            pooled_plan_of(problem),
-            x.data_ptr(),
-            weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            pooled.data_ptr(),
-            code,
-        )
+        call(kernels().forward_max_pool, pooled_plan_of(problem), x, weight, bias, pooled, code)
         return pooled
 
     def grad_input_max_pool(self, problem: ConvProblem, grad: Tensor, code: Tensor, weight: Tensor) -> Tensor:
-        from .. import _C
-
         result = empty(problem, "input", grad)
-        follow_torch_threads()
-        _C.grad_input_max_pool(
-            pooled_plan_of(problem), grad.data_ptr(), code.data_ptr(), weight.data_ptr(), result.data_ptr()
-        )
+        call(kernels().grad_input_max_pool, pooled_plan_of(problem), grad, code, weight, result)
         return result
 
     def grad_weight_max_pool(
         self, problem: ConvProblem, grad: Tensor, code: Tensor, x: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        from .. import _C
-
         grad_weight = empty(problem, "weight", x)
         grad_bias = x.new_empty(problem.out_channels) if problem.bias else None
-        follow_torch_threads()
-        _C.grad_weight_max_pool(
-            pooled_plan_of(problem),
-            grad.data_ptr(),
-            code.data_ptr(),
-            x.data_ptr(),
-            grad_weight.data_ptr(),
-            0 if grad_bias is None else grad_bias.data_ptr(),
-        )
+        call(kernels().grad_weight_max_pool, pooled_plan_of(problem), grad, code, x, grad_weight, grad_bias)
         return grad_weight, grad_bias
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
@@ -206,22 +185,17 @@ class CppDirect(Backend):
         width = problem.output_size[2] if pass_ == "forward" else problem.input_size[2]
         moved = problem.min_bytes(pass_) / problem.flops(pass_)
         if pass_ == "grad_weight":
-            return 1 / (1 / (0.8 * max(_used(problem.in_channels, lanes), _used(width, lanes))) + 12 * moved)
+            return 1 / (1 / (0.8 * max(used_share(problem.in_channels, lanes), used_share(width, lanes))) + 12 * moved)
         if problem.kernel_size == (1, 1, 1) and problem.groups == 1:
             in_order = problem.layout == "ndhwc"
-            used = _used(channels, lanes) * min(1, sources / lanes) if in_order else 1.0
+            used = used_share(channels, lanes) * min(1, sources / lanes) if in_order else 1.0
             return 1 / (1 / ((0.75 if in_order and channels > sources else 0.88) * used) + 5 * moved)
         reached = (
             0.82 if problem.layout == "ndhwc" else 0.75 if problem.stride == problem.dilation == (1, 1, 1) else 0.58
         )
-        return 1 / (1 / (reached * max(_used(channels, lanes), _used(width, lanes))) + 12 * moved)
+        return 1 / (1 / (reached * max(used_share(channels, lanes), used_share(width, lanes))) + 12 * moved)
 
 
-def _used(size: int, lanes: int) -> float:
+def used_share(size: int, lanes: int) -> float:
     """Share of lanes in use when `size` values are cut into vectors."""
     return size / (-(-size // lanes) * lanes)
-
-
-def follow_torch_threads() -> None:
-    """Torch gives the calling Python thread its thread count (omp_set_num_threads) when first asked for it."""
-    torch.get_num_threads()

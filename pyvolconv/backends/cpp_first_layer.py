@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from .base import Accuracy, Backend, empty
-from .cpp import DTYPES, follow_torch_threads, kernels, load_extension, plan_of, pooled_plan_of
+from .cpp import DTYPES, call, kernels, load_extension, plan_of, pooled_plan_of
 
 MOST_CHANNELS = 4
 
@@ -49,10 +49,7 @@ class CppFirstLayer(Backend):
 
     def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = empty(problem, "output", x)
-        follow_torch_threads()
-        kernels().first_layer_forward(
-            plan_of(problem), x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr()
-        )
+        call(kernels().first_layer_forward, plan_of(problem), x, weight, bias, y)
         return y
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
@@ -65,22 +62,15 @@ class CppFirstLayer(Backend):
         self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         code = empty(problem, "code", x)
-        return self._max_pool(problem, x, weight, bias, code.data_ptr()), code
+        return self._max_pool(problem, x, weight, bias, code), code
 
     def max_pool(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._max_pool(problem, x, weight, bias, 0)
+        return self._max_pool(problem, x, weight, bias, None)
 
-    def _max_pool(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None, code: int) -> Tensor:
+    @staticmethod
+    def _max_pool(problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None, code: Tensor | None) -> Tensor:
         pooled = empty(problem, "pooled", x)
-        follow_torch_threads()
-        kernels().first_layer_forward_max_pool(
-            pooled_plan_of(problem),
-            x.data_ptr(),
-            weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            pooled.data_ptr(),
-            code,
-        )
+        call(kernels().first_layer_forward_max_pool, pooled_plan_of(problem), x, weight, bias, pooled, code)
         return pooled
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:

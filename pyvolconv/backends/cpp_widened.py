@@ -1,13 +1,15 @@
 """`cpp.widened`: float16 and bfloat16 on the CPU by way of the float32 kernels.
 
 Processors have few instructions for these dtypes, and PyTorch falls to a scalar loop for float16. Here some samples at
-a time are widened to float32, computed there, summed there, and rounded once at the end; the copies stay within
-`COPIED_BYTES` unless a single sample is larger.
+a time are widened to float32, computed there, summed there, and rounded once at the end. The copies stay within
+`COPIED_BYTES`, half of a last-level cache, unless a single sample is larger, or the gradient of a weight so large that
+adding up the sums of several parts would cost more than memory does.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from functools import lru_cache
 
 from torch import Tensor
@@ -19,9 +21,11 @@ from .cpp import CppDirect
 from .cpp_winograd import CppWinograd
 
 DTYPES = ("float16", "bfloat16")
-COPIED_BYTES = 16 << 20
-CONVERTING = 72
-"""FLOPs at peak in the time that it takes to convert a value, measured: 56 for float16, 86 for bfloat16."""
+COPIED_BYTES = 8 << 20
+COPIED_BYTES_PER_WEIGHT = 300
+"""Twice the partial sums of Winograd's weight gradient: 16 splits of 64 points for 27 taps."""
+CONVERTING = 40
+"""FLOPs at peak in the time that it takes to convert a value, measured."""
 
 
 class CppWidened(Backend):
@@ -41,7 +45,7 @@ class CppWidened(Backend):
         y = empty(problem, "output", x)
         backend, wide_weight = _inner(problem, "forward", get_precision()), weight.float()
         wide_bias = None if bias is None else bias.float()
-        for begin, part in _parts(problem):
+        for begin, part in _parts(problem, "forward"):
             end = begin + part.batch
             y[begin:end].copy_(backend.forward(part, x[begin:end].float(), wide_weight, wide_bias))
         return y
@@ -49,7 +53,7 @@ class CppWidened(Backend):
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
         result = empty(problem, "input", grad_output)
         backend, wide_weight = _inner(problem, "grad_input", get_precision()), weight.float()
-        for begin, part in _parts(problem):
+        for begin, part in _parts(problem, "grad_input"):
             end = begin + part.batch
             result[begin:end].copy_(backend.grad_input(part, grad_output[begin:end].float(), wide_weight))
         return result
@@ -57,7 +61,7 @@ class CppWidened(Backend):
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
         backend = _inner(problem, "grad_weight", get_precision())
         total: Tensor | None = None
-        for begin, part in _parts(problem):
+        for begin, part in _parts(problem, "grad_weight"):
             end = begin + part.batch
             share = backend.grad_weight(part, grad_output[begin:end].float(), x[begin:end].float())
             total = share if total is None else total.add_(share)
@@ -83,10 +87,13 @@ def _inner(problem: ConvProblem, pass_: Pass, precision: Precision) -> Backend:
 
 
 @lru_cache(maxsize=1024)
-def _parts(problem: ConvProblem) -> list[tuple[int, ConvProblem]]:
+def _parts(problem: ConvProblem, pass_: Pass) -> list[tuple[int, ConvProblem]]:
     """First sample and float32 problem of each part of the batch, which are as even as can be."""
-    sample = 4 * (problem.with_(batch=1).min_bytes("forward") // DTYPE_BYTES[problem.dtype])
-    parts = -(-problem.batch // max(1, min(problem.batch, COPIED_BYTES // sample)))
+    sample = 4 * (math.prod(problem.input_shape[1:]) + math.prod(problem.output_shape[1:]))
+    most = COPIED_BYTES
+    if pass_ == "grad_weight":
+        most = max(most, COPIED_BYTES_PER_WEIGHT * math.prod(problem.weight_shape))
+    parts = -(-problem.batch // max(1, min(problem.batch, most // sample)))
     cuts = [problem.batch * part // parts for part in range(parts + 1)]
     wide = problem.with_(dtype="float32")
     return [(begin, wide.with_(batch=end - begin)) for begin, end in itertools.pairwise(cuts)]

@@ -1,9 +1,10 @@
 """`cpp.winograd`: all three passes with fewer multiplications, fused tile by tile in cache, from csrc/.
 
 A scheme F(m_d x m_h x m_w, 3x3x3) computes a tile of m_d * m_h * m_w outputs from (m_d + 2)(m_h + 2)(m_w + 2) products
-per pair of channels where direct convolution takes 27 m_d m_h m_w: 8 for 27 with F(2x2x2), 6 for 27 with F(2x2x4), 3.4
-for 27 with F(4x4x4) (A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks", 2016; csrc/algorithm/
-winograd_axis.h has the transforms). Transforms and ragged edges take some of that back; `scheme` weighs it up.
+per pair of channels where direct convolution takes 27 m_d m_h m_w: 8 for 27 with F(2x2x2), 6 for 27 with F(2x2x4) or
+F(2x4x2), 3.4 for 27 with F(4x4x4) (A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks", 2016;
+csrc/algorithm/winograd_axis.h has the transforms). With stride 2 an axis takes 5 products for 6
+(winograd_strided_axis.h). Transforms and ragged edges take some of that back; `_best` weighs it up.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..precision import Precision, get_precision
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from .base import Accuracy, Backend, empty
-from .cpp import DTYPES, follow_torch_threads, kernels, load_extension, plan_of, pooled_plan_of
+from .cpp import DTYPES, call, kernels, load_extension, plan_of, pooled_plan_of
 
 Outputs = tuple[int, int, int]
 
@@ -31,9 +32,19 @@ SCHEMES: dict[tuple[int, int, int], dict[Precision, tuple[Outputs, ...]]] = {
 }
 """Outputs of a tile per axis, by kernel size and by what `set_precision` allows; for grad_weight those without a 4."""
 
+STRIDED_SCHEMES: dict[tuple[tuple[int, int, int], tuple[int, int, int]], Outputs] = {
+    ((3, 3, 3), (2, 2, 2)): (2, 2, 2),
+    ((3, 3, 3), (1, 2, 2)): (2, 2, 2),
+    ((1, 3, 3), (1, 2, 2)): (1, 2, 2),
+}
+"""The same by kernel size and stride; a tile of grad_input has `stride` times as many outputs."""
+
 
 class CppWinograd(Backend):
-    """Winograd convolution of 3x3x3, 1x3x3 and 3x1x1 kernels with stride 1; forward also fused with a max-pool."""
+    """Winograd convolution of 3x3x3, 1x3x3 and 3x1x1 kernels with stride 1, also dilated, and of some with stride 2.
+
+    Without dilation, forward is also fused with a max-pool.
+    """
 
     name = "cpp.winograd"
     family = "cpp"
@@ -48,8 +59,14 @@ class CppWinograd(Backend):
             reasons.append(f"it has no {pass_} fused with a pool")
         if problem.kernel_size not in SCHEMES:
             reasons.append(f"kernel size is {problem.kernel_size}; it computes {', '.join(map(str, SCHEMES))}")
-        if problem.stride != (1, 1, 1) or problem.dilation != (1, 1, 1):
-            reasons.append(f"stride is {problem.stride} and dilation {problem.dilation}; it needs 1")
+        elif problem.stride != (1, 1, 1):
+            strides = [stride for kernel, stride in STRIDED_SCHEMES if kernel == problem.kernel_size]
+            if problem.stride not in strides:
+                reasons.append(f"stride is {problem.stride}; it computes {', '.join(map(str, [(1, 1, 1), *strides]))}")
+            elif pass_ == "grad_input" and not _has_strided_grad_input(problem):
+                reasons.append("for grad_input axes of stride 2 need dilation 1 and an odd padding at their begin")
+        if problem.pool is not None and problem.dilation != (1, 1, 1):
+            reasons.append(f"dilation is {problem.dilation}; before a pool it needs 1")
         if problem.groups != 1:
             reasons.append(f"groups is {problem.groups}; it needs 1")
         if not reasons and not _fitting(problem, pass_, get_precision()):
@@ -61,73 +78,58 @@ class CppWinograd(Backend):
 
     def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = empty(problem, "output", x)
-        follow_torch_threads()
-        kernels().winograd_forward(
-            plan_of(problem),
-            self._outputs(problem, "forward"),
-            x.data_ptr(),
-            weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-        )
+        outputs = self._outputs(problem, "forward")
+        call(kernels().winograd_forward, plan_of(problem), x, weight, bias, y, options=(outputs,))
         return y
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
         result = empty(problem, "input", grad_output)
-        follow_torch_threads()
-        kernels().winograd_grad_input(
-            plan_of(problem),
-            self._outputs(problem, "grad_input"),
-            grad_output.data_ptr(),
-            weight.data_ptr(),
-            result.data_ptr(),
-        )
+        outputs = self._outputs(problem, "grad_input")
+        call(kernels().winograd_grad_input, plan_of(problem), grad_output, weight, result, options=(outputs,))
         return result
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
         result = empty(problem, "weight", x)
-        follow_torch_threads()
-        kernels().winograd_grad_weight(
-            plan_of(problem),
-            self._outputs(problem, "grad_weight"),
-            grad_output.data_ptr(),
-            x.data_ptr(),
-            result.data_ptr(),
-        )
+        outputs = self._outputs(problem, "grad_weight")
+        call(kernels().winograd_grad_weight, plan_of(problem), grad_output, x, result, options=(outputs,))
         return result
 
     def forward_max_pool(
         self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         code = empty(problem, "code", x)
-        return self._max_pool(problem, x, weight, bias, code.data_ptr()), code
+        return self._max_pool(problem, x, weight, bias, code), code
 
     def max_pool(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._max_pool(problem, x, weight, bias, 0)
+        return self._max_pool(problem, x, weight, bias, None)
 
-    def _max_pool(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None, code: int) -> Tensor:
-        pooled = empty(problem, "pooled", x)
-        follow_torch_threads()
-        kernels().winograd_forward_max_pool(
+    def _max_pool(
+        self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None, code: Tensor | None
+    ) -> Tensor:
+        pooled, outputs = empty(problem, "pooled", x), self._outputs(problem, "forward")
+        call(
+            kernels().winograd_forward_max_pool,
             pooled_plan_of(problem),
-            self._outputs(problem, "forward"),
-            x.data_ptr(),
-            weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            pooled.data_ptr(),
+            x,
+            weight,
+            bias,
+            pooled,
             code,
+            options=(outputs,),
         )
         return pooled
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
         """F(2) alone keeps integers exact; each axis of F(4) in a scheme beyond the first multiplies the error."""
-        depth, height, width = outputs = self._outputs(problem, pass_)
-        fours = outputs.count(4)
+        outputs = self._outputs(problem, pass_)
+        dilation = (1, 1, 1) if pass_ == "grad_weight" else problem.dilation  # taps lie next to each other
+        depth, height, width = map(_reach, outputs, problem.stride, dilation)
+        fours = sum(m == 4 and s == 1 for m, s in zip(outputs, problem.stride, strict=True))
         return Accuracy(
             constant=2.0 if fours < 2 else 2.0 * 4 ** (fours - 1),
             accumulate_dtype=problem.dtype,
             bitwise_reproducible=True,
-            reach=(_reach(depth), _reach(height), _reach(width)),
+            reach=(depth, height, width),
             exact_integers=fours == 0,
         )
 
@@ -139,9 +141,24 @@ class CppWinograd(Backend):
         return _best(problem, pass_, get_precision(), _vector_bytes()).outputs
 
 
-def _reach(outputs: int) -> int:
-    """How far the voxels lie that a tile of three taps per axis mixes into one output."""
-    return 0 if outputs == 1 else outputs + 1
+def _reach(outputs: int, stride: int, dilation: int) -> int:
+    """How far the voxels (of a weight's gradient, the taps) lie that a tile of three taps mixes into one result."""
+    return 0 if outputs == 1 else (outputs + 1 if stride == 1 else 2) * dilation
+
+
+def _points(outputs: int, kernel: int, stride: int) -> int:
+    """Products of a tile along an axis."""
+    return outputs + kernel - 1 if stride == 1 else 5
+
+
+def _weights(outputs: int, kernel: int, stride: int) -> int:
+    """What three taps are transformed to along an axis."""
+    return outputs + kernel - 1 if stride == 1 else 4
+
+
+def _tiles(count: int, outputs: int, dilation: int) -> int:
+    """Along an axis: every residue modulo the dilation has tiles of its own, as many as the first."""
+    return min(count, dilation) * -(-count // dilation // outputs)
 
 
 class _Choice(NamedTuple):
@@ -153,9 +170,23 @@ def _vector_bytes() -> int:
     return {"avx512": 64, "avx2": 32}.get(kernels().current_isa(), 16)
 
 
+def _has_strided_grad_input(problem: ConvProblem) -> bool:
+    axes = zip(problem.stride, problem.dilation, problem.padding, strict=True)
+    return all(stride == 1 or (dilation == 1 and begin % 2 == 1) for stride, dilation, (begin, _) in axes)
+
+
+def _schemes(problem: ConvProblem, pass_: Pass, precision: Precision) -> tuple[Outputs, ...]:
+    if problem.stride == (1, 1, 1):
+        return SCHEMES[problem.kernel_size][precision]
+    depth, height, width = STRIDED_SCHEMES[problem.kernel_size, problem.stride]
+    if pass_ == "grad_input":
+        depth, height, width = depth * problem.stride[0], height * problem.stride[1], width * problem.stride[2]
+    return ((depth, height, width),)
+
+
 def _fitting(problem: ConvProblem, pass_: Pass, precision: Precision) -> list[Outputs]:
     """Schemes for the kernel and the pass into whose tiles the windows of the pool fit."""
-    schemes = SCHEMES[problem.kernel_size][precision]
+    schemes = _schemes(problem, pass_, precision)
     if pass_ == "grad_weight":
         return [outputs for outputs in schemes if 4 not in outputs]
     pool = problem.pool
@@ -178,9 +209,10 @@ def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes:
     In units of one FMA of one pair of channels at peak, with numbers fitted to measurements (docs/performance.md): the
     products run at 0.82 of peak; loading, transforming and storing an output voxel takes as long as 3.6 (ncdhw: 5.2) of
     its direct products for each channel, averaged harmonically; transforming a weight takes 8 per point; and weights
-    that exceed the caches are read again for every box of tiles. grad_weight transforms two tensors, each once for
-    every block of channels of the other, and transforms its sums back, which wait in memory for those of other splits
-    of the tiles unless there are many blocks.
+    that exceed the caches are read again for every box of tiles, sooner with strides, whose boxes have fewer tiles, and
+    which have as many input voxels to an output voxel as their product. grad_weight transforms two tensors, each once
+    for every block of channels of the other, and transforms its sums back, which wait in memory for those of other
+    splits of the tiles unless there are many blocks.
     """
     lanes = vector_bytes // DTYPE_BYTES[problem.dtype]
     channels = (problem.in_channels, problem.out_channels)
@@ -194,21 +226,27 @@ def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes:
         size = tuple(count * window for count, window in zip(problem.pooled_size, problem.pool.window, strict=True))
     taps = math.prod(problem.kernel_size)
     each = {"ndhwc": 3.6, "ncdhw": 5.2}[problem.layout]
-    moving = each * (1 / channels[0] + 1 / channels[1]) / 2
+    strides = math.prod(problem.stride)
+    moving = each * (1 / channels[0] + strides / channels[1]) / 2
     finishing = 8.0
     if pass_ == "grad_weight":
         bytes_ = DTYPE_BYTES[problem.dtype]
         source_blocks, target_blocks = -(-channels[0] * bytes_ // 256), -(-channels[1] * bytes_ // 512)
-        moving = each * (target_blocks / channels[1] + source_blocks / channels[0])
+        moving = each * (source_blocks / channels[0] + strides * target_blocks / channels[1])
         finishing = 128.0 if source_blocks * target_blocks < 16 else 64.0
+    shared = (
+        strides if pass_ == "grad_input" else 1
+    )  # input voxels among which an output voxel's products are shared out
     best = _Choice(0.0, (0, 0, 0))
     for outputs in _fitting(problem, pass_, precision):
-        points = math.prod(m + k - 1 for m, k in zip(outputs, problem.kernel_size, strict=True))
-        tiles = problem.batch * math.prod(-(-count // m) for count, m in zip(size, outputs, strict=True))
-        weight_bytes = points * math.prod(channels) * DTYPE_BYTES[problem.dtype]
-        spilling = 1.7 if weight_bytes > 16 << 20 and pass_ != "grad_weight" else 1.0
+        points = math.prod(map(_points, outputs, problem.kernel_size, problem.stride))
+        tiles = problem.batch * math.prod(map(_tiles, size, outputs, problem.dilation))
+        weights = math.prod(map(_weights, outputs, problem.kernel_size, problem.stride))
+        weight_bytes = weights * math.prod(channels) * DTYPE_BYTES[problem.dtype]
+        most_bytes = (16 if strides == 1 else 4) << 20
+        spilling = 1.7 if weight_bytes > most_bytes and pass_ != "grad_weight" else 1.0
         products = tiles * points * spilling / (0.82 * used)
-        transforms = taps * moving * tiles * math.prod(outputs) + finishing * points
-        efficiency = taps * problem.batch * math.prod(size) / (products + transforms)
+        transforms = taps * moving * tiles * math.prod(outputs) / shared + finishing * points
+        efficiency = taps * problem.batch * math.prod(size) / shared / (products + transforms)
         best = max(best, _Choice(efficiency, outputs))
     return best

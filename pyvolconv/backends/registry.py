@@ -9,6 +9,7 @@ from __future__ import annotations
 from .aten import AtenBackend
 from .base import Backend
 from .cpp import CppDirect
+from .cpp_bfloat16 import CppBfloat16
 from .cpp_first_layer import CppFirstLayer
 from .cpp_widened import CppWidened
 from .cpp_winograd import CppWinograd
@@ -21,6 +22,7 @@ REGISTRY: tuple[Backend, ...] = (
     CppDirect(),
     CppWinograd(),
     CppFirstLayer(),
+    CppBfloat16(),
     CppWidened(),
     Im2colBackend(),
     NumbaBackend(),

@@ -15,6 +15,8 @@ from pathlib import Path
 STAT = Path("/proc/stat")
 TOLERATED = 0.1
 """Cores missing, per thread, from which on a measurement counts as disturbed."""
+SHORTEST = 0.2
+"""Seconds from which on the system's ticks, of 10 ms for each core, are fine enough for that."""
 
 _IDLE, _IO_WAIT, _STEAL = 3, 4, 7
 
@@ -54,6 +56,17 @@ class Load:
     def disturbs(self, threads: int) -> bool:
         """Whether that is enough to make times longer."""
         return self.missing(threads) > TOLERATED * threads
+
+
+def disturbance(before: Sample | None, after: Sample | None, threads: int) -> Load | None:
+    """The load between two samples where it made the times of `threads` threads longer.
+
+    None on a quiet machine, on one that has no samples, and after too short a time to tell.
+    """
+    if before is None or after is None or after.clock - before.clock < SHORTEST:
+        return None
+    load = Load.between(before, after)
+    return load if load.disturbs(threads) else None
 
 
 def sample(stat: Path = STAT) -> Sample | None:

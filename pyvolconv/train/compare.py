@@ -289,9 +289,8 @@ class _Comparison:
         try:
             yield
         finally:
-            after, threads = busy.sample(), torch.get_num_threads()
-            load = busy.Load.between(before, after) if before and after else None
-            if load and load.disturbs(threads):
+            load = busy.disturbance(before, busy.sample(), torch.get_num_threads())
+            if load:
                 self._note(
                     f"Other processes kept {load.others:.1f} of {load.cores} cores busy while {what}: "
                     "times are longer than on a quiet machine, and ratios less certain."

@@ -11,7 +11,8 @@ import pytest
 
 from pyvolconv.problem import LAYOUTS, ConvProblem
 
-from .kernels import EXTENSION, ISAS, MISSING, WIDE, Fused, WideFused, compile_harness
+from ..harness import EXTENSION, ISAS, KERNELS, MISSING, WIDE, WIDE_FLAGS, compile_harness
+from .kernels import Fused, WideFused
 from .problems import CUT, parse
 
 
@@ -20,12 +21,11 @@ def wide_library(tmp_path_factory) -> ctypes.CDLL:
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile 64-byte vectors with")
     target = tmp_path_factory.mktemp("wide_fused") / "wide.so"
-    flags = ["-O2", "-fPIC", "-shared", "-mavx2", "-mfma", "-DPVC_VECTOR_BYTES=64", "-DPVC_ISA=avx2"]
-    compile_harness(target, *flags)
+    compile_harness("cpp_fused_harness.cpp", target, *WIDE_FLAGS)
     return ctypes.CDLL(str(target))
 
 
-@pytest.fixture(params=[*ISAS, pytest.param(WIDE, marks=pytest.mark.slow)])
+@pytest.fixture(params=KERNELS)
 def fused(request) -> Iterator[Fused]:
     """The fused passes with the kernels of one instruction set."""
     if EXTENSION is None:

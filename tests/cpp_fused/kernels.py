@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import subprocess
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pyvolconv.backends.base import empty
-from pyvolconv.backends.cpp import load_extension
 from pyvolconv.backends.registry import REGISTRY
 from pyvolconv.epilogue import ACTIVATIONS
 from pyvolconv.problem import ConvProblem
 
 CPP = next(backend for backend in REGISTRY if backend.name == "cpp.direct")
-TESTS = Path(__file__).parent.parent
-CSRC = TESTS.parent / "csrc"
-EXTENSION, MISSING = load_extension()
-ISAS = EXTENSION.supported_isas() if EXTENSION else []
-WIDE = "64-byte vectors"
 
 
 def numbers(problem: ConvProblem) -> list[int]:
@@ -33,14 +25,6 @@ def numbers(problem: ConvProblem) -> list[int]:
     pool = (problem.pool.window, problem.pool.stride, problem.pool.padding, problem.pooled_size)
     triples = itertools.chain(*sizes, begin, end, problem.dilation, *pool)
     return [*head, ACTIVATIONS.index(problem.activation), *triples]
-
-
-def compile_harness(target: Path, *flags: str) -> None:
-    sources = [TESTS / "cpp_fused_harness.cpp"]
-    sources += [CSRC / name for name in ("isa_kernels.cpp", "arena.cpp", "parallel.cpp")]
-    command = ["g++", "-std=c++17", "-ffp-contract=fast", "-fopenmp", "-Wno-psabi", f"-I{CSRC}", *flags]
-    built = subprocess.run([*command, *map(str, sources), "-o", str(target)], capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
 
 
 class Fused:

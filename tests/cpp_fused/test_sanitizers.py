@@ -9,7 +9,8 @@ import pytest
 
 from pyvolconv.problem import LAYOUTS
 
-from .kernels import ISAS, compile_harness, numbers
+from ..harness import ISAS, SANITIZER_FLAGS, compile_harness
+from .kernels import numbers
 from .problems import CUT, parse
 
 
@@ -30,15 +31,7 @@ def test_no_access_outside_of_buffers(isa, flags, tmp_path):
     if isa not in ISAS:
         pytest.skip(f"this machine lacks {isa}")
     program = tmp_path / "harness"
-    compile_harness(
-        program,
-        "-O1",
-        "-fsanitize=address,undefined",
-        "-fno-sanitize-recover=all",
-        "-DHARNESS_MAIN",
-        f"-DPVC_ISA={isa}",
-        *flags,
-    )
+    compile_harness("cpp_fused_harness.cpp", program, *SANITIZER_FLAGS, *flags)
     problems = [parse(text, layout) for text in CUT for layout in LAYOUTS]
     text = "\n".join(" ".join(map(str, numbers(problem))) for problem in problems)
     ran = subprocess.run([str(program)], input=text, capture_output=True, text=True)

@@ -11,6 +11,8 @@ import pyvolconv
 
 from .models import CHAIN, SEQUENTIALS, Ordinary, assert_same, assert_same_in_training, rows, settle, small
 
+WITH_NORM = "Conv3d + BatchNorm3d + ReLU + MaxPool3d in one pass"
+
 
 @pytest.mark.parametrize("name", SEQUENTIALS)
 def test_found_in_sequential(name):
@@ -36,7 +38,7 @@ def test_found_in_forward_code(passes):
     reference = settle(Ordinary())
     model = pyvolconv.accelerate(copy.deepcopy(reference))
     assert rows(model) == {
-        "conv1": ("Conv3d + BatchNorm3d + ReLU + MaxPool3d in one pass", "not now: BatchNorm3d is in training mode"),
+        "conv1": ("Conv3d alone", f"BatchNorm3d is in training mode; otherwise {WITH_NORM}"),
         "conv2": (CHAIN, ""),
         "block.0": ("Conv3d + LeakyReLU + MaxPool3d in one pass", ""),
         "layers.0": ("Conv3d + ReLU, in place", ""),
@@ -45,7 +47,7 @@ def test_found_in_forward_code(passes):
     }
     assert_same(model.eval(), reference.eval(), small())
     assert passes["fused"] == 3
-    assert rows(model)["conv1"][1] == ""
+    assert rows(model)["conv1"] == (WITH_NORM, "")
     assert_same_in_training(model, reference)
 
 
@@ -61,6 +63,15 @@ def test_example_input_is_checked_with_the_chains():
     model = Ordinary().eval()
     assert pyvolconv.accelerate(model, small()) is model
     assert rows(model)["conv2"] == (CHAIN, "")
+
+
+def test_report_says_what_runs_between_hooks_around_every_module(passes):
+    model = pyvolconv.accelerate(nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU(), nn.MaxPool3d(2)))
+    with nn.modules.module.register_module_forward_hook(lambda *_: None):
+        assert rows(model) == {"0": ("Conv3d alone", f"hooks around every module; otherwise {CHAIN}")}
+        model(small())
+    assert passes == {"fused": 0, "plain": 1}
+    assert rows(model) == {"0": (CHAIN, "")}
 
 
 def test_report_is_a_table():
