@@ -4,7 +4,8 @@ Each network runs one inference and one training step (Adam, cross-entropy of ra
 in both memory formats and after `pyvolconv.accelerate`, in both memory formats too, in turns, with equal threads and
 pages kept. Before anything is timed the outputs and all parameter gradients are compared with torch's.
 
-Needs `pip install monai dynamic-network-architectures`; a network whose package is missing is left out and named.
+Needs `pip install monai dynamic-network-architectures pytorchvideo diffusers`; a network whose package is missing or
+does not load is left out and named.
 `--profile` prints where the time of our better training step goes.
 """
 
@@ -65,9 +66,24 @@ def plain_conv_unet() -> tuple[nn.Module, Tensor]:
     return model, torch.randn(1, 1, 64, 64, 64)
 
 
+def x3d() -> tuple[nn.Module, Tensor]:
+    from pytorchvideo.models.x3d import create_x3d
+
+    model: nn.Module = create_x3d(input_clip_length=13, input_crop_size=160, dropout_rate=0.0)
+    return model, torch.randn(1, 3, 13, 160, 160)
+
+
+def wan_blocks() -> tuple[nn.Module, Tensor]:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
+
+    return nn.Sequential(WanResidualBlock(96, 96), WanResidualBlock(96, 192)), torch.randn(1, 96, 5, 64, 64)
+
+
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "MONAI UNet 96^3": monai_unet,
     "nnU-Net PlainConvUNet 64^3": plain_conv_unet,
+    "X3D-S 13x160x160": x3d,
+    "Wan VAE residual blocks 5x64x64": wan_blocks,
 }
 
 
@@ -75,7 +91,10 @@ def variants(model: nn.Module, x: Tensor) -> Iterator[tuple[str, nn.Module, Tens
     """The same network from the same weights: by torch and by pyvolconv, in both memory formats."""
     for label, memory_format in FORMATS.items():
         for who in ("torch", "pyvolconv"):
-            ours = copy.deepcopy(model).to(memory_format=memory_format)
+            ours = copy.deepcopy(model)
+            for module in ours.modules():
+                if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):  # others have parameters of rank 4
+                    module.to(memory_format=memory_format)
             if who == "pyvolconv":
                 pyvolconv.accelerate(ours)
             yield f"{who} {label}", ours, x.to(memory_format=memory_format)
@@ -137,10 +156,12 @@ def main() -> None:
         torch.manual_seed(0)
         try:
             model, x = make()
-        except ModuleNotFoundError as missing:
+        except (ImportError, RuntimeError) as missing:
             console.print(f"{name} is left out: {missing}")
             continue
-        labels = torch.randint(CLASSES, (x.shape[0], *x.shape[2:]))
+        with torch.no_grad():
+            samples, classes, *voxels = copy.deepcopy(model)(x).shape
+        labels = torch.randint(classes, (samples, *voxels))
         candidates = {label: (network, volume) for label, network, volume in variants(model, x)}
         for kind in ("inference", "training"):
             steps = {
