@@ -22,6 +22,13 @@ pytestmark = pytest.mark.skipif(_C is None, reason=missing or "compiled")
 
 ALL = [(kernel, outputs) for kernel, allowed in SCHEMES.items() for outputs in allowed["high"]]
 STRIDED = [(kernel, stride, outputs) for (kernel, stride), outputs in STRIDED_SCHEMES.items()]
+ONE = (1, 1, 1)
+BLOCKED = [
+    *((kernel, ONE, ONE, schemes["default"][0]) for kernel, schemes in SCHEMES.items()),
+    ((3, 3, 3), ONE, (1, 2, 1), (2, 2, 2)),
+    *((kernel, stride, ONE, outputs) for kernel, stride, outputs in STRIDED),
+]
+"""Kernel, stride, dilation and outputs of a tile."""
 SHAPES = (
     "n1ic1oc1-i1x1x1",
     "n2ic16oc24-i5x6x7",
@@ -95,6 +102,23 @@ def test_within_bound_and_same_bits(kernel, outputs, pass_, operands, assert_wit
             assert_within_bound(got, problem, pass_, args, accuracy_of(outputs, dtype))
             threads(3)
             assert torch.equal(run(problem, outputs, pass_, args), got), f"other bits with 3 threads and {isa}"
+
+
+@pytest.mark.parametrize(("kernel", "stride", "dilation", "outputs"), BLOCKED)
+def test_blocks_of_channels_and_boxes_of_several_samples(
+    kernel, stride, dilation, outputs, operands, reference, threads, use_isa
+):
+    """Blocks of 64 or 32 by 128 or 64 channels, the last ones narrower; with many, boxes hold more than one sample."""
+    shapes = ("n2ic70oc150-i4x4x6", "n5ic65oc12-i3x6x4", "n3ic7oc131-i4x3x5", "n7ic280oc260-i2x3x3")
+    for shape, dtype, layout in itertools.product(shapes, ("float32", "float64"), LAYOUTS):
+        problem = problem_of(shape, kernel, dtype, layout, dilation=dilation, stride=stride)
+        args = operands(problem, "grad_weight", integers=True)
+        exact = reference(problem, "grad_weight", args)
+        for isa, count in itertools.product(ISAS, (1, 3)):
+            use_isa(isa)
+            threads(count)
+            got = run(problem, outputs, "grad_weight", args)
+            assert torch.equal(got.double(), exact), (shape, dtype, layout, isa, count)
 
 
 @pytest.mark.parametrize("padding", [(0, 0, 0), (2, 0, 1), (3, 4, 2)])

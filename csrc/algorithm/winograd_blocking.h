@@ -23,15 +23,17 @@ struct WinogradBlocking {
     const WinogradScheme<T>* scheme;
     int64_t sources, source_vectors;  // channels, and vectors of them
     int64_t targets, vectors;
-    bool half_target;       // the last vector is half of one
-    int64_t panel_vectors;  // of a whole panel (panel.h)
-    int64_t blocks;         // of at most `most_vectors` vectors, whole panels but the last
-    int64_t voxels[3];      // target voxels to compute
+    bool half_target;        // the last vector is half of one
+    int64_t panel_vectors;   // of a whole panel (panel.h)
+    int64_t blocks;          // of at most `most_vectors` vectors, whole panels but the last
+    int64_t batch, samples;  // of a box
+    int64_t voxels[3];       // target voxels to compute
     int64_t lattice[3], residues[3];
     int64_t tiles[3], box[3], boxes[3];  // of a residue
 
-    int64_t source_width() const { return source_vectors * lanes; }
+    // Boxes of a sample, or of as many as a box takes.
     int64_t box_count() const { return boxes[0] * boxes[1] * boxes[2] * residues[0] * residues[1] * residues[2]; }
+    int64_t all_boxes() const { return ceil_divide(batch, samples) * box_count(); }
     int64_t block_first(int64_t block) const { return block * most_vectors; }
     int64_t block_vectors(int64_t block) const { return smaller(most_vectors, vectors - block_first(block)); }
     int64_t widest_block() const { return block_vectors(0) * lanes; }
@@ -66,10 +68,17 @@ struct WinogradBlocking {
     }
 };
 
+constexpr int64_t kMostTiles = 96;
+
+struct BoxLimits {
+    int64_t boxes = 16;  // at least so many, unless each would have few tiles
+    int64_t bytes = kL2Bytes;
+};
+
 // The box that costs least of those that fit. Depends on the problem alone.
 template <typename T>
-void choose_box(const Gather& gather, WinogradBlocking<T>& b) {
-    constexpr int64_t kTasks = 16, kFewestTiles = 8, kMostTiles = 96, kBytes = kL2Bytes;
+void choose_box(const Gather& gather, const BoxLimits& limits, WinogradBlocking<T>& b) {
+    constexpr int64_t kFewestTiles = 8;
     constexpr double kBoxCost = 4;  // in tiles: a few alone leave register tiles unused and read all weights for little
     // A transformed plane, a packed voxel under a tile, a row of tiles: long rows are read and stored faster, most of
     // all where they have to be transposed.
@@ -79,7 +88,7 @@ void choose_box(const Gather& gather, WinogradBlocking<T>& b) {
     const int* axis = scheme.axis;
     const int64_t residues = b.residues[0] * b.residues[1] * b.residues[2];
     const int64_t tiles = gather.batch * residues * b.tiles[0] * b.tiles[1] * b.tiles[2];
-    const int64_t most = larger(smaller(kMostTiles, ceil_divide(tiles, kTasks)), kFewestTiles);
+    const int64_t most = larger(smaller(kMostTiles, ceil_divide(tiles, limits.boxes)), kFewestTiles);
     double best = 0;
     for (int64_t w = 1; w <= smaller(b.tiles[2], most); ++w) {
         for (int64_t h = 1; h <= smaller(b.tiles[1], most / w); ++h) {
@@ -87,7 +96,7 @@ void choose_box(const Gather& gather, WinogradBlocking<T>& b) {
                 const int64_t size[3] = {even_part(b.tiles[0], d), even_part(b.tiles[1], h), even_part(b.tiles[2], w)};
                 if (size[0] != d || size[1] != h || size[2] != w) continue;
                 const int64_t count = d * h * w;
-                if (count > kFewestTiles && b.box_bytes(size) > kBytes) continue;
+                if (count > kFewestTiles && b.box_bytes(size) > limits.bytes) continue;
                 double packed = 1, boxes = 1;
                 for (int a = 0; a < 3; ++a) {
                     packed *= static_cast<double>(b.source_voxels(a, size[a])) / scheme.outputs[a];
@@ -109,9 +118,12 @@ void choose_box(const Gather& gather, WinogradBlocking<T>& b) {
 }
 
 template <typename T>
-WinogradBlocking<T> choose_winograd(const Gather& gather, const WinogradScheme<T>& scheme) {
+WinogradBlocking<T> choose_winograd(const Gather& gather, const WinogradScheme<T>& scheme,
+                                    const BoxLimits& limits = {}) {
     WinogradBlocking<T> b = {};
     b.scheme = &scheme;
+    b.batch = gather.batch;
+    b.samples = 1;
     b.sources = gather.source_channels;
     b.source_vectors = ceil_divide(b.sources, b.lanes);
     b.targets = gather.target_channels;
@@ -126,7 +138,7 @@ WinogradBlocking<T> choose_winograd(const Gather& gather, const WinogradScheme<T
         b.residues[a] = smaller(b.lattice[a], b.voxels[a]);
         b.tiles[a] = ceil_divide(ceil_divide(b.voxels[a], b.lattice[a]), int64_t{scheme.outputs[a]});
     }
-    choose_box(gather, b);
+    choose_box(gather, limits, b);
     return b;
 }
 

@@ -18,13 +18,15 @@ namespace {
 // on. Boxes of neighbouring residues, which lie in the same pages, follow one another.
 template <typename T>
 struct TileBox {
-    int64_t sample, residue[3], tile[3], tiles[3];
-    int64_t first[3], step[3];  // in the target
-    int64_t plane_tiles, all_tiles;
+    int64_t sample, samples;  // the first, and how many
+    int64_t residue[3], tile[3], tiles[3];
+    int64_t first[3], step[3];       // in the target
+    int64_t plane_tiles, all_tiles;  // of a sample
 
     TileBox(const WinogradBlocking<T>& b, int64_t index) {
         const int* axis = b.scheme->axis;
-        sample = index / b.box_count();
+        sample = index / b.box_count() * b.samples;
+        samples = smaller(b.samples, b.batch - sample);
         int64_t rest = index % b.box_count();
         for (int a = 2; a >= 0; --a) {
             residue[a] = rest % b.residues[a];
@@ -42,19 +44,29 @@ struct TileBox {
     }
 };
 
+// Channels of a tensor that end at a whole vector or with the last of them.
+struct ChannelRange {
+    int64_t first, count;
+};
+
 // `gather` describes the tensor as its source.
 template <typename T>
 class WinogradOperand {
   public:
     WinogradOperand(const Gather& gather, const WinogradScheme<T>& scheme, const TileWindow& window,
                     const OperandKernels<T>& kernels, const TileBox<T>& box, Scratch slot)
-        : gather_(gather), scheme_(scheme), window_(window), kernels_(kernels), box_(box) {
+        : WinogradOperand(gather, scheme, window, kernels, box, slot, {0, gather.source_channels}) {}
+
+    WinogradOperand(const Gather& gather, const WinogradScheme<T>& scheme, const TileWindow& window,
+                    const OperandKernels<T>& kernels, const TileBox<T>& box, Scratch slot, const ChannelRange& block)
+        : gather_(gather), scheme_(scheme), window_(window), kernels_(kernels), box_(box), block_(block) {
         o_ = scheme.axis[0], p_ = scheme.axis[1], q_ = scheme.axis[2];
-        channels_ = gather.source_channels;
-        vectors_ = ceil_divide(channels_, lanes);
+        all_channels_ = gather.source_channels;
+        vectors_ = ceil_divide(block.count, lanes);
         planes_ = voxels(o_, box.tiles[o_]);
-        const int64_t values = vectors_ * planes_ * box.plane_tiles * scheme.tile_pitch();
-        const int64_t zeros = ((window.size[q_] - 1) * gather.axis[q_].tap_step + 1) * channels_ + vectors_ * lanes;
+        const int64_t values = vectors_ * box.samples * planes_ * box.plane_tiles * scheme.tile_pitch();
+        const int64_t columns = (window.size[q_] - 1) * gather.axis[q_].tap_step + 1;
+        const int64_t zeros = columns * all_channels_ + vectors_ * lanes;
         rows_ = scratch<T>(slot, vectors_ * row_pitch() + values + zeros);
         transformed_ = rows_ + vectors_ * row_pitch();
         zeros_ = transformed_ + values;
@@ -63,8 +75,8 @@ class WinogradOperand {
 
     void transform_planes(const T* tensor) {
         const int64_t size = gather_.axis[o_].source_size;
-        for (int64_t plane = 0; plane < planes_; ++plane) {
-            const int64_t position = position_of(o_, 0, plane);
+        for (int64_t plane = 0; plane < box_.samples * planes_; ++plane) {
+            const int64_t position = position_of(o_, 0, plane % planes_);
             if (position < 0 || position >= size) {
                 for (int64_t vector = 0; vector < vectors_; ++vector) {
                     fill_zero(transformed(vector, plane, 0), box_.plane_tiles * scheme_.tile_pitch());
@@ -84,24 +96,27 @@ class WinogradOperand {
         a.outer_tiles = box_.tiles[o_];
         a.plane_tiles = box_.plane_tiles;
         for (int64_t vector = 0; vector < vectors_; ++vector) {
-            a.from = transformed(vector, 0, 0) + point * lanes;
-            a.to = rows_ + vector * row_pitch();
-            kernels_.outer[half(vector)](a);
+            for (int64_t sample = 0; sample < box_.samples; ++sample) {
+                a.from = transformed(vector, sample * planes_, 0) + point * lanes;
+                a.to = rows_ + vector * row_pitch() + sample * row_pitch() / box_.samples;
+                kernels_.outer[half(vector)](a);
+            }
         }
         return rows_;
     }
 
     // Between the vectors of channels of what transform_outer gives.
-    int64_t row_pitch() const { return box_.all_tiles * scheme_.points[o_] * lanes; }
+    int64_t row_pitch() const { return box_.samples * box_.all_tiles * scheme_.points[o_] * lanes; }
 
-    // The tensor under `tiles` tiles from tile `tile` of the box on, one plane of it or all, [voxel][channel]. Returns
-    // the strides too.
+    // The tensor under `tiles` tiles from tile `tile` of the box on, one plane of all samples or the whole of the first
+    // sample, [voxel][channel]. Returns the strides too.
     const T* pack(const T* tensor, const int64_t tile[3], const int64_t tiles[3], int64_t plane,
                   int64_t stride[3]) const {
         PackedAxis packed[3];
         SourceBlock from = {};
-        from.sample = box_.sample;
-        from.channels = channels_;
+        from.sample = box_.sample + larger(plane, 0) / planes_;
+        from.channel = block_.first;
+        from.channels = block_.count;
         from.width = vectors_ * lanes;
         for (int a = 0; a < 3; ++a) {
             packed[a] = {1, voxels(a, tiles[a]), 1, 1, gather_.axis[a].tap_step == 1};
@@ -109,7 +124,7 @@ class WinogradOperand {
         }
         if (plane >= 0) {
             packed[o_].rows = 1;
-            from.origin[o_] = position_of(o_, tile[o_], plane);
+            from.origin[o_] = position_of(o_, tile[o_], plane % planes_);
         }
         stride[2] = from.width;
         stride[1] = packed[2].rows * stride[2];
@@ -133,10 +148,11 @@ class WinogradOperand {
     }
 
     T* transformed(int64_t vector, int64_t plane, int64_t tile) const {
-        return transformed_ + ((vector * planes_ + plane) * box_.plane_tiles + tile) * scheme_.tile_pitch();
+        return transformed_ +
+               ((vector * box_.samples * planes_ + plane) * box_.plane_tiles + tile) * scheme_.tile_pitch();
     }
 
-    bool half(int64_t vector) const { return fills_half<T>(channels_) && vector + 1 == vectors_; }
+    bool half(int64_t vector) const { return fills_half<T>(block_.count) && vector + 1 == vectors_; }
 
     void transform_packed(const T* tensor, int64_t plane) {
         const int64_t first[3] = {0, 0, 0};
@@ -165,15 +181,16 @@ class WinogradOperand {
     // the tensor it is packed.
     void transform_in_place(const T* tensor, int64_t plane) {
         const GatherAxis* axis = gather_.axis;
-        const int64_t width = axis[2].source_size * channels_;
-        const int64_t stride[3] = {axis[1].source_size * width, width, channels_};
+        const int64_t width = axis[2].source_size * all_channels_;
+        const int64_t stride[3] = {axis[1].source_size * width, width, all_channels_};
         const int64_t row_step = axis[p_].tap_step, column_step = axis[q_].tap_step;
-        const T* all = tensor + box_.sample * axis[0].source_size * stride[0];
+        const int64_t sample = box_.sample + plane / planes_;
+        const T* all = tensor + sample * axis[0].source_size * stride[0] + block_.first;
         int64_t begin[3];
-        begin[o_] = position_of(o_, 0, plane);
-        const int64_t after = (gather_.batch - 1 - box_.sample) * axis[0].source_size * stride[0] +
+        begin[o_] = position_of(o_, 0, plane % planes_);
+        const int64_t after = (gather_.batch - 1 - sample) * axis[0].source_size * stride[0] +
                               (axis[o_].source_size - 1 - begin[o_]) * stride[o_];
-        if (after < vectors_ * lanes - channels_) return transform_packed(tensor, plane);
+        if (after < vectors_ * lanes - block_.count) return transform_packed(tensor, plane);
         const int rows = window_.size[p_], columns = window_.size[q_];
         PlaneSource<T> a = {};
         for (int64_t tile = 0; tile < box_.plane_tiles; ++tile) {
@@ -212,8 +229,10 @@ class WinogradOperand {
     const TileWindow window_;
     const OperandKernels<T>& kernels_;
     const TileBox<T>& box_;
-    int o_, p_, q_;  // axes: the outer one, those of a plane
-    int64_t channels_, vectors_, planes_;
+    ChannelRange block_;
+    int o_, p_, q_;             // axes: the outer one, those of a plane
+    int64_t all_channels_;      // of the tensor
+    int64_t vectors_, planes_;  // vectors of the block, planes of a sample
     T* rows_;
     T* transformed_;
     T* zeros_;

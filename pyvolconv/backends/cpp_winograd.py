@@ -197,6 +197,11 @@ def _fitting(problem: ConvProblem, pass_: Pass, precision: Precision) -> list[Ou
     return [outputs for outputs in schemes if all(m % w == 0 for m, w in zip(outputs, pool.window, strict=True))]
 
 
+def _used(size: int, lanes: int) -> float:
+    """Share in use of what computes `lanes` values at once."""
+    return size / (-(-size // lanes) * lanes)
+
+
 @lru_cache(maxsize=4096)
 def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes: int) -> _Choice:
     """The scheme with the least expected time.
@@ -205,21 +210,30 @@ def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes:
     products run at 0.82 of peak; loading, transforming and storing an output voxel takes as long as 3.6 (ncdhw: 5.2) of
     its direct products for each channel, averaged harmonically; transforming a weight takes 8 per point; and weights
     that exceed the caches are read again for every box of tiles, sooner with strides, whose boxes have fewer tiles, and
-    which have as many input voxels to an output voxel as their product. grad_weight transforms two tensors, adds sums
-    of 16 splits of the tiles, and reads and writes all sums for every box, which shows where they exceed 2 MiB.
+    which have as many input voxels to an output voxel as their product. grad_weight transforms two tensors, each once
+    for every block of channels of the other, and transforms its sums back, which wait in memory for those of other
+    splits of the tiles unless there are many blocks.
     """
     lanes = vector_bytes // DTYPE_BYTES[problem.dtype]
     channels = (problem.in_channels, problem.out_channels)
     targets = channels[0] if pass_ == "grad_input" else channels[1]
     half = lanes // 2 if vector_bytes == 64 and pass_ != "grad_weight" else lanes
-    used = targets / (-(-targets // half) * half)
+    used = _used(targets, half)
+    if pass_ == "grad_weight":
+        used *= _used(channels[0], lanes // 2)  # rows of a register tile
     size: tuple[int, ...] = problem.input_size if pass_ == "grad_input" else problem.output_size
     if problem.pool is not None:
         size = tuple(count * window for count, window in zip(problem.pooled_size, problem.pool.window, strict=True))
     taps = math.prod(problem.kernel_size)
-    each = {"ndhwc": 3.6, "ncdhw": 5.2}[problem.layout] * (2 if pass_ == "grad_weight" else 1)
+    each = {"ndhwc": 3.6, "ncdhw": 5.2}[problem.layout]
     strides = math.prod(problem.stride)
     moving = each * (1 / channels[0] + strides / channels[1]) / 2
+    finishing = 8.0
+    if pass_ == "grad_weight":
+        bytes_ = DTYPE_BYTES[problem.dtype]
+        source_blocks, target_blocks = -(-channels[0] * bytes_ // 256), -(-channels[1] * bytes_ // 512)
+        moving = each * (source_blocks / channels[0] + strides * target_blocks / channels[1])
+        finishing = 128.0 if source_blocks * target_blocks < 16 else 64.0
     shared = (
         strides if pass_ == "grad_input" else 1
     )  # input voxels among which an output voxel's products are shared out
@@ -229,13 +243,10 @@ def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes:
         tiles = problem.batch * math.prod(map(_tiles, size, outputs, problem.dilation))
         weights = math.prod(map(_weights, outputs, problem.kernel_size, problem.stride))
         weight_bytes = weights * math.prod(channels) * DTYPE_BYTES[problem.dtype]
-        spilling = 1.7 if weight_bytes > (16 if strides == 1 else 4) << 20 else 1.0
-        if pass_ == "grad_weight":
-            spilling = max(1.0, 0.45 * points / weights * weight_bytes / (1 << 20))
+        most_bytes = (16 if strides == 1 else 4) << 20
+        spilling = 1.7 if weight_bytes > most_bytes and pass_ != "grad_weight" else 1.0
         products = tiles * points * spilling / (0.82 * used)
-        transforms = (
-            taps * moving * tiles * math.prod(outputs) / shared + (128 if pass_ == "grad_weight" else 8) * points
-        )
+        transforms = taps * moving * tiles * math.prod(outputs) / shared + finishing * points
         efficiency = taps * problem.batch * math.prod(size) / shared / (products + transforms)
         best = max(best, _Choice(efficiency, outputs))
     return best
