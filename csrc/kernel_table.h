@@ -35,6 +35,7 @@ struct PassTable {
 
     // For few input channels; algorithm/first_layer.h says what the problem must be like.
     void (*first_layer_forward)(const ConvProblem&, const T* x, const T* weight, const T* bias /* or null */, T* y);
+    void (*first_layer_grad_weight)(const ConvProblem&, const T* grad_output, const T* x, T* grad_weight);
     void (*first_layer_forward_max_pool)(const PooledProblem&, const T* x, const T* weight, const T* bias /* or null */,
                                          T* pooled, uint8_t* code);
 };

@@ -41,6 +41,13 @@ struct VectorType<double> {
     typedef integer integers __attribute__((vector_size(PVC_VECTOR_BYTES)));
 };
 
+// Whether Vector::stream writes past the caches.
+#if defined(__AVX__)
+constexpr bool kStreams = true;
+#else
+constexpr bool kStreams = false;
+#endif
+
 // T is float or double. No pointer needs to be aligned beyond T.
 template <typename T>
 struct Vector {

@@ -158,10 +158,58 @@ def test_large_values_that_fit_are_exact(isa):
     assert torch.equal(BACKEND.forward(problem, *args), direct(problem, *args))
 
 
+def direct_grad_weight(problem, grad_output, x):
+    """cpp.direct's grad_weight."""
+    result = torch.empty(problem.weight_shape, dtype=x.dtype).contiguous(memory_format=MEMORY_FORMAT[problem.layout])
+    _C.grad_weight(plan_of(problem), grad_output.data_ptr(), x.data_ptr(), result.data_ptr())
+    return result
+
+
+def test_grad_weight_within_bound_and_same_bits(isa, operands, assert_within_bound, threads):
+    for problem in problems():
+        args = operands(problem, "grad_weight")
+        threads(1)
+        got = BACKEND.grad_weight(problem, *args)
+        assert_within_bound(got, problem, "grad_weight", args, BACKEND.accuracy(problem, "grad_weight"))
+        threads(3)
+        assert torch.equal(BACKEND.grad_weight(problem, *args), got)
+
+
+def test_grad_weight_is_exact_on_integers(isa, operands, reference):
+    for problem in problems():
+        args = operands(problem, "grad_weight", integers=True)
+        assert torch.equal(BACKEND.grad_weight(problem, *args).double(), reference(problem, "grad_weight", args))
+
+
+@pytest.mark.parametrize("where", ["grad_output", "x"])
+def test_infinity_and_nan_reach_only_the_taps_that_depend_on_them(isa, where, operands):
+    for problem in problems():
+        args = operands(problem, "grad_weight")
+        spoil(args[("grad_output", "x").index(where)], 1)
+        got, expected = BACKEND.grad_weight(problem, *args), direct_grad_weight(problem, *args)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+        args[1].fill_(1.5e38)  # only the transforms overflow
+        args[0].fill_(0)
+        assert torch.equal(BACKEND.grad_weight(problem, *args), torch.zeros(problem.weight_shape, dtype=args[0].dtype))
+
+
+@pytest.mark.slow
+def test_large_results_are_written_past_the_caches(isa, operands, reference):
+    """32 MiB and more of whole vectors in ndhwc; also the ends of odd sizes."""
+    problem = ConvProblem.parse("cpu-float32-ndhwc-n1ic1oc16-i63x91x97-k3-p1-bias")
+    args = operands(problem, "forward", integers=True)
+    assert torch.equal(BACKEND.forward(problem, *args).double(), reference(problem, "forward", args))
+
+
 def test_kernels_refuse_what_does_not_fit():
     strided = ConvProblem.parse("cpu-float32-ndhwc-n1ic1oc8-i6x6x8-k3-s2-p1")
     with pytest.raises(ValueError, match="need 3x3x3 taps, stride 1 and one group"):
         _C.first_layer_forward(plan_of(strided), 0, 0, 0, 0)
+    with pytest.raises(ValueError, match="need 3x3x3 taps, stride 1 and one group"):
+        _C.first_layer_grad_weight(plan_of(strided), 0, 0, 0)
+    many = ConvProblem.parse("cpu-float32-ndhwc-n1ic5oc8-i6x6x8-k3-p1")
+    with pytest.raises(ValueError, match="needs 1 to 4 channels"):
+        _C.first_layer_grad_weight(plan_of(many), 0, 0, 0)
     pooled = ConvProblem.parse("cpu-float32-ndhwc-n1ic1oc8-i6x6x8-k3-p1-relu-pool3")
     with pytest.raises(ValueError, match="windows of 2x2x2 with stride 2"):
         _C.first_layer_forward_max_pool(pooled_plan_of(pooled), 0, 0, 0, 0, 0)
@@ -182,7 +230,9 @@ def test_refusals_name_the_reason():
         assert any(reason in each for each in BACKEND.unsupported_reasons(problem, "forward")), text
     plain = ConvProblem.parse("cpu-float32-ndhwc-n1ic1oc8-i8-k3-p1")
     assert BACKEND.unsupported_reasons(plain, "forward") == []
-    for pass_ in ("grad_input", "grad_weight"):
-        assert BACKEND.unsupported_reasons(plain, pass_) == [f"it has no {pass_}"]
-        with pytest.raises(NotImplementedError, match=f"cpp.first_layer has no {pass_}: cpu-float32"):
-            getattr(BACKEND, pass_)(plain, torch.empty(0), torch.empty(0))
+    assert BACKEND.unsupported_reasons(plain, "grad_weight") == []
+    pooled = ConvProblem.parse("cpu-float32-ndhwc-n1ic1oc8-i8-k3-p1-relu-pool2")
+    assert BACKEND.unsupported_reasons(pooled, "grad_weight") == ["it has no grad_weight fused with a pool"]
+    assert BACKEND.unsupported_reasons(plain, "grad_input") == ["it has no grad_input"]
+    with pytest.raises(NotImplementedError, match=r"cpp\.first_layer has no grad_input: cpu-float32"):
+        BACKEND.grad_input(plain, torch.empty(0), torch.empty(0))

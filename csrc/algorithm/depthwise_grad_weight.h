@@ -22,7 +22,7 @@ void depthwise_grad_weight(const Gather& gather, const T* grad_output, const T* 
         T* sums = partials + task * size;
         std::memset(sums, 0, static_cast<size_t>(size) * sizeof(T));
         // A walk writes targets in the other passes; the kernel of this one only reads them.
-        walk.run(task, x, const_cast<T*>(grad_output),
+        walk.run(task, x, const_cast<T*>(grad_output), RowsInPlace<T>(),
                  [&](DepthwiseTile<T>& tile, int64_t block, DepthwiseKernel<T> kernel) {
                      tile.sums = sums + block * walk.taps * lanes;
                      kernel(tile);

@@ -10,46 +10,12 @@
 // directly.
 #pragma once
 
-#include "first_layer_source.h"
+#include "first_layer_slabs.h"
 #include "first_layer_weights.h"
 #include "pool_store.h"
 
 namespace pvc {
 namespace {
-
-// How the tiles of a problem are cut into slabs: whole rows, few enough for L2, tasks enough to share out.
-struct FirstLayerSlabs {
-    int64_t tiles[3], most[3], pieces[3];
-
-    FirstLayerSlabs(const int64_t all[3], int64_t batch, int64_t voxel_bytes) {
-        constexpr int64_t kTasks = 16;
-        for (int a = 0; a < 3; ++a) {
-            tiles[a] = most[a] = all[a];
-            pieces[a] = 1;
-        }
-        for (;;) {
-            const int64_t voxels = (2 * most[0] + 2) * (2 * most[1] + 2) * (2 * most[2] + 2);
-            const bool done = voxels * voxel_bytes <= kL2Bytes * 2 / 3 && batch * count() >= kTasks;
-            if (done || (most[0] == 1 && most[1] == 1)) return;
-            const int axis = most[0] >= most[1] ? 0 : 1;
-            most[axis] = ceil_divide(most[axis], 2);
-            pieces[axis] = ceil_divide(tiles[axis], most[axis]);
-        }
-    }
-
-    int64_t count() const { return pieces[0] * pieces[1]; }
-
-    FirstLayerSlab slab(int64_t task) const {
-        const int64_t piece[3] = {task % count() / pieces[1], task % pieces[1], 0};
-        FirstLayerSlab slab = {};
-        slab.sample = task / count();
-        for (int a = 0; a < 3; ++a) {
-            slab.first[a] = piece[a] * most[a];
-            slab.count[a] = smaller(most[a], tiles[a] - slab.first[a]);
-        }
-        return slab;
-    }
-};
 
 // Computes the tiles first .. tiles - 1 of a row from their points and calls store(tile, outputs); `a.source` is that
 // of the first.
@@ -71,6 +37,7 @@ struct FirstLayerRow {
     uint8_t* codes;  // where `values` are pooled, or null
     int64_t code_pitch;
     int64_t size[3];  // outputs to store from the row's first tile on
+    bool stream;      // `values` are written past the caches
 };
 
 template <typename T, int Channels>
@@ -83,8 +50,8 @@ void store_strip(const FirstLayerArguments<T>& a, int64_t first, int64_t end, co
             for (int i = 0; i < 8; ++i) {
                 const int64_t w = 2 * (tile + t) + i % 2;
                 T* row = to.values + i / 4 * to.row[0] + i / 2 % 2 * to.row[1];
-                if (i / 4 < to.size[0] && i / 2 % 2 < to.size[1] && w < to.size[2])
-                    V::store(row + w * to.pitch, y.of[i][t]);
+                if (i / 4 >= to.size[0] || i / 2 % 2 >= to.size[1] || w >= to.size[2]) continue;
+                to.stream ? V::stream(row + w * to.pitch, y.of[i][t]) : V::store(row + w * to.pitch, y.of[i][t]);
             }
         }
     });
@@ -209,6 +176,11 @@ void first_layer_forward(const ConvProblem& problem, const T* x, const T* weight
     const VolumeStrides strides = volume_strides(problem.layout, problem.out_channels, size);
     const RowStrides to = {strides.axis[2], strides.channel};
     const bool last = problem.layout == Layout::ndhwc;
+    // What no cache holds until somebody reads it, where a vector is a line of its own.
+    constexpr int64_t kLargeBytes = int64_t{32} << 20, kLine = 64;
+    const bool stream = PVC_VECTOR_BYTES == kLine && problem.out_channels % lanes == 0 &&
+                        reinterpret_cast<intptr_t>(y) % kLine == 0 &&
+                        problem.batch * strides.sample * static_cast<int64_t>(sizeof(T)) >= kLargeBytes;
     parallel_for(problem.batch * slabs.count(), [&](int64_t task) {
         const FirstLayerSlab slab = slabs.slab(task);
         const int64_t buffer_row = size[2] * lanes;
@@ -225,6 +197,7 @@ void first_layer_forward(const ConvProblem& problem, const T* x, const T* weight
                 row.pitch = strides.axis[2];
                 row.row[0] = strides.axis[0];
                 row.row[1] = strides.axis[1];
+                row.stream = stream;
             } else {
                 row.values = buffer + block * 4 * buffer_row;
                 row.pitch = lanes;
@@ -244,6 +217,7 @@ void first_layer_forward(const ConvProblem& problem, const T* x, const T* weight
             }
         };
         compute_slab(problem, weights, x, slab, false, false, row, finish);
+        Vector<T>::finish_stream();
     });
 }
 

@@ -1,11 +1,14 @@
-"""`cpp.first_layer`: forward for few input channels, F(2x2x2, 3x3x3) with products and pool in registers, from csrc/.
+"""`cpp.first_layer`: forward and grad_weight for few input channels, F(2x2x2, 3x3x3) in registers, from csrc/.
 
 A network's first layer has one to four input channels. The minimal filtering algorithm F(2x2x2) (see cpp_winograd.py)
 then has no matrix products to speak of: its 64 products per channel and tile are summed by the transform itself. Here
-both happen in registers, and behind a ReLU the 2x2x2 max-pool too: the outputs of a tile are a window.
+both happen in registers, and behind a ReLU the 2x2x2 max-pool too: the outputs of a tile are a window. The weight
+gradient sums the 64 products over all tiles and transforms the sums.
 """
 
 from __future__ import annotations
+
+import math
 
 from torch import Tensor
 
@@ -17,7 +20,8 @@ MOST_CHANNELS = 4
 
 
 class CppFirstLayer(Backend):
-    """Forward of 3x3x3 kernels with stride 1 from at most four channels, alone or fused with a 2x2x2 max-pool."""
+    """Forward, alone or fused with a 2x2x2 max-pool, and grad_weight of 3x3x3 kernels with stride 1 from at most four
+    channels."""
 
     name = "cpp.first_layer"
     family = "cpp"
@@ -28,8 +32,8 @@ class CppFirstLayer(Backend):
             reasons.append(f"device is {problem.device}; it runs on cpu")
         if problem.dtype not in DTYPES:
             reasons.append(f"dtype is {problem.dtype}; it computes {' and '.join(DTYPES)}")
-        if pass_ != "forward":
-            reasons.append(f"it has no {pass_}")
+        if pass_ == "grad_input":
+            reasons.append("it has no grad_input")
         if problem.in_channels > MOST_CHANNELS or problem.groups != 1:
             reasons.append(
                 f"input channels are {problem.in_channels} in {problem.groups} groups; "
@@ -40,7 +44,9 @@ class CppFirstLayer(Backend):
         if problem.stride != (1, 1, 1) or problem.dilation != (1, 1, 1):
             reasons.append(f"stride is {problem.stride} and dilation {problem.dilation}; it needs 1")
         pool = problem.pool
-        if pool is not None and (pool.window, pool.stride, pool.padding) != ((2, 2, 2), (2, 2, 2), (0, 0, 0)):
+        if pool is not None and pass_ == "grad_weight":
+            reasons.append("it has no grad_weight fused with a pool")
+        elif pool is not None and (pool.window, pool.stride, pool.padding) != ((2, 2, 2), (2, 2, 2), (0, 0, 0)):
             reasons.append(f"pool is {pool}; it computes windows of 2 with stride 2 and no padding")
         _, missing = load_extension()
         if missing:
@@ -56,7 +62,9 @@ class CppFirstLayer(Backend):
         raise NotImplementedError(f"{self.name} has no grad_input: {problem}")
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
-        raise NotImplementedError(f"{self.name} has no grad_weight: {problem}")
+        result = empty(problem, "weight", x)
+        call(kernels().first_layer_grad_weight, plan_of(problem), grad_output, x, result)
+        return result
 
     def forward_max_pool(
         self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None
@@ -80,28 +88,38 @@ class CppFirstLayer(Backend):
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
         """Direct FLOPs over the time of one tile of outputs and one vector of output channels, in FMAs at peak.
 
-        Fitted to measurements (docs/performance.md): a constant, larger where all outputs are stored, and a share of
-        each input channel; 15 more for its transform, which fills whole vectors of tiles along the width and serves all
-        output channels; in ncdhw results are transposed.
+        Fitted to measurements (docs/performance.md): a constant, larger where all outputs are stored, unless they go
+        past the caches, and a share of each input channel; 15 more for its transform, which fills whole vectors of
+        tiles along the width and serves all output channels; in ncdhw results, or the gradients, are transposed.
         """
-        isa = kernels().current_isa()
-        lanes = {"avx512": 64, "avx2": 32}.get(isa, 16) // DTYPE_BYTES[problem.dtype]
-        start, channel = _TIMES[isa == "avx512", problem.pool is not None]
+        wide = kernels().current_isa() == "avx512"
+        lanes = {"avx512": 64, "avx2": 32}.get(kernels().current_isa(), 16) // DTYPE_BYTES[problem.dtype]
         size = problem.output_size if problem.pool is None else problem.pooled_size
         depth, height, width = (-(-count // 2) for count in size) if problem.pool is None else size
         vectors = -(-problem.out_channels // lanes)
+        kind = "grad_weight" if pass_ == "grad_weight" else "stored" if problem.pool is None else "pooled"
+        if kind == "stored" and wide and problem.layout == "ndhwc" and problem.out_channels % lanes == 0:
+            stored = problem.batch * math.prod(problem.output_size) * problem.out_channels * DTYPE_BYTES[problem.dtype]
+            kind = "streamed" if stored >= STREAMED_BYTES else kind
+        start, channel = _TIMES[wide, kind]
         transform = 15 * -(-width // lanes) * lanes / width / vectors
         time = start + problem.in_channels * (channel + transform)
         if problem.layout == "ncdhw":
-            time *= 1.1 if problem.pool is None else 1.15
+            time *= {"stored": 1.1, "pooled": 1.15, "grad_weight": 1.75}[kind]
         products = problem.flops(pass_) / 2
         return products / (problem.batch * depth * height * width * vectors * lanes * time)
 
 
+STREAMED_BYTES = 32 << 20
+"""Outputs of this size are written past the caches."""
+
 _TIMES = {
-    (True, True): (10, 132),
-    (True, False): (260, 135),
-    (False, True): (20, 205),
-    (False, False): (430, 110),
+    (True, "pooled"): (10, 132),
+    (True, "stored"): (260, 135),
+    (True, "streamed"): (100, 110),
+    (True, "grad_weight"): (180, 90),
+    (False, "pooled"): (20, 205),
+    (False, "stored"): (430, 110),
+    (False, "grad_weight"): (230, 110),
 }
-"""Of a tile and of each input channel, by whether vectors have 64 bytes and outputs are pooled."""
+"""Of a tile and of each input channel, by whether vectors have 64 bytes and by what becomes of the products."""
