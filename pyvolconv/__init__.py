@@ -3,7 +3,7 @@
 conv3d, conv_transpose3d        functions, as in torch.nn.functional
 conv3d_max_pool                 convolution, activation and max-pool in one pass
 Conv3d, ConvTranspose3d         modules, as in torch.nn
-InstanceNorm3d                  torch.nn's, with torch's faster way to compute it
+InstanceNorm3d                  torch.nn's, in inference by torch's faster way
 accelerate(model), revert       swap a model's convolutions in place, and back
 fusion_report(model)            what became of each convolution, and why no more
 use_backend(name), backends()   choose who computes

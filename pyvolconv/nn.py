@@ -77,10 +77,12 @@ class ConvTranspose3d(nn.ConvTranspose3d):
 
 
 class InstanceNorm3d(nn.InstanceNorm3d):
-    """`torch.nn.InstanceNorm3d` on the CPU by torch's group normalization, which is several times faster there.
+    """`torch.nn.InstanceNorm3d`; in inference on the CPU by torch's group normalization, several times faster there.
 
     Groups of one channel are the same definition: (x - mean) / sqrt(variance + eps) over the voxels of each channel of
-    each sample, times weight plus bias. What keeps running statistics or is not contiguous is computed as before.
+    each sample, times weight plus bias. Where gradients are enabled it stays as it was, because the derivatives of
+    group normalization cancel when a mean is larger than its deviation; so does what keeps running statistics or is
+    not contiguous.
 
     Shapes: input and output (N, C, D, H, W) or (C, D, H, W).
 
@@ -98,6 +100,7 @@ class InstanceNorm3d(nn.InstanceNorm3d):
         plain = self.running_mean is None and (self.training or not self.track_running_stats)
         plain &= self.weight is None or self.weight.dtype == input.dtype
         plain &= input.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+        plain &= not torch.is_grad_enabled()
         # Of a mean over one voxel, or none, torch complains in its own words.
         several = input.numel() > samples * channels > 0
         if plain and several and input.device.type == "cpu" and input.is_contiguous():

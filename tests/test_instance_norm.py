@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 import warnings
 
@@ -41,37 +40,40 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("shape", [(2, 6, 5, 4, 7), (1, 6, 33, 31, 30), (6, 3, 4, 5), (3, 6, 1, 2, 3)])
-def test_values_and_gradients(affine, training, shape, calls):
+@torch.no_grad()
+def test_values(affine, training, shape, calls):
     """No further from float64 than twice torch's own distance, and a few units in the last place."""
     theirs, ours = (module.train(training) for module in pair(affine=affine))
-    x, grad = 3 + 2 * torch.randn(shape), torch.randn(shape)
-    exact, torchs, own = results = [], [], []
-    double = copy.deepcopy(theirs).double()
-    for module, leaf, to in ((theirs, x, torchs), (ours, x, own), (double, x.double(), exact)):
-        leaf = leaf.clone().requires_grad_()
-        y = module(leaf)
-        y.backward(grad.to(y.dtype))
-        to += [y.detach(), leaf.grad, *(parameter.grad.clone() for parameter in module.parameters())]
+    x = 3 + 2 * torch.randn(shape)
+    peer, result = theirs(x), ours(x)
+    exact = theirs.double()(x.double())
     assert calls == [6]
-    unit = torch.finfo(torch.float32).eps
-    for reference, peer, result in zip(*results, strict=True):
-        size = float(reference.abs().max())
-        limit = 2 * float((peer - reference).abs().max()) + 64 * unit * size
-        assert float((result - reference).abs().max()) <= limit
-        assert result.stride() == peer.stride()
+    limit = 2 * float((peer - exact).abs().max()) + 64 * torch.finfo(torch.float32).eps * float(exact.abs().max())
+    assert float((result - exact).abs().max()) <= limit
+    assert result.stride() == peer.stride()
 
 
+@pytest.mark.parametrize("mean", [0, 10, 1000])
+def test_gradients_are_those_of_torch_to_the_bit(mean, calls):
+    """Group normalization would be wrong in the third digit at a mean of ten."""
+    theirs, ours = pair(affine=True)
+    x, grad = mean + torch.randn(2, 6, 16, 16, 16), 1 + torch.randn(2, 6, 16, 16, 16)
+    results = []
+    for module in (theirs, ours):
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        y.backward(grad)
+        results.append([y.detach(), leaf.grad, module.weight.grad, module.bias.grad])
+    assert calls == []
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@torch.no_grad()
 def test_large_mean_costs_its_own_rounding_and_no_more():
     """Computed as mean of squares less square of mean, the variance alone would be wrong by a tenth."""
     theirs, ours = pair()
     x = 1000 + torch.randn(2, 6, 20, 20, 20)
     assert float((ours(x) - theirs(x.double())).abs().max()) <= 2 * 1000 * torch.finfo(torch.float32).eps
-
-
-def test_second_derivative():
-    _, ours = pair(2, affine=True)
-    x = torch.randn(2, 2, 2, 3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(ours.double(), x)
 
 
 def untouched():
@@ -83,6 +85,7 @@ def untouched():
 
 @pytest.mark.parametrize(("options", "x"), [pytest.param(*case, id=name) for name, *case in untouched()])
 @pytest.mark.parametrize("training", [True, False])
+@torch.no_grad()
 def test_the_rest_is_torch_to_the_bit(options, x, training, calls):
     theirs, ours = (module.train(training) for module in pair(**options))
     expected, y = theirs(x), ours(x)
@@ -93,6 +96,7 @@ def test_the_rest_is_torch_to_the_bit(options, x, training, calls):
     assert calls == []
 
 
+@torch.no_grad()
 def test_autocast_decides_as_for_torch(calls):
     theirs, ours = pair(affine=True)
     x = torch.randn(1, 6, 4, 4, 4)
@@ -105,6 +109,7 @@ def test_autocast_decides_as_for_torch(calls):
     ("options", "shape"),
     [({}, (2, 6, 1, 1, 1)), ({"affine": True}, (2, 5, 3, 3, 3)), ({}, (2, 6, 3, 3)[:3]), ({}, (0, 6, 3, 3, 3))],
 )
+@torch.no_grad()
 def test_errors_are_those_of_torch(options, shape):
     def outcome(module):
         try:
@@ -116,6 +121,7 @@ def test_errors_are_those_of_torch(options, shape):
     assert outcome(ours) == outcome(theirs)
 
 
+@torch.no_grad()
 def test_any_number_of_channels_where_nothing_depends_on_it():
     theirs, ours = pair()
     x = torch.randn(2, 4, 3, 3, 3)
@@ -125,6 +131,7 @@ def test_any_number_of_channels_where_nothing_depends_on_it():
     assert len(seen) == 2
 
 
+@torch.no_grad()
 def test_accelerate_swaps_and_reverts(calls):
     model = nn.Sequential(nn.Conv3d(1, 6, 3), nn.InstanceNorm3d(6, affine=True), nn.LeakyReLU())
     x = torch.randn(1, 1, 6, 6, 6)

@@ -45,13 +45,15 @@ class Accuracy:
 
         |got - exact| <= constant * u * K * conv(|x|, |w|) + eps(result dtype) * |exact|
 
-    to within the distance of numbers below the result dtype's smallest normal one. An algorithm that mixes neighbouring
+    to within the distance of numbers below the result dtype's smallest normal one (of `cpp.bfloat16`, which takes such
+    operands for zero, times the other operand). An algorithm that mixes neighbouring
     voxels (Winograd) has a `reach`: the product of absolute values is then the largest within that
     many voxels of the result, of the convolution continued beyond the ends of the result.
 
     Operands are finite there. Whether an infinite or NaN weight (of grad_weight: gradient) makes a result NaN whose
     window reaches into the padding depends on the kernel, in torch too: most multiply it by the zeros that stand for
-    padding, some, `numba` always, leave those products out.
+    padding, some, `numba` always, leave those products out. In grad_weight of ncdhw the compiled kernels fill up rows
+    with zeros, so that an infinite input may make those results NaN that have to be infinite; none comes out finite.
 
     Attributes:
         constant: c above. 1 covers any order of a plain sum.
