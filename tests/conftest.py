@@ -66,6 +66,8 @@ PROBLEMS = (
     "n2ic3oc17-i4x9x14-k1x3x3-s1x2x2-p0x1x1",
     "n1ic4oc6-i9x8x10-k3x2x3-s3x2x1-p1x0x2-bias",
     "n1ic3oc4-i7x6x8-k2x1x2-s3x2x4",
+    # As many packed voxels as there are in the tensor, so that channels are as far apart in both, in ncdhw.
+    "n1ic2oc1-i2x2x2-k1x1x2-s2-p1-d2-bias",
     # Dilation alone, and with strides that do and do not divide it.
     "n2ic4oc8-i7x8x9-k3-p2-d2",
     "n1ic8oc16-i9x7x12-k3x2x3-p2x1x3-d2x1x3-bias",

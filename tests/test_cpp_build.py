@@ -229,7 +229,8 @@ def reachable_avx(library: Path) -> set[str]:
         elif AVX.search(line):
             mangled.add(name)
     names = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
-    return {name for name in names.splitlines() if "(anonymous namespace)" not in name}
+    # c++filt gives names of lambdas within lambdas back as they are.
+    return {name for name in names.splitlines() if not re.search(r"\(anonymous namespace\)|_GLOBAL__N_", name)}
 
 
 @compiled

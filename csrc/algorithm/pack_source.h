@@ -45,11 +45,11 @@ inline void copy_values(const T* from, T* to, int64_t count) {
 template <typename T>
 void copy_matrix(const T* from, RowStrides from_strides, T* to, RowStrides to_strides, int64_t voxels,
                  int64_t channels) {
-    if (from_strides.voxel == to_strides.voxel && from_strides.voxel == 1) {
+    if (from_strides.voxel == 1 && to_strides.voxel == 1) {
         for (int64_t c = 0; c < channels; ++c) {
             copy_values(from + c * from_strides.channel, to + c * to_strides.channel, voxels);
         }
-    } else if (from_strides.channel == to_strides.channel) {
+    } else if (from_strides.channel == 1 && to_strides.channel == 1) {
         if (from_strides.voxel == channels && to_strides.voxel == channels) {
             copy_values(from, to, voxels * channels);
             return;

@@ -27,6 +27,9 @@ class CppBfloat16(Backend):
     family = "cpp"
 
     def unsupported_reasons(self, problem: ConvProblem, pass_: Pass) -> list[str]:
+        _, missing = load_extension()
+        if missing:
+            return [missing]
         if problem.dtype not in ("bfloat16", "float32"):
             return [f"dtype is {problem.dtype}; it computes bfloat16"]
         if problem.dtype == "float32" and not convolves_float32_in_bfloat16():
@@ -40,10 +43,7 @@ class CppBfloat16(Backend):
             reasons.append(f"it has {problem.groups} groups; it needs one")
         if problem.pool is not None:
             reasons.append("has no pass fused with a pool")
-        _, missing = load_extension()
-        if missing:
-            reasons.append(missing)
-        elif not kernels().has_bfloat16():
+        if not kernels().has_bfloat16():
             reasons.append(f"instruction set {kernels().current_isa()} of this processor has no vdpbf16ps")
         return reasons
 
