@@ -7,6 +7,7 @@ set is the fastest that the machine supports, capped by the environment variable
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
@@ -101,7 +102,27 @@ def pooled_plan_of(problem: ConvProblem) -> _C.PooledPlan:
     )
 
 
-class CppDirect(Backend):
+class PooledForward(Backend):
+    """Backends of which one compiled function is the fused forward pass, with codes and without."""
+
+    @abstractmethod
+    def _max_pool(self, problem: ConvProblem, *tensors: Tensor | None) -> None:
+        """Run it on x, weight, bias, pooled values and codes; without codes where those are None."""
+
+    def forward_max_pool(
+        self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        pooled, code = empty(problem, "pooled", x), empty(problem, "code", x)
+        self._max_pool(problem, x, weight, bias, pooled, code)
+        return pooled, code
+
+    def max_pool(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        pooled = empty(problem, "pooled", x)
+        self._max_pool(problem, x, weight, bias, pooled, None)
+        return pooled
+
+
+class CppDirect(PooledForward):
     """Direct convolution: every problem, both layouts, no reordering of whole tensors.
 
     With a pool the forward pass keeps what is pooled in the cache, and the gradients are sums over the chosen voxels
@@ -137,20 +158,8 @@ class CppDirect(Backend):
         call(kernels().grad_weight, plan_of(problem), grad_output, x, result)
         return result
 
-    def forward_max_pool(
-        self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        code = empty(problem, "code", x)
-        return self._max_pool(problem, x, weight, bias, code), code
-
-    def max_pool(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._max_pool(problem, x, weight, bias, None)
-
-    @staticmethod
-    def _max_pool(problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None, code: Tensor | None) -> Tensor:
-        pooled = empty(problem, "pooled", x)
-        call(kernels().forward_max_pool, pooled_plan_of(problem), x, weight, bias, pooled, code)
-        return pooled
+    def _max_pool(self, problem: ConvProblem, *tensors: Tensor | None) -> None:
+        call(kernels().forward_max_pool, pooled_plan_of(problem), *tensors)
 
     def grad_input_max_pool(self, problem: ConvProblem, grad: Tensor, code: Tensor, weight: Tensor) -> Tensor:
         result = empty(problem, "input", grad)

@@ -13,13 +13,13 @@ import math
 from torch import Tensor
 
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
-from .base import Accuracy, Backend, empty
-from .cpp import DTYPES, call, kernels, load_extension, plan_of, pooled_plan_of
+from .base import Accuracy, empty
+from .cpp import DTYPES, PooledForward, call, kernels, load_extension, plan_of, pooled_plan_of
 
 MOST_CHANNELS = 4
 
 
-class CppFirstLayer(Backend):
+class CppFirstLayer(PooledForward):
     """Forward, alone or fused with a 2x2x2 max-pool, and grad_weight of 3x3x3 kernels with stride 1 from at most four
     channels."""
 
@@ -66,20 +66,8 @@ class CppFirstLayer(Backend):
         call(kernels().first_layer_grad_weight, plan_of(problem), grad_output, x, result)
         return result
 
-    def forward_max_pool(
-        self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        code = empty(problem, "code", x)
-        return self._max_pool(problem, x, weight, bias, code), code
-
-    def max_pool(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._max_pool(problem, x, weight, bias, None)
-
-    @staticmethod
-    def _max_pool(problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None, code: Tensor | None) -> Tensor:
-        pooled = empty(problem, "pooled", x)
-        call(kernels().first_layer_forward_max_pool, pooled_plan_of(problem), x, weight, bias, pooled, code)
-        return pooled
+    def _max_pool(self, problem: ConvProblem, *tensors: Tensor | None) -> None:
+        call(kernels().first_layer_forward_max_pool, pooled_plan_of(problem), *tensors)
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
         """The constants of F(2, 3) are powers of two: small integers stay exact."""

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..precision import Precision, get_precision
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
-from .base import Accuracy, Backend, empty
-from .cpp import DTYPES, call, kernels, load_extension, plan_of, pooled_plan_of
+from .base import Accuracy, empty
+from .cpp import DTYPES, PooledForward, call, kernels, load_extension, plan_of, pooled_plan_of
 
 Outputs = tuple[int, int, int]
 
@@ -40,7 +40,7 @@ STRIDED_SCHEMES: dict[tuple[tuple[int, int, int], tuple[int, int, int]], Outputs
 """The same by kernel size and stride; a tile of grad_input has `stride` times as many outputs."""
 
 
-class CppWinograd(Backend):
+class CppWinograd(PooledForward):
     """Winograd convolution of 3x3x3, 1x3x3 and 3x1x1 kernels with stride 1, also dilated, and of some with stride 2.
 
     Without dilation, forward is also fused with a max-pool.
@@ -94,30 +94,9 @@ class CppWinograd(Backend):
         call(kernels().winograd_grad_weight, plan_of(problem), grad_output, x, result, options=(outputs,))
         return result
 
-    def forward_max_pool(
-        self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        code = empty(problem, "code", x)
-        return self._max_pool(problem, x, weight, bias, code), code
-
-    def max_pool(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._max_pool(problem, x, weight, bias, None)
-
-    def _max_pool(
-        self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None, code: Tensor | None
-    ) -> Tensor:
-        pooled, outputs = empty(problem, "pooled", x), self._outputs(problem, "forward")
-        call(
-            kernels().winograd_forward_max_pool,
-            pooled_plan_of(problem),
-            x,
-            weight,
-            bias,
-            pooled,
-            code,
-            options=(outputs,),
-        )
-        return pooled
+    def _max_pool(self, problem: ConvProblem, *tensors: Tensor | None) -> None:
+        outputs = self._outputs(problem, "forward")
+        call(kernels().winograd_forward_max_pool, pooled_plan_of(problem), *tensors, options=(outputs,))
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
         """F(2) alone keeps integers exact; each axis of F(4) in a scheme beyond the first multiplies the error."""
