@@ -236,6 +236,7 @@ def test_forward_exact_on_integers_with_ties_and_nan(able, fused, poisoned):
     x, weight, bias = operands(fused, integers=True)
     x[torch.rand(x.shape) < 0.01] = float("nan")
     if bias is not None:
+        bias[-1] = float("nan")
         bias[0] = -float("inf")
     value, code = able.forward_max_pool(fused, x, weight, bias)
     expected, indices = pool_of(fused, activate(fused, convolve(fused, x, weight, bias)))

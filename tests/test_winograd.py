@@ -319,6 +319,32 @@ def test_pool_chooses_among_the_same_sums(isa, outputs, stride):
         assert torch.equal(dense.flatten(2).gather(2, at.flatten(2)).view_as(pooled), pooled)
 
 
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("outputs", SCHEMES[3, 3, 3]["default"])
+def test_pooled_values_with_biases_that_are_not_finite(isa, outputs, activation):
+    """With codes and without: torch's maximum of NaN is NaN, and a ReLU keeps it."""
+    epilogue = "" if activation == "none" else f"-{activation}"
+    problem = ConvProblem.parse(f"cpu-float32-ndhwc-n1ic4oc24-i5x7x9-k3-p1-bias{epilogue}-pool2ceil")
+    x, weight = (
+        torch.randn(s).contiguous(memory_format=MEMORY_FORMAT["ndhwc"])
+        for s in (problem.input_shape, problem.weight_shape)
+    )
+    bias = torch.randn(24)
+    bias[3], bias[4], bias[20] = float("nan"), float("inf"), -float("inf")
+    dense = torch.nn.functional.conv3d(x, weight, bias, padding=1)
+    expected = torch.nn.functional.max_pool3d(dense.relu() if epilogue else dense, 2, ceil_mode=True)
+    pooled, code = (
+        torch.empty(problem.pooled_shape, dtype=dtype).contiguous(memory_format=MEMORY_FORMAT["ndhwc"])
+        for dtype in (torch.float32, torch.uint8)
+    )
+    for address in (code.data_ptr(), 0):
+        pooled.fill_(7)
+        _C.winograd_forward_max_pool(
+            pooled_plan_of(problem), outputs, *(t.data_ptr() for t in (x, weight, bias, pooled)), address
+        )
+        torch.testing.assert_close(pooled, expected, equal_nan=True)
+
+
 def test_scheme_that_does_not_fit_is_refused():
     problem = problem_of("n1ic4oc8-i6x6x8", (3, 3, 3), "float32", "ndhwc")
     for outputs in ((2, 2, 3), (1, 2, 2), (0, 0, 0)):
