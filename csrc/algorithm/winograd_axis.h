@@ -25,6 +25,8 @@
 // of the `shared` points, applies `interior`, and adds those of the points `apart`.
 #pragma once
 
+#include <cstdint>
+
 namespace pvc {
 namespace {
 
@@ -153,6 +155,17 @@ struct WinogradAxis<4> {
         v[3 * step] = v[4 * step] + v[5 * step];
     }
 };
+
+// Products of a plane, those of neighbouring points `point` apart in memory, transformed back along its first axis P.
+template <typename P, typename Q, typename V, typename T>
+__attribute__((always_inline)) inline void transform_columns(const T* from, int64_t point, typename V::type* v) {
+#pragma GCC unroll 6
+    for (int q = 0; q < Q::points; ++q) {
+#pragma GCC unroll 6
+        for (int p = 0; p < P::points; ++p) v[p * Q::points + q] = V::load(from + (p * Q::points + q) * point);
+        P::target(v + q, Q::points);
+    }
+}
 
 }  // namespace
 }  // namespace pvc

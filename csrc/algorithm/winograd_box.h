@@ -126,6 +126,20 @@ class WinogradBox {
         return row;
     }
 
+    // One tile of the box, all channels of the row's block. Returns whether an output is not finite.
+    template <typename Arguments>
+    bool transform_tile(bool (*const kernel[2])(const Arguments&), Arguments& a, const RowSums<T>& row, int64_t tile,
+                        T* to) const {
+        bool spoilt = false;
+        for (int64_t c = 0; c < row.width; c += b_.lanes) {
+            a.from = product_ + tile * row.width + c;
+            a.initial = weights_.initial + row.channel + c;
+            a.to = to + c;
+            spoilt |= kernel[b_.half((row.channel + c) / b_.lanes)](a);
+        }
+        return spoilt;
+    }
+
     // The row of tiles from tile `first` of the box on.
     void transform_row(const T* source, RowSums<T>& row, int64_t first) {
         TileTarget<T> a = {};
@@ -137,14 +151,7 @@ class WinogradBox {
         const T* direct_weights = nullptr;
         for (int64_t q = 0; q < box.tiles[q_]; ++q) {
             T* to = sums_ + q * scheme_.outputs[q_] * row.width;
-            bool spoilt = false;
-            for (int64_t c = 0; c < row.width; c += b_.lanes) {
-                a.from = product_ + (first + q) * row.width + c;
-                a.initial = weights_.initial + row.channel + c;
-                a.to = to + c;
-                spoilt |= scheme_.kernels.target[b_.half((row.channel + c) / b_.lanes)](a);
-            }
-            if (!spoilt) continue;
+            if (!transform_tile(scheme_.kernels.target, a, row, first + q, to)) continue;
             if (direct_weights == nullptr) direct_weights = pack_direct(row);
             compute_direct(source, row, q, direct_weights, to);
         }
@@ -165,14 +172,7 @@ class WinogradBox {
         for (int64_t q = 0; q < box.tiles[q_]; ++q) {
             T* to = largest_ + q * scheme_.outputs[q_] / 2 * row.width;
             a.exist[2] = smaller(exist(q_, row.first[q_] + q * scheme_.outputs[q_]), scheme_.outputs[q_]);
-            bool spoilt = false;
-            for (int64_t c = 0; c < row.width; c += b_.lanes) {
-                a.from = product_ + (first + q) * row.width + c;
-                a.initial = weights_.initial + row.channel + c;
-                a.to = to + c;
-                spoilt |= scheme_.kernels.largest[b_.half((row.channel + c) / b_.lanes)](a);
-            }
-            if (!spoilt) continue;
+            if (!transform_tile(scheme_.kernels.largest, a, row, first + q, to)) continue;
             if (direct_weights == nullptr) direct_weights = pack_direct(row);
             compute_direct(source, row, q, direct_weights, sums_);
             for (int64_t h = 0; h < a.exist[1]; h += 2) {

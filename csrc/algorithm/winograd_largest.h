@@ -41,12 +41,7 @@ struct WinogradLargest {
         for (int64_t o = 0; o < a.exist[0]; ++o) {
             const T* from = a.from + o * a.output;
             vector v[PP * PQ];
-#pragma GCC unroll 6
-            for (int q = 0; q < PQ; ++q) {
-#pragma GCC unroll 6
-                for (int p = 0; p < PP; ++p) v[p * PQ + q] = V::load(from + (p * PQ + q) * a.point);
-                WinogradAxis<P>::target(v + q, PQ);
-            }
+            transform_columns<WinogradAxis<P>, WinogradAxis<Q>, V>(from, a.point, v);
 #pragma GCC unroll 4
             for (int p = 0; p < P; ++p) {
                 WinogradAxis<Q>::target(v + p * PQ, 1);

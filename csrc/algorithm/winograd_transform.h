@@ -170,12 +170,7 @@ struct WinogradTile {
         for (int o = 0; o < AxisO::outputs; ++o) {
             const T* from = a.from + o * a.output;
             vector v[PP * PQ];
-#pragma GCC unroll 6
-            for (int q = 0; q < PQ; ++q) {
-#pragma GCC unroll 6
-                for (int p = 0; p < PP; ++p) v[p * PQ + q] = V::load(from + (p * PQ + q) * a.point);
-                AxisP::target(v + q, PQ);
-            }
+            transform_columns<AxisP, AxisQ, V>(from, a.point, v);
 #pragma GCC unroll 4
             for (int p = 0; p < AxisP::outputs; ++p) {
                 T* to = a.to + o * a.outer + p * a.row;
