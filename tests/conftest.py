@@ -10,7 +10,7 @@ import itertools
 import os
 import random
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 # Before torch loads OpenMP: idle threads sleep instead of spinning, or a busy machine makes each tiny parallel
 # region wait for a time slice (thirty times the time of this suite).
@@ -34,6 +34,15 @@ from pyvolconv.backends.registry import REGISTRY
 from pyvolconv.cost import busy
 from pyvolconv.dispatch import forget_choices
 from pyvolconv.problem import LAYOUTS, PASSES, ConvProblem, Pass
+
+from .error_bound import Product, defining_products, exact_result, relative_error, run_a_pass, summed_magnitude
+
+try:
+    from pyvolconv import _C
+except ImportError:
+    ISAS = []
+else:
+    ISAS = _C.supported_isas()
 
 # In the environment, where the worker processes of pytest-xdist find it.
 SESSION_SEED = int(os.environ.setdefault("PYVOLCONV_SEED", str(random.SystemRandom().randrange(2**31))))
@@ -218,6 +227,21 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.fixture
+def use_isa() -> Iterator[Callable[[str], None]]:
+    """Compute by the kernels of an instruction set, of `ISAS`; undone at the end."""
+    before = _C.current_isa()
+    yield _C.use_isa
+    _C.use_isa(before)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, use_isa: Callable[[str], None]) -> str:
+    """Each instruction set of this machine in turn, in use."""
+    use_isa(request.param)
+    return request.param
+
+
+@pytest.fixture
 def require() -> Callable[[Backend, ConvProblem, Pass], None]:
     """Skip where a backend says that it cannot run; test_backends checks that able ones do not say so."""
 
@@ -268,112 +292,25 @@ def between_guards(dense: Tensor, guard: int = 67) -> Tensor:
 @pytest.fixture
 def run_pass() -> Callable[[Backend, ConvProblem, Pass, list[Tensor]], Tensor]:
     """run_pass(backend, problem, pass_, operands), called as `pyvolconv.ops` calls a backend."""
-    return _run_pass
-
-
-def _run_pass(backend: Backend, problem: ConvProblem, pass_: Pass, args: list[Tensor]) -> Tensor:
-    if pass_ == "forward":
-        x, weight, *bias = args
-        return backend.forward(problem, x, weight, bias[0] if bias else None)
-    return getattr(backend, pass_)(problem, *args)
+    return run_a_pass
 
 
 @pytest.fixture
 def reference() -> Callable[[ConvProblem, Pass, list[Tensor]], Tensor]:
     """reference(problem, pass_, operands): ATen in float64; test_reference checks it against the definition."""
-    return _reference
-
-
-def _reference(problem: ConvProblem, pass_: Pass, args: list[Tensor]) -> Tensor:
-    aten = REGISTRY[-1]
-    exact = problem.with_(dtype="float64", layout="ncdhw", device="cpu")
-    return _run_pass(aten, exact, pass_, [arg.detach().cpu().double().contiguous() for arg in args])
+    return exact_result
 
 
 @pytest.fixture
 def magnitude() -> Callable[[ConvProblem, Pass, list[Tensor], tuple[int, int, int]], Tensor]:
     """magnitude(problem, pass_, absolute operands, reach): what the bound of an `Accuracy` is a multiple of."""
-    return _magnitude
+    return summed_magnitude
 
 
 @pytest.fixture
 def error_in_bounds() -> Callable[[Tensor, ConvProblem, Pass, list[Tensor], Accuracy], float]:
     """error_in_bounds(got, ...): the largest error as a multiple of the bound that `Accuracy` states."""
-    return _error_in_bounds
-
-
-def _magnitude(problem: ConvProblem, pass_: Pass, args: list[Tensor], reach: tuple[int, int, int]) -> Tensor:
-    """The pass over absolute values; with a reach its largest value nearby, also beyond the ends of the result."""
-    if not any(reach):
-        return _reference(problem, pass_, args)
-    source, other, *bias = (arg.cpu().double().contiguous() for arg in args)
-    begin, end = zip(*problem.padding, strict=True)
-    if pass_ == "grad_weight":
-        # source and other are grad_output and x. Taps beyond the kernel are those of one that is 2 * reach longer; as
-        # a convolution of x with grad_output, stride and dilation change places.
-        x = _padded(other, begin, end, [r * d for r, d in zip(reach, problem.dilation, strict=True)])
-        full = torch.nn.functional.conv3d(
-            x.transpose(0, 1), source.transpose(0, 1), stride=problem.dilation, dilation=problem.stride
-        ).transpose(0, 1)
-        depth, height, width = (k + 2 * r for k, r in zip(problem.kernel_size, reach, strict=True))
-        full = full[:, :, :depth, :height, :width]
-    elif pass_ == "grad_input":
-        full = torch.nn.functional.conv_transpose3d(source, other, stride=problem.stride, dilation=problem.dilation)
-        missing = [i + p - n for i, p, n in zip(problem.input_size, begin, full.shape[2:], strict=True)]
-        full = _padded(full, [-p for p in begin], missing, reach)
-    else:
-        x = _padded(source, begin, end, [r * s for r, s in zip(reach, problem.stride, strict=True)])
-        full = torch.nn.functional.conv3d(x, other, *bias, stride=problem.stride, dilation=problem.dilation)
-    return _largest_nearby(full, reach)
-
-
-def _largest_nearby(values: Tensor, reach: tuple[int, int, int]) -> Tensor:
-    """The largest value within `reach` voxels per axis, axis by axis, which is far less work than whole windows."""
-    for axis, voxels in enumerate(reach):
-        window = [2 * voxels + 1 if axis == other else 1 for other in range(3)]
-        values = torch.nn.functional.max_pool3d(values, window, 1)
-    return values
-
-
-def _padded(values: Tensor, begin: Sequence[int], end: Sequence[int], more: Sequence[int]) -> Tensor:
-    """Zeros around the voxels, `more` on both ends of an axis; negative numbers cut off."""
-    sides = [side + m for b, e, m in zip(begin, end, more, strict=True) for side in (b, e)]
-    return torch.nn.functional.pad(values, [side for a in (4, 2, 0) for side in sides[a : a + 2]])
-
-
-def _error_in_bounds(got: Tensor, problem: ConvProblem, pass_: Pass, args: list[Tensor], accuracy: Accuracy) -> float:
-    exact, magnitude = _exact(problem, pass_, args, accuracy.reach)
-    unit = torch.finfo(getattr(torch, accuracy.accumulate_dtype)).eps
-    bound = accuracy.constant * unit * problem.reduction_length(pass_) * magnitude
-    result = torch.finfo(got.dtype)
-    bound += result.eps * exact.abs()
-    bound[magnitude > 0] += result.tiny * result.eps  # numbers below `tiny` are that far apart
-    error = (got.detach().cpu().double() - exact).abs()
-    # Where nothing is summed the bound is zero and so must the error be; NaN is never within a bound.
-    ratio = torch.where(bound > 0, error / bound, torch.where(error == 0, 0.0, torch.inf))
-    return float(ratio.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
-
-
-class _Exact:
-    """The reference and its magnitude for the operands that were asked about last: many results have the same."""
-
-    def __init__(self) -> None:
-        self.key: object = None
-        self.args: list[Tensor] = []
-        self.found: tuple[Tensor, Tensor] | None = None
-
-    def __call__(
-        self, problem: ConvProblem, pass_: Pass, args: list[Tensor], reach: tuple[int, int, int]
-    ) -> tuple[Tensor, Tensor]:
-        key = (problem, pass_, reach, [(id(arg), arg._version) for arg in args])
-        if self.found is None or self.key != key:
-            magnitude = _magnitude(problem, pass_, [arg.detach().abs() for arg in args], reach)
-            # Holding the operands keeps their ids theirs.
-            self.key, self.args, self.found = key, args, (_reference(problem, pass_, args), magnitude)
-        return self.found
-
-
-_exact = _Exact()
+    return relative_error
 
 
 @pytest.fixture
@@ -381,34 +318,13 @@ def assert_within_bound() -> Callable[[Tensor, ConvProblem, Pass, list[Tensor], 
     """assert_within_bound(got, problem, pass_, operands, accuracy)."""
 
     def check(got: Tensor, problem: ConvProblem, pass_: Pass, args: list[Tensor], accuracy: Accuracy) -> None:
-        ratio = _error_in_bounds(got, problem, pass_, args, accuracy)
+        ratio = relative_error(got, problem, pass_, args, accuracy)
         assert ratio <= 1, f"{pass_} of {problem}: the error is {ratio:.3g} times the bound of {accuracy}"
 
     return check
 
 
-Product = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-
-
 @pytest.fixture
 def products() -> Callable[[ConvProblem], Iterator[Product]]:
     """products(problem): (index into x, into w, into y) of every product of the defining sum, padding left out."""
-    return _products
-
-
-def _products(problem: ConvProblem) -> Iterator[Product]:
-    in_group = problem.in_channels // problem.groups
-    out_group = problem.out_channels // problem.groups
-    taps = list(itertools.product(*map(range, problem.kernel_size)))
-    for voxel in itertools.product(*map(range, problem.output_size)):
-        for tap in taps:
-            source = tuple(
-                i * stride - begin + k * dilation
-                for i, k, stride, (begin, _), dilation in zip(
-                    voxel, tap, problem.stride, problem.padding, problem.dilation, strict=True
-                )
-            )
-            if any(not 0 <= s < size for s, size in zip(source, problem.input_size, strict=True)):
-                continue
-            for n, o, c in itertools.product(range(problem.batch), range(problem.out_channels), range(in_group)):
-                yield (n, o // out_group * in_group + c, *source), (o, c, *tap), (n, o, *voxel)
+    return defining_products

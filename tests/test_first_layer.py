@@ -30,22 +30,6 @@ SHAPES = (
 )
 
 
-ISAS = [] if _C is None else _C.supported_isas()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, use_isa):
-    use_isa(request.param)
-    return request.param
-
-
-@pytest.fixture
-def use_isa():
-    before = _C.current_isa()
-    yield _C.use_isa
-    _C.use_isa(before)
-
-
 def problems(dtypes=("float32", "float64"), shapes=SHAPES):
     for shape, dtype, layout in itertools.product(shapes, dtypes, LAYOUTS):
         yield ConvProblem.parse(f"cpu-{dtype}-{layout}-{shape}-bias")
@@ -75,7 +59,7 @@ def spoil(tensor, count=4):
 def test_within_bound_and_same_bits(shape, operands, assert_within_bound, threads, use_isa):
     for problem in problems(shapes=[shape]):
         args = operands(problem, "forward")
-        for isa in ISAS:
+        for isa in _C.supported_isas():
             use_isa(isa)
             threads(1)
             got = BACKEND.forward(problem, *args)

@@ -41,22 +41,6 @@ CONSTANT = {0: 2.0, 1: 2.0, 2: 8.0, 3: 32.0}
 """By axes of F(4): what `CppWinograd.accuracy` declares."""
 
 
-ISAS = [] if _C is None else _C.supported_isas()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, use_isa):
-    use_isa(request.param)
-    return request.param
-
-
-@pytest.fixture
-def use_isa():
-    before = _C.current_isa()
-    yield _C.use_isa
-    _C.use_isa(before)
-
-
 def problem_of(shape, kernel, dtype, layout, padding=None, dilation=(1, 1, 1), stride=(1, 1, 1)):
     dilation = tuple(d if k > 1 else 1 for k, d in zip(kernel, dilation, strict=True))
     padding = tuple(k // 2 * d for k, d in zip(kernel, dilation, strict=True)) if padding is None else padding
@@ -95,7 +79,7 @@ def test_within_bound_and_same_bits(kernel, outputs, pass_, operands, assert_wit
     for shape, dtype, layout in itertools.product(SHAPES, ("float32", "float64"), LAYOUTS):
         problem = problem_of(shape, kernel, dtype, layout)
         args = operands(problem, pass_)
-        for isa in ISAS:
+        for isa in _C.supported_isas():
             use_isa(isa)
             threads(1)
             got = run(problem, outputs, pass_, args)
@@ -114,7 +98,7 @@ def test_blocks_of_channels_and_boxes_of_several_samples(
         problem = problem_of(shape, kernel, dtype, layout, dilation=dilation, stride=stride)
         args = operands(problem, "grad_weight", integers=True)
         exact = reference(problem, "grad_weight", args)
-        for isa, count in itertools.product(ISAS, (1, 3)):
+        for isa, count in itertools.product(_C.supported_isas(), (1, 3)):
             use_isa(isa)
             threads(count)
             got = run(problem, outputs, "grad_weight", args)
