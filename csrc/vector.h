@@ -93,6 +93,21 @@ struct Vector {
 #endif
     }
 
+    // The scalar in all lanes of a register. With AVX-512, GCC 12 would fold the load into each FMA that uses it.
+    static inline type broadcast(const T* scalar) {
+#if defined(__AVX512F__) && PVC_VECTOR_BYTES == 64
+        type value;
+        if constexpr (sizeof(T) == 4) {
+            asm("vbroadcastss %1, %0" : "=v"(value) : "m"(*scalar));
+        } else {
+            asm("vbroadcastsd %1, %0" : "=v"(value) : "m"(*scalar));
+        }
+        return value;
+#else
+        return *scalar - type{};  // not plus: that is not the identity for -0
+#endif
+    }
+
     static inline type multiply_add(type a, const T* scalar, type sum) {
 #if defined(__AVX512F__) && PVC_VECTOR_BYTES == 64
         if constexpr (sizeof(T) == 4) {
@@ -131,6 +146,13 @@ struct VectorPart {
     static inline type load(const T* from) { return *reinterpret_cast<const unaligned*>(from); }
 
     static inline void store(T* to, type value) { *reinterpret_cast<unaligned*>(to) = value; }
+
+    // The first lanes of a whole vector.
+    static inline type first(typename VectorType<T>::aligned value) {
+        type part;
+        std::memcpy(&part, &value, sizeof(part));
+        return part;
+    }
 
     // The lanes' bits that `mask` has.
     static inline type keep(type value, typename VectorType<T>::integer mask) {

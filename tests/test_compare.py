@@ -260,6 +260,17 @@ def test_a_step_that_looked_slow_once_is_tried_again(batch, monkeypatch):
     assert next(times, None) is None
 
 
+def test_the_better_layout_is_the_one_that_is_better_on_all_samples(monkeypatch):
+    x, y = torch.rand(8, 1, 8, 8, 10), torch.zeros(8, dtype=torch.long)
+    seconds = {"ncdhw": [0.1, 0.1, 0.1, 0.5, 0.5], "ndhwc": [0.2, 0.2, 0.2, 0.4, 0.4]}
+    times = iter([*seconds["ncdhw"], *seconds["ndhwc"]])
+    monkeypatch.setattr("pyvolconv.train.trials._seconds", lambda step: next(times))
+    specs = [PathSpec("torch", "cnn", None, layout) for layout in seconds]
+    best = fitted(specs, make_cnn, x, y, longest_step=10.0)
+    assert (best.spec.layout, best.samples) == ("ndhwc", 8)
+    assert next(times, None) is None
+
+
 def test_path_runs_on_the_forced_backend_only(batch, monkeypatch):
     calls = []
     for backend in pyvolconv.backends():

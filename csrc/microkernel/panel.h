@@ -97,10 +97,10 @@ class PanelTile {
                     const typename Tail::type last = Tail::load(vectors + whole * V::lanes);
 #pragma GCC unroll 16
                     for (int m = 0; m < MR; ++m) {
-                        const T value = from[m * row + product.point * V::lanes];
+                        const typename V::type value = V::broadcast(from + m * row + product.point * V::lanes);
 #pragma GCC unroll 4
                         for (int n = 0; n < whole; ++n) sum_[output][m][n] += value * weight[n];
-                        tail_[output][m] += value * last;
+                        tail_[output][m] += Tail::first(value) * last;
                     }
                 }
             }

@@ -27,18 +27,19 @@ def fitted(
 ) -> Candidate:
     """The best of some layouts of one path, on as many samples as are expected to take at most `longest_step` seconds.
 
-    Each is tried on a few samples after a warm-up, in which kernels may be compiled; the first in any case, the others
-    as long as `now()` is before `until`.
+    Each is tried on one sample after a warm-up, in which kernels may be compiled, then on a few, then on all: the first
+    layout in any case, the others and more samples as long as they are fast enough and `now()` is before `until`.
     """
 
     def seconds_per_sample(spec: PathSpec) -> float:
         probe = candidate(spec, make_model, x, y, 1)
         probe.step()
         seconds = _seconds(probe.step)
-        if seconds * PROBE_SAMPLES < longest_step and now() < until:
-            probe = candidate(spec, make_model, x, y, min(PROBE_SAMPLES, x.shape[0]))
-            probe.step()
-            seconds = min(_seconds(probe.step) for _ in range(2)) / probe.samples
+        for samples in sorted({min(PROBE_SAMPLES, x.shape[0]), x.shape[0]}):
+            if seconds * samples < longest_step and now() < until:
+                probe = candidate(spec, make_model, x, y, samples)
+                probe.step()
+                seconds = min(_seconds(probe.step) for _ in range(2)) / samples
         return seconds
 
     tried: dict[PathSpec, float] = {}
