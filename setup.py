@@ -23,7 +23,14 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError
 
-SOURCES = ["csrc/module.cpp", "csrc/dispatch.cpp", "csrc/bandwidth.cpp", "csrc/parallel.cpp", "csrc/arena.cpp"]
+SOURCES = [
+    "csrc/module.cpp",
+    "csrc/dispatch.cpp",
+    "csrc/bandwidth.cpp",
+    "csrc/parallel.cpp",
+    "csrc/arena.cpp",
+    "csrc/cache.cpp",
+]
 ISA_SOURCE = "csrc/isa_kernels.cpp"
 X86_ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"],

@@ -20,7 +20,7 @@ SANITIZER_FLAGS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover
 
 def compile_harness(source: str, target: Path, *flags: str) -> None:
     """Builds a harness of this folder with those kernels that it includes."""
-    sources = [TESTS / source, CSRC / "arena.cpp", CSRC / "parallel.cpp"]
+    sources = [TESTS / source, CSRC / "arena.cpp", CSRC / "cache.cpp", CSRC / "parallel.cpp"]
     command = ["g++", "-std=c++17", "-ffp-contract=fast", "-fopenmp", "-Wno-psabi", f"-I{CSRC}", *flags]
     built = subprocess.run([*command, *map(str, sources), "-o", str(target)], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr

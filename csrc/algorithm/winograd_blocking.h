@@ -9,6 +9,7 @@
 #pragma once
 
 #include "../arena.h"
+#include "../cache.h"
 #include "../microkernel/panel.h"
 #include "sparse_gradient.h"
 #include "winograd_transform.h"
@@ -75,7 +76,15 @@ struct BoxLimits {
     int64_t bytes = kL2Bytes;
 };
 
-// The box that costs least of those that fit. Depends on the problem alone.
+// Every box reads all weights, from beyond a core's own cache where they are many: boxes as large as it allows, with
+// room left for what streams past.
+inline BoxLimits limits_of_machine() {
+    BoxLimits limits;
+    limits.bytes = larger(kL2Bytes, l2_bytes() - kL2Bytes);
+    return limits;
+}
+
+// The box that costs least of those that fit.
 template <typename T>
 void choose_box(const Gather& gather, const BoxLimits& limits, WinogradBlocking<T>& b) {
     constexpr int64_t kFewestTiles = 8;
@@ -119,7 +128,7 @@ void choose_box(const Gather& gather, const BoxLimits& limits, WinogradBlocking<
 
 template <typename T>
 WinogradBlocking<T> choose_winograd(const Gather& gather, const WinogradScheme<T>& scheme,
-                                    const BoxLimits& limits = {}) {
+                                    const BoxLimits& limits = limits_of_machine()) {
     WinogradBlocking<T> b = {};
     b.scheme = &scheme;
     b.batch = gather.batch;

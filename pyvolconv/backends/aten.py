@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..host import starts_two_wide_fmas
 from ..problem import ConvProblem, Pass
 from .base import MEMORY_FORMAT, Accuracy, Backend, empty
 
@@ -113,22 +114,27 @@ def _onednn_efficiency(problem: ConvProblem, pass_: Pass) -> float:
     With 16 channels and more they run at 0.93 of peak (ncdhw 0.9), channels rounded up to whole vectors of 16, and
     leave out taps that lie in the padding; memory takes the time of 12 FLOPs for each byte to be moved, of 5 where a
     product needs no window. Touching windows are slower, in ncdhw much. The weight gradient in ndhwc is nearly as
-    good as ours, and better where much is padding.
+    good as ours, and better where much is padding. Where two wide FMAs start per cycle, a byte takes the time of 2.5
+    times as many FLOPs.
     """
+    cheap = starts_two_wide_fmas()
     channels = min(problem.in_channels, problem.out_channels)
     used = min(count / (-(-count // 16) * 16) for count in (problem.in_channels, problem.out_channels))
-    moved = problem.min_bytes(pass_) / problem.flops(pass_)
+    moved = (2.5 if cheap else 1) * problem.min_bytes(pass_) / problem.flops(pass_)
     ndhwc = problem.layout == "ndhwc"
     windows = problem.kernel_size not in ((1, 1, 1), problem.stride)
     if pass_ == "grad_weight":
         dense = problem.stride == problem.dilation == (1, 1, 1) and min(problem.kernel_size) > 1
         good = ndhwc and dense and 8 <= channels <= 192
-        return 0.72 * max(used, 0.5) / _inside_share(problem) if good else 0.5 if channels >= 16 else 0.1
+        if good:
+            return 0.72 * max(used, 0.5) / _inside_share(problem)
+        return (1 / (2 + 12 * moved) if cheap else 0.5) if channels >= 16 else 0.1
     if problem.kernel_size == (1, 1, 1) and (channels >= 16 or ndhwc):
         return 1 / (1 / 0.85 + 5 * moved)
     if channels < 16:
         return 0.1
-    reached = (0.93 if ndhwc else 0.9) if windows else 0.7 if ndhwc else 0.4
+    touching = (0.85 if pass_ == "forward" else 0.6) if cheap else 0.7
+    reached = (0.93 if ndhwc else 0.9) if windows else touching if ndhwc else 0.4
     return 1 / (_inside_share(problem) / (reached * used) + 12 * moved)
 
 

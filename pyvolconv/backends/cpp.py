@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..host import starts_two_wide_fmas
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from .base import Accuracy, Backend, empty
 
@@ -61,6 +62,11 @@ def call(kernel: Callable[..., None], plan: object, *tensors: Tensor | None, opt
     # Torch gives the calling Python thread its thread count (omp_set_num_threads) when first asked for it.
     torch.get_num_threads()
     kernel(plan, *options, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
+
+
+def arithmetic_is_cheap() -> bool:
+    """Whether the kernels in use start two FMAs of 64 bytes per cycle, so that everything else weighs more."""
+    return bool(kernels().current_isa() == "avx512") and starts_two_wide_fmas()
 
 
 @lru_cache(maxsize=1024)
@@ -183,8 +189,10 @@ class CppDirect(PooledForward):
         The numbers are fitted to measurements (docs/performance.md): 0.82 of peak at 16 channels and more in ndhwc,
         0.75 in ncdhw, where strides and dilation break rows into pieces; gradients of weights 0.8. A product without
         a window is packed less (in ndhwc not at all where it has no more columns than depth), and there few channels on
-        either side leave its lanes or its loop empty.
+        either side leave its lanes or its loop empty. Where two wide FMAs start per cycle, loads keep the windows to
+        0.83 of that, and a byte takes the time of 2.5 times as many FLOPs.
         """
+        loads, byte = (0.83, 2.5) if arithmetic_is_cheap() else (1.0, 1.0)
         lanes = {"avx512": 64, "avx2": 32}.get(kernels().current_isa(), 16) // DTYPE_BYTES[problem.dtype]
         channels, sources = problem.out_channels, problem.in_channels
         if pass_ == "grad_input":
@@ -192,9 +200,11 @@ class CppDirect(PooledForward):
         if 1 < problem.groups < problem.in_channels:
             channels //= problem.groups
         width = problem.output_size[2] if pass_ == "forward" else problem.input_size[2]
-        moved = problem.min_bytes(pass_) / problem.flops(pass_)
+        moved = byte * problem.min_bytes(pass_) / problem.flops(pass_)
         if pass_ == "grad_weight":
-            return 1 / (1 / (0.8 * max(used_share(problem.in_channels, lanes), used_share(width, lanes))) + 12 * moved)
+            return 1 / (
+                1 / (0.8 * loads * max(used_share(problem.in_channels, lanes), used_share(width, lanes))) + 12 * moved
+            )
         if problem.kernel_size == (1, 1, 1) and problem.groups == 1:
             in_order = problem.layout == "ndhwc"
             used = used_share(channels, lanes) * min(1, sources / lanes) if in_order else 1.0
@@ -202,7 +212,9 @@ class CppDirect(PooledForward):
         reached = (
             0.82 if problem.layout == "ndhwc" else 0.75 if problem.stride == problem.dilation == (1, 1, 1) else 0.58
         )
-        return 1 / (1 / (reached * max(used_share(channels, lanes), used_share(width, lanes))) + 12 * moved)
+        if used_share(channels, lanes) < 0.5:
+            loads *= loads**4  # lanes are voxels of a row then, which are transposed
+        return 1 / (1 / (reached * loads * max(used_share(channels, lanes), used_share(width, lanes))) + 12 * moved)
 
 
 def used_share(size: int, lanes: int) -> float:

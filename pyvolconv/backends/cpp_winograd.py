@@ -18,7 +18,7 @@ from torch import Tensor
 from ..precision import Precision, get_precision
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from .base import Accuracy, empty
-from .cpp import DTYPES, PooledForward, call, kernels, load_extension, plan_of, pooled_plan_of
+from .cpp import DTYPES, PooledForward, arithmetic_is_cheap, call, kernels, load_extension, plan_of, pooled_plan_of
 
 Outputs = tuple[int, int, int]
 
@@ -113,11 +113,11 @@ class CppWinograd(PooledForward):
         )
 
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
-        return _best(problem, pass_, get_precision(), _vector_bytes()).efficiency
+        return _best(problem, pass_, get_precision(), _vector_bytes(), arithmetic_is_cheap()).efficiency
 
     @staticmethod
     def _outputs(problem: ConvProblem, pass_: Pass) -> Outputs:
-        return _best(problem, pass_, get_precision(), _vector_bytes()).outputs
+        return _best(problem, pass_, get_precision(), _vector_bytes(), arithmetic_is_cheap()).outputs
 
 
 def _reach(outputs: int, stride: int, dilation: int) -> int:
@@ -182,7 +182,7 @@ def _used(size: int, lanes: int) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes: int) -> _Choice:
+def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes: int, cheap: bool) -> _Choice:
     """The scheme with the least expected time.
 
     In units of one FMA of one pair of channels at peak, with numbers fitted to measurements (docs/performance.md): the
@@ -192,6 +192,9 @@ def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes:
     which have as many input voxels to an output voxel as their product. grad_weight transforms two tensors, each once
     for every block of channels of the other, and transforms its sums back, which wait in memory for those of other
     splits of the tiles unless there are many blocks.
+
+    Where two wide FMAs start per cycle (`cheap`), the products run at 0.66 of that, and what is moved takes as long as
+    14 (ncdhw: 20) products, 8 (11.5) in grad_weight, with few taps longer, and weights beyond the caches are dearer.
     """
     lanes = vector_bytes // DTYPE_BYTES[problem.dtype]
     channels = (problem.in_channels, problem.out_channels)
@@ -204,7 +207,11 @@ def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes:
     if problem.pool is not None:
         size = tuple(count * window for count, window in zip(problem.pooled_size, problem.pool.window, strict=True))
     taps = math.prod(problem.kernel_size)
-    each = {"ndhwc": 3.6, "ncdhw": 5.2}[problem.layout]
+    each = 3.6
+    if cheap:
+        each = 8.0 if pass_ == "grad_weight" else 14.0 * (27 / taps) ** 0.75
+    if problem.layout == "ncdhw":
+        each *= 1.44
     strides = math.prod(problem.stride)
     moving = each * (1 / channels[0] + strides / channels[1]) / 2
     finishing = 8.0
@@ -222,9 +229,9 @@ def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes:
         tiles = problem.batch * math.prod(map(_tiles, size, outputs, problem.dilation))
         weights = math.prod(map(_weights, outputs, problem.kernel_size, problem.stride))
         weight_bytes = weights * math.prod(channels) * DTYPE_BYTES[problem.dtype]
-        most_bytes = (16 if strides == 1 else 4) << 20
-        spilling = 1.7 if weight_bytes > most_bytes and pass_ != "grad_weight" else 1.0
-        products = tiles * points * spilling / (0.82 * used)
+        most_bytes = (4 if strides != 1 else 8 if cheap else 16) << 20
+        spilling = (2.75 if cheap else 1.7) if weight_bytes > most_bytes and pass_ != "grad_weight" else 1.0
+        products = tiles * points * spilling / ((0.66 if cheap else 0.82) * used)
         transforms = taps * moving * tiles * math.prod(outputs) / shared + finishing * points
         efficiency = taps * problem.batch * math.prod(size) / shared / (products + transforms)
         best = max(best, _Choice(efficiency, outputs))

@@ -1,0 +1,11 @@
+// What the machine's caches hold, where a fixed size (isa.h) would leave much of a larger one unused.
+#pragma once
+
+#include <cstdint>
+
+namespace pvc {
+
+// Of the second-level cache of one core; 0 where the system does not say.
+int64_t l2_bytes();
+
+}  // namespace pvc
