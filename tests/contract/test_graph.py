@@ -156,3 +156,20 @@ def test_nothing_outlives_a_call(layers):
         del x, y
         gc.collect()
         assert [reference() for reference in kept] == [None, None]
+
+
+def test_the_node_has_another_name(layers):
+    """A difference, which matters to what reads the graph: its edges are those of torch."""
+    x = torch.randn(1, 4, 5, 5, 5)
+    ours, theirs = layers
+    assert theirs(x).grad_fn.name() == "ConvolutionBackward0"
+    assert ours(x).grad_fn.name() == ("BilinearFunctionBackward" if isinstance(ours, nn.Conv3d) else "AddBackward0")
+    leaves = []
+    for layer in layers:
+        found, nodes = set(), [layer(x).grad_fn]
+        while nodes:
+            node = nodes.pop()
+            found.add(id(node.variable)) if hasattr(node, "variable") else None
+            nodes += [following for following, _ in node.next_functions if following is not None]
+        leaves.append(found == {id(parameter) for parameter in layer.parameters()})
+    assert leaves == [True, True]
