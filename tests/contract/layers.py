@@ -86,5 +86,6 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
 
 def small_integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """-1, 0 and 1, so that short sums are exact in every dtype; 0 and 1 where there are no signs."""
-    signed = dtype.is_signed and dtype != torch.bool
-    return torch.randint(-1 if signed else 0, 2, shape).to(dtype)
+    least = -1 if dtype.is_signed and dtype != torch.bool else 0
+    values = torch.randint(least, 2, shape)
+    return (values + 1j * torch.randint(least, 2, shape) if dtype.is_complex else values).to(dtype)
