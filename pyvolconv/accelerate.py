@@ -189,13 +189,13 @@ def _reduce_as_original(self: Any, protocol: Any) -> Any:
 
 
 def _copy(self: Any) -> Any:
-    result = type(self).__new__(type(self))
+    result = type(self).__new__(type(self))  # type: ignore[call-overload]
     result.__setstate__(_state(self, self))
     return result
 
 
 def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-    memo[id(self)] = result = type(self).__new__(type(self))
+    memo[id(self)] = result = type(self).__new__(type(self))  # type: ignore[call-overload]
     # A parametrized module can be copied, although the class that was made for it refuses to give its state.
     result.__setstate__(copy.deepcopy(_state(self, super(_derived_class_of(self), self)), memo))
     return result

@@ -71,14 +71,14 @@ class ConvTranspose3d(nn.ConvTranspose3d):
             self.weight,
             self.bias,
             self.stride,
-            self.padding,  # type: ignore[arg-type]
+            self.padding,
             output_padding,
             self.groups,
             self.dilation,
         )
 
 
-class LazyConv3d(nn.LazyConv3d, Conv3d):
+class LazyConv3d(nn.LazyConv3d, Conv3d):  # type: ignore[misc]
     """`torch.nn.LazyConv3d` that becomes this package's `Conv3d` with its first call.
 
     Shapes: input (N, C_in, D, H, W) or (C_in, D, H, W), output (N, C_out, D_out, H_out, W_out).
@@ -98,7 +98,7 @@ class LazyConv3d(nn.LazyConv3d, Conv3d):
     cls_to_become = Conv3d
 
 
-class LazyConvTranspose3d(nn.LazyConvTranspose3d, ConvTranspose3d):
+class LazyConvTranspose3d(nn.LazyConvTranspose3d, ConvTranspose3d):  # type: ignore[misc]
     """`torch.nn.LazyConvTranspose3d` that becomes this package's `ConvTranspose3d` with its first call.
 
     Shapes: input (N, C_in, D, H, W) or (C_in, D, H, W), output (N, C_out, D_out, H_out, W_out).
