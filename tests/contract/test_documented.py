@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -11,6 +12,7 @@ PAGE = (REPOSITORY / "docs" / "drop_in.md").read_text()
 NAMED = sorted(set(re.findall(r"`(tests/[^`]*)`", PAGE)))
 
 
+@cache
 def names_in(file):
     """Names of the tests in a file."""
     nodes = ast.walk(ast.parse((REPOSITORY / file).read_text()))

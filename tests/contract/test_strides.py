@@ -32,14 +32,14 @@ def results(layer, x):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("channels", "kernel_size", "size"), SIZES)
-def test_contiguous_operands(kind, name, channels, kernel_size, size, dtype):
+def test_contiguous_operands(kind, name, dtype):
     """Every stride is torch's, those of axes of size 1 too, which `view` and `is_contiguous` look at."""
-    ours, theirs = pair(kind, name, *channels, kernel_size, padding=kernel_size // 2, dtype=dtype)
-    for shape in ((2, channels[0], *size), (1, channels[0], *size), (channels[0], *size)):
-        x = torch.randn(shape, dtype=torch.float64).to(dtype)
-        for got, expected in zip(results(ours, x), results(theirs, x), strict=True):
-            assert got.stride() == expected.stride()
+    for channels, kernel_size, size in SIZES:
+        ours, theirs = pair(kind, name, *channels, kernel_size, padding=kernel_size // 2, dtype=dtype)
+        for shape in ((2, channels[0], *size), (1, channels[0], *size), (channels[0], *size)):
+            x = torch.randn(shape, dtype=torch.float64).to(dtype)
+            for got, expected in zip(results(ours, x), results(theirs, x), strict=True):
+                assert got.stride() == expected.stride()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
