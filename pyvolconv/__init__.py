@@ -2,7 +2,7 @@
 
 conv3d, conv_transpose3d        functions, as in torch.nn.functional
 conv3d_max_pool                 convolution, activation and max-pool in one pass
-Conv3d, ConvTranspose3d         modules, as in torch.nn
+Conv3d, ConvTranspose3d         modules, as in torch.nn; also LazyConv3d, LazyConvTranspose3d
 InstanceNorm3d                  torch.nn's, in inference by torch's faster way
 accelerate(model), revert       swap a model's convolutions in place, and back
 fusion_report(model)            what became of each convolution, and why no more
@@ -21,7 +21,7 @@ from .errors import UnsupportedProblemError
 from .functional import conv3d, conv_transpose3d
 from .fused_functional import conv3d_max_pool
 from .fusion_report import fusion_report
-from .nn import Conv3d, ConvTranspose3d, InstanceNorm3d
+from .nn import Conv3d, ConvTranspose3d, InstanceNorm3d, LazyConv3d, LazyConvTranspose3d
 from .precision import get_precision
 from .problem import ConvProblem
 
@@ -31,6 +31,8 @@ __all__ = [
     "ConvProblem",
     "ConvTranspose3d",
     "InstanceNorm3d",
+    "LazyConv3d",
+    "LazyConvTranspose3d",
     "UnsupportedProblemError",
     "accelerate",
     "backends",

@@ -168,6 +168,9 @@ def _derive(original: type[nn.Module], ours: type[nn.Module] | None, own: dict[s
     lazy = getattr(original, "cls_to_become", None)
     if lazy is not None:
         members["cls_to_become"] = _derived(lazy, ours)  # type: ignore[arg-type]
+    # The defaults go through __reduce_ex__ and would return the original class.
+    if not hasattr(original, "__copy__"):
+        members["__copy__"] = _copy
     if not hasattr(original, "__deepcopy__"):
         members["__deepcopy__"] = _deepcopy
     return type(original.__name__, bases, members)
@@ -185,10 +188,21 @@ def _reduce_as_original(self: Any, protocol: Any) -> Any:
     return (constructor, tuple(original if part is derived else part for part in arguments), *state)
 
 
-def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-    # The default goes through __reduce_ex__ and would return the original class.
-    derived = type(self)
-    result = derived.__new__(derived)  # type: ignore[call-overload]
-    memo[id(self)] = result
-    result.__setstate__(copy.deepcopy(self.__dict__, memo))
+def _copy(self: Any) -> Any:
+    result = type(self).__new__(type(self))  # type: ignore[call-overload]
+    result.__setstate__(_state(self, self))
     return result
+
+
+def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    memo[id(self)] = result = type(self).__new__(type(self))  # type: ignore[call-overload]
+    # A parametrized module can be copied, although the class that was made for it refuses to give its state.
+    result.__setstate__(copy.deepcopy(_state(self, super(_derived_class_of(self), self)), memo))
+    return result
+
+
+def _state(module: nn.Module, view: Any) -> Any:
+    """What `view`, the module or a `super` of it, gives to be copied: the user's class may have a say in it."""
+    # Python 3.10 has no object.__getstate__.
+    getstate = getattr(view, "__getstate__", None)
+    return module.__dict__ if getstate is None else getstate()

@@ -36,7 +36,7 @@ def triple(value: Any) -> tuple[int, int, int] | None:
 
 def _are_operands(input: Any, weight: Any, bias: Any, out_channels_axis: int, groups: Any) -> bool:
     """Whether tensors and groups fit one another; what does not is left to torch to name."""
-    if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
+    if not isinstance(input, Tensor) or not isinstance(weight, Tensor) or input.is_nested or weight.is_nested:
         return False
     if (
         not isinstance(groups, int)

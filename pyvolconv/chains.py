@@ -195,8 +195,9 @@ def _run_chain(chain: Sequence[nn.Module], x: Tensor) -> Tensor:
     weight, bias = convolution.weight, convolution.bias
     if isinstance(norm := links[0], nn.BatchNorm3d):
         assert norm.running_var is not None
-        if x.dim() != 5 or norm.running_var.dtype != weight.dtype:
-            # BatchNorm3d refuses one sample without a batch, and computes in a dtype of its own; folded it would not.
+        if x.dim() != 5 or norm.running_var.dtype != weight.dtype or norm.running_var.shape != weight.shape[:1]:
+            # BatchNorm3d refuses one sample without a batch, and another number of channels, and computes in a dtype
+            # of its own; folded it would not.
             for module in chain:
                 x = module(x)
             return x

@@ -52,9 +52,11 @@ class ConvTranspose3d(nn.ConvTranspose3d):
     """
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        # Modules can be built with another padding_mode only by setting the attribute; torch refuses it here.
+        # Attributes may have been set after construction; what torch refuses then, it refuses here.
         if self.padding_mode != "zeros":
             raise ValueError("Only `zeros` padding mode is supported for ConvTranspose3d")
+        if not isinstance(self.padding, tuple):
+            raise AssertionError("self.padding must be a tuple")
         output_padding = self._output_padding(
             input,
             output_size,
@@ -69,11 +71,49 @@ class ConvTranspose3d(nn.ConvTranspose3d):
             self.weight,
             self.bias,
             self.stride,
-            self.padding,  # type: ignore[arg-type]
+            self.padding,
             output_padding,
             self.groups,
             self.dilation,
         )
+
+
+class LazyConv3d(nn.LazyConv3d, Conv3d):  # type: ignore[misc]
+    """`torch.nn.LazyConv3d` that becomes this package's `Conv3d` with its first call.
+
+    Shapes: input (N, C_in, D, H, W) or (C_in, D, H, W), output (N, C_out, D_out, H_out, W_out).
+
+    Raises:
+        What `torch.nn.LazyConv3d` raises; UnsupportedProblemError when a forced backend cannot run it.
+
+    Example:
+        >>> import torch, pyvolconv
+        >>> layer = pyvolconv.LazyConv3d(16, kernel_size=3)
+        >>> layer(torch.zeros(2, 5, 8, 8, 8)).shape
+        torch.Size([2, 16, 6, 6, 6])
+        >>> layer
+        Conv3d(5, 16, kernel_size=(3, 3, 3), stride=(1, 1, 1))
+    """
+
+    cls_to_become = Conv3d
+
+
+class LazyConvTranspose3d(nn.LazyConvTranspose3d, ConvTranspose3d):  # type: ignore[misc]
+    """`torch.nn.LazyConvTranspose3d` that becomes this package's `ConvTranspose3d` with its first call.
+
+    Shapes: input (N, C_in, D, H, W) or (C_in, D, H, W), output (N, C_out, D_out, H_out, W_out).
+
+    Raises:
+        What `torch.nn.LazyConvTranspose3d` raises; UnsupportedProblemError when a forced backend cannot run it.
+
+    Example:
+        >>> import torch, pyvolconv
+        >>> layer = pyvolconv.LazyConvTranspose3d(3, kernel_size=2, stride=2)
+        >>> layer(torch.zeros(1, 4, 5, 5, 5)).shape
+        torch.Size([1, 3, 10, 10, 10])
+    """
+
+    cls_to_become = ConvTranspose3d
 
 
 class InstanceNorm3d(nn.InstanceNorm3d):
