@@ -9,8 +9,8 @@ each tensor, as a vector,
 
 MULTIPLE is for what one sample of a random error tells about another and for Winograd kernels, which round a few times
 as much as direct ones; FLOOR for tensors in which torch happened to be nearly exact. One number tells nothing about the
-spread of its errors, so gradients of few numbers (biases, slopes of PReLU) are taken together as one vector. A wrong tap
-or a missing gradient is thousands of times as much: `test_agreement` plants one.
+spread of its errors, so gradients of few numbers (biases, slopes of PReLU) are taken together as one vector. A wrong
+tap or a missing gradient is thousands of times as much: `test_agreement` plants one.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ def run(network: Network, model: nn.Module, dtype: torch.dtype, projection: Tens
     if projection is None:
         with torch.no_grad():
             return {"output": network(model.eval(), inputs).double()}
-    # A network may put its own results into the list that it is given.
-    output = network(model.train(), list(inputs))
+    output = network(model.train(), inputs)
     (output * projection.to(dtype)).sum().backward()
     results = {"output": output.detach()} | {f"gradient of input {i}": x.grad for i, x in enumerate(inputs)}
     few = []

@@ -74,7 +74,7 @@ def test_monai_builds_with_our_class(monkeypatch):
     measured = measure(lambda: monai_unet((4, 8, 16), (16, 16, 16)), gradients=True)
     from monai.networks.layers.factories import Conv
 
-    monkeypatch.setattr(Conv, "factories", Conv.factories.copy())
+    monkeypatch.setattr(Conv, "components", Conv.components.copy())
     Conv.add_factory_callable("conv", lambda dimensions: {2: nn.Conv2d, 3: pyvolconv.Conv3d}[dimensions])
     ours = monai_unet((4, 8, 16), (16, 16, 16)).model
     assert {type(module) for module in ours.modules() if isinstance(module, nn.Conv3d)} == {pyvolconv.Conv3d}

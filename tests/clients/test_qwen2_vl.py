@@ -1,4 +1,4 @@
-"""The patch embedding of a vision tower: a convolution whose stride is its kernel, in the dtype that such models have."""
+"""The patch embedding of a vision tower: a convolution whose stride is its kernel, in the dtypes of such models."""
 
 from __future__ import annotations
 

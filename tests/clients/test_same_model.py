@@ -45,7 +45,7 @@ def network(client):
 def infer(network):
     def call(model):
         with torch.no_grad():
-            return network(model.eval(), list(network.inputs))
+            return network(model.eval(), network.inputs)
 
     return call
 

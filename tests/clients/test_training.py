@@ -26,8 +26,7 @@ def training(network, model, target, optimizer, dtype):
 
     def step():
         stepping.zero_grad()
-        # A network may put its own results into the list that it is given.
-        loss = (network(model, list(inputs)) - target.to(dtype)).square().mean()
+        loss = (network(model, inputs) - target.to(dtype)).square().mean()
         loss.backward()
         stepping.step()
         return loss.item()
