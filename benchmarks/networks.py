@@ -111,7 +111,7 @@ def main() -> None:
     """Check, measure, and print a row per network and kind of step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each candidate (default 5)")
-    parser.add_argument("--only", default="", help="part of a network's name")
+    parser.add_argument("--only", default="", help="parts of networks' names, with commas between them")
     parser.add_argument("--profile", action="store_true", help="print the operators of our better training step")
     arguments = parser.parse_args()
     pyvolconv.keep_pages()
@@ -122,7 +122,7 @@ def main() -> None:
     for column in ("torch contiguous", "torch ch. last", "ours contiguous", "ours ch. last", "speed-up", "difference"):
         table.add_column(column, justify="right")
     for name, make in NETWORKS.items():
-        if arguments.only not in name:
+        if not any(part in name for part in arguments.only.split(",")):
             continue
         torch.manual_seed(0)
         try:

@@ -203,7 +203,7 @@ CLIENTS = (
         "SlowFast",
         "pytorchvideo",
         lambda: slowfast(
-            2, 32, batch=2, slowfast_channel_reduction_ratio=(4,), stem_dim_outs=(8, 2), model_num_class=5
+            2, 32, batch=2, slowfast_channel_reduction_ratio=(4,), stem_dim_outs=(4, 1), model_num_class=5
         ),
     ),
     Client(

@@ -40,7 +40,7 @@ def test_he_initialisation_of_nnunet(build):
 
 def test_initialisation_of_pytorchvideo():
     require_package("pytorchvideo")
-    model = slowfast(2, 32, slowfast_channel_reduction_ratio=(4,), stem_dim_outs=(8, 2)).model
+    model = slowfast(2, 32, slowfast_channel_reduction_ratio=(4,), stem_dim_outs=(4, 1)).model
     from pytorchvideo.models.weight_init import init_net_weights
 
     assert_initialised_alike(model, init_net_weights)
