@@ -1,11 +1,11 @@
-"""Whole networks of others, unmodified, torch beside pyvolconv: `python benchmarks/networks.py`.
+"""Whole networks of others, unmodified, torch beside pyvolconv: `python -m benchmarks.networks`.
 
 Each network runs one inference and one training step (Adam, cross-entropy of random labels) on a random volume: torch
 in both memory formats and after `pyvolconv.accelerate`, in both memory formats too, in turns, with equal threads and
 pages kept. Before anything is timed the outputs and all parameter gradients are compared with torch's.
 
-Needs `pip install monai dynamic-network-architectures pytorchvideo diffusers`; a network whose package is missing or
-does not load is left out and named.
+Needs the packages that CONTRIBUTING.md installs for tests of clients, whose builders these are; a network whose package
+is missing or does not load is left out and named.
 `--profile` prints where the time of our better training step goes.
 """
 
@@ -15,6 +15,7 @@ import argparse
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -24,98 +25,68 @@ from torch.profiler import ProfilerActivity, profile
 
 import pyvolconv
 from pyvolconv.cost.timing import alternate
+from tests.clients.networks import (
+    Network,
+    cogvideox_vae,
+    monai_dynunet,
+    monai_segresnet,
+    monai_unet,
+    plain_conv_unet,
+    qwen2_vl_patches,
+    residual_encoder_unet,
+    slowfast,
+    wan_blocks,
+    wan_vae,
+    x3d,
+)
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last_3d": torch.channels_last_3d}
-CLASSES = 3
 
-
-def monai_unet() -> tuple[nn.Module, Tensor]:
-    from monai.networks.nets import UNet
-
-    model = UNet(
-        spatial_dims=3,
-        in_channels=1,
-        out_channels=CLASSES,
-        channels=(16, 32, 64, 128, 256),
-        strides=(2, 2, 2, 2),
-        num_res_units=2,
-    )
-    return model, torch.randn(1, 1, 96, 96, 96)
-
-
-def plain_conv_unet() -> tuple[nn.Module, Tensor]:
-    from dynamic_network_architectures.architectures.unet import PlainConvUNet
-
-    stages = 4
-    model = PlainConvUNet(
-        input_channels=1,
-        n_stages=stages,
-        features_per_stage=[32, 64, 128, 256],
-        conv_op=nn.Conv3d,
-        kernel_sizes=3,
-        strides=[1, 2, 2, 2],
-        n_conv_per_stage=2,
-        num_classes=CLASSES,
-        n_conv_per_stage_decoder=2,
-        conv_bias=True,
-        norm_op=nn.InstanceNorm3d,
-        norm_op_kwargs={"eps": 1e-5, "affine": True},
-        nonlin=nn.LeakyReLU,
-        nonlin_kwargs={"inplace": True},
-    )
-    return model, torch.randn(1, 1, 64, 64, 64)
-
-
-def x3d() -> tuple[nn.Module, Tensor]:
-    from pytorchvideo.models.x3d import create_x3d
-
-    model: nn.Module = create_x3d(input_clip_length=13, input_crop_size=160, dropout_rate=0.0)
-    return model, torch.randn(1, 3, 13, 160, 160)
-
-
-def wan_blocks() -> tuple[nn.Module, Tensor]:
-    from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
-
-    return nn.Sequential(WanResidualBlock(96, 96), WanResidualBlock(96, 192)), torch.randn(1, 96, 5, 64, 64)
-
-
-NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
-    "MONAI UNet 96^3": monai_unet,
-    "nnU-Net PlainConvUNet 64^3": plain_conv_unet,
-    "X3D-S 13x160x160": x3d,
-    "Wan VAE residual blocks 5x64x64": wan_blocks,
+NETWORKS: dict[str, Callable[[], Network]] = {
+    "MONAI UNet 96^3": lambda: monai_unet((16, 32, 64, 128, 256), (96, 96, 96)),
+    "MONAI SegResNet 96^3": lambda: monai_segresnet(8, (96, 96, 96)),
+    "MONAI DynUNet 48^3": lambda: monai_dynunet((32, 64, 128, 256), (48, 48, 48)),
+    "nnU-Net PlainConvUNet 64^3": lambda: plain_conv_unet(
+        (32, 64, 128, 256), (64, 64, 64), kernel_sizes=3, strides=[1, 2, 2, 2]
+    ),
+    "nnU-Net ResidualEncoderUNet 24x80x80": lambda: residual_encoder_unet((32, 64, 128, 256), (24, 80, 80)),
+    "X3D-S 13x160x160": lambda: x3d(13, 160),
+    "SlowFast-R50 4+16x160x160": lambda: slowfast(4, 160),
+    "Wan VAE residual blocks 5x64x64": lambda: wan_blocks(96, 5, 64),
+    "Wan VAE, half width, 5x48x48": lambda: wan_vae(5, 48, base_dim=48),
+    "CogVideoX VAE, half width, 9x32x32": lambda: cogvideox_vae(9, 32, block_out_channels=(64, 128, 128, 256)),
+    "Qwen2-VL patch embedding, 4096 patches": lambda: qwen2_vl_patches(4096, 1280),
 }
 
 
-def variants(model: nn.Module, x: Tensor) -> Iterator[tuple[str, nn.Module, Tensor]]:
+def variants(network: Network) -> Iterator[tuple[str, Network]]:
     """The same network from the same weights: by torch and by pyvolconv, in both memory formats."""
     for label, memory_format in FORMATS.items():
+        inputs = tuple(x.to(memory_format=memory_format) if x.dim() == 5 else x for x in network.inputs)
         for who in ("torch", "pyvolconv"):
-            ours = copy.deepcopy(model)
-            for module in ours.modules():
+            model = copy.deepcopy(network.model)
+            for module in model.modules():
                 if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):  # others have parameters of rank 4
                     module.to(memory_format=memory_format)
             if who == "pyvolconv":
-                pyvolconv.accelerate(ours)
-            yield f"{who} {label}", ours, x.to(memory_format=memory_format)
+                pyvolconv.accelerate(model)
+            yield f"{who} {label}", replace(network, model=model, inputs=inputs)
 
 
-def inference(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+def inference(network: Network) -> Callable[[], Tensor]:
     def run() -> Tensor:
         with torch.no_grad():
-            result: Tensor = model.eval()(x)
-        return result
+            return network(network.model.eval(), network.inputs)
 
     return run
 
 
-def training(model: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], Tensor]:
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+def training(network: Network, labels: Tensor) -> Callable[[], Tensor]:
+    optimizer = torch.optim.Adam(network.model.parameters(), lr=0.0)
 
     def run() -> Tensor:
-        model.train()
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x), labels)
+        loss = nn.functional.cross_entropy(network(network.model.train(), network.inputs), labels)
         loss.backward()
         optimizer.step()
         return loss.detach()
@@ -140,7 +111,7 @@ def main() -> None:
     """Check, measure, and print a row per network and kind of step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each candidate (default 5)")
-    parser.add_argument("--only", default="", help="part of a network's name")
+    parser.add_argument("--only", default="", help="parts of networks' names, with commas between them")
     parser.add_argument("--profile", action="store_true", help="print the operators of our better training step")
     arguments = parser.parse_args()
     pyvolconv.keep_pages()
@@ -151,30 +122,32 @@ def main() -> None:
     for column in ("torch contiguous", "torch ch. last", "ours contiguous", "ours ch. last", "speed-up", "difference"):
         table.add_column(column, justify="right")
     for name, make in NETWORKS.items():
-        if arguments.only not in name:
+        if not any(part in name for part in arguments.only.split(",")):
             continue
         torch.manual_seed(0)
         try:
-            model, x = make()
+            made = make()
         except (ImportError, RuntimeError) as missing:
             console.print(f"{name} is left out: {missing}")
             continue
         with torch.no_grad():
-            samples, classes, *voxels = copy.deepcopy(model)(x).shape
+            samples, classes, *voxels = made(copy.deepcopy(made.model), made.inputs).shape
         labels = torch.randint(classes, (samples, *voxels))
-        candidates = {label: (network, volume) for label, network, volume in variants(model, x)}
+        candidates = dict(variants(made))
         for kind in ("inference", "training"):
             steps = {
-                label: inference(network, volume) if kind == "inference" else training(network, volume, labels)
-                for label, (network, volume) in candidates.items()
+                label: inference(network) if kind == "inference" else training(network, labels)
+                for label, network in candidates.items()
             }
             results = {label: step() for label, step in steps.items()}
             expected = results["torch contiguous"]
             if kind == "inference":
                 differences = [relative_difference([result], [expected]) for result in results.values()]
             else:
-                reference = gradients(candidates["torch contiguous"][0])
-                differences = [relative_difference(gradients(network), reference) for network, _ in candidates.values()]
+                reference = gradients(candidates["torch contiguous"].model)
+                differences = [
+                    relative_difference(gradients(network.model), reference) for network in candidates.values()
+                ]
             timings = alternate(steps, rounds=arguments.rounds, warmup=1)
             median = {label: 1e3 * timing.median for label, timing in timings.items()}
             ours, theirs = (min(median[f"{who} {label}"] for label in FORMATS) for who in ("pyvolconv", "torch"))
