@@ -128,7 +128,11 @@ def _onednn_efficiency(problem: ConvProblem, pass_: Pass) -> float:
         good = ndhwc and dense and 8 <= channels <= 192
         if good:
             return 0.72 * max(used, 0.5) / _inside_share(problem)
-        return (1 / (2 + 12 * moved) if cheap else 0.5) if channels >= 16 else 0.1
+        return (
+            (1 / (2 + (5 if problem.kernel_size == (1, 1, 1) else 12) * moved) if cheap else 0.5)
+            if channels >= 16
+            else 0.1
+        )
     if problem.kernel_size == (1, 1, 1) and (channels >= 16 or ndhwc):
         return 1 / (1 / 0.85 + 5 * moved)
     if channels < 16:

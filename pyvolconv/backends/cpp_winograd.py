@@ -194,7 +194,7 @@ def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes:
     splits of the tiles unless there are many blocks.
 
     Where two wide FMAs start per cycle (`cheap`), the products run at 0.66 of that, and what is moved takes as long as
-    14 (ncdhw: 20) products, 8 (11.5) in grad_weight, with few taps longer, and weights beyond the caches are dearer.
+    14 (ncdhw: 20) products, 7 (10) in grad_weight, with few taps longer, and weights beyond the caches are dearer.
     """
     lanes = vector_bytes // DTYPE_BYTES[problem.dtype]
     channels = (problem.in_channels, problem.out_channels)
@@ -209,7 +209,7 @@ def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes:
     taps = math.prod(problem.kernel_size)
     each = 3.6
     if cheap:
-        each = 8.0 if pass_ == "grad_weight" else 14.0 * (27 / taps) ** 0.75
+        each = 7.0 if pass_ == "grad_weight" else 14.0 * (27 / taps) ** 0.75
     if problem.layout == "ncdhw":
         each *= 1.44
     strides = math.prod(problem.stride)
