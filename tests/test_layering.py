@@ -21,7 +21,7 @@ FLOORS = (
     ("backends",),
     ("tuned",),
     ("dispatch",),
-    ("ops", "fused_voxels", "ordinary", "arguments"),
+    ("ops", "fused_voxels", "ordinary", "arguments", "elsewhere"),
     ("fused_ops",),
     ("derivatives", "transforms"),
     ("fused_derivatives", "fused_transforms"),
