@@ -23,7 +23,9 @@ def is_recorded_for_elsewhere() -> bool:
         >>> torch.jit.trace(lambda x: x + is_recorded_for_elsewhere(), torch.zeros(1))(torch.zeros(1))
         tensor([1.])
     """
-    return torch._C._is_tracing() or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return bool(torch._C._is_tracing())
 
 
 def script_call_as(function: Callable[..., Any], operator: str) -> None:
