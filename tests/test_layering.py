@@ -23,7 +23,7 @@ FLOORS = (
     ("dispatch",),
     ("ops", "fused_voxels", "ordinary", "arguments", "elsewhere"),
     ("fused_ops",),
-    ("derivatives", "transforms"),
+    ("derivatives", "transforms", "decompositions"),
     ("fused_derivatives", "fused_transforms"),
     ("shortcut", "cost", "candidates"),
     ("functional",),
