@@ -28,7 +28,7 @@ from torch import Tensor
 from .backends.base import MEMORY_FORMAT
 from .dispatch import choose_or_none
 from .epilogue import KEEPS_PREACTIVATION, NEGATIVE_SLOPE, NO_VOXEL, Activation, MaxPool, Size3
-from .fused_voxels import code_of_indices, passed, scatter, select
+from .fused_voxels import code_of_indices, gather, passed, scatter
 from .ops import conv3d, conv3d_grad_input, conv3d_grad_weight, conv3d_problem, grad_bias, layout_of, library
 from .problem import ConvProblem, Layout
 
@@ -151,7 +151,7 @@ def put_together_conv3d_max_pool(x: Tensor, weight: Tensor, bias: Tensor | None,
     )
     code = code_of_indices(indices, dense.shape[2:], pool)
     if activation in KEEPS_PREACTIVATION:
-        value = select(dense, code, pool)
+        value = gather(dense, indices)
     if activation == "relu":
         code = torch.where(value <= 0, NO_VOXEL, code)
     return value, code
