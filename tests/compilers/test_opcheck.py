@@ -54,34 +54,24 @@ def check(operator, args, tests):
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
-def test_every_backend(backend, layout):
-    """Passes that a backend refuses are left out; of all six operators, one at least runs in each."""
-    ran = 0
-    for operator, args in calls(backend.name, layout, "relu"):
-        with pyvolconv.use_backend(backend.name):
+@pytest.mark.parametrize("name", [backend.name for backend in BACKENDS])
+def test_every_backend(name, layout):
+    """Of those operators that a backend runs; autograd is left out, which may ask it for a pass that it has not."""
+    refused = []
+    for operator, args in calls(name, layout, "relu"):
+        with pyvolconv.use_backend(name):
             try:
                 with torch.no_grad():
                     operator(*args)
-            except pyvolconv.UnsupportedProblemError:
+            except pyvolconv.UnsupportedProblemError as error:
+                refused.append(str(error))
                 continue
-            # The backward pass of the autograd test may ask for a pass that the backend has not.
             check(operator, args, ("test_schema", "test_faketensor"))
-        ran += 1
-    if not ran:
-        reasons = backend.unsupported_reasons(pyvolconv.ConvProblem.parse(TEXT[backend.name]), "forward")
-        pytest.skip(f"{backend.name}: {'; '.join(reasons)}")
+    if len(refused) == len(calls(name, layout, "relu")):
+        pytest.skip(refused[0])
 
 
-TEXT = {
-    backend.name: f"cpu-{str(DTYPES.get(backend.name, torch.float32)).removeprefix('torch.')}-ndhwc-"
-    "n2ic16oc16-i6x9x20-k3-p1"
-    for backend in BACKENDS
-}
-
-
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize(("activation", "layout"), [("relu", FORMATS[1]), ("silu", FORMATS[0])])
 def test_fused_operators_wholly(activation, layout):
     """With AOTDispatch of dynamic shapes, forward and backward, in the backends that are chosen."""
     for operator, args in calls("", layout, activation)[3:]:
