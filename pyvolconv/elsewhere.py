@@ -20,7 +20,7 @@ def is_recorded_for_elsewhere() -> bool:
     Example:
         >>> is_recorded_for_elsewhere()
         False
-        >>> torch.jit.trace(lambda x: x + is_recorded_for_elsewhere(), torch.zeros(1))(torch.zeros(1))
+        >>> torch.jit.trace(lambda x: x + int(is_recorded_for_elsewhere()), torch.zeros(1))(torch.zeros(1))
         tensor([1.])
     """
     if torch.compiler.is_compiling():
