@@ -9,6 +9,7 @@ fusion_report(model)            what became of each convolution, and why no more
 use_backend(name), backends()   choose who computes
 set_precision("high")           allow algorithms that round more for speed
 ConvProblem                     one convolution as a value
+decompositions()                exported programs in torch's own operators
 keep_pages()                    stop glibc from returning freed pages between steps
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from .accelerate import accelerate, revert
 from .cost.pages import keep_pages
+from .decompositions import decompositions
 from .dispatch import backends, set_precision, use_backend
 from .errors import UnsupportedProblemError
 from .functional import conv3d, conv_transpose3d
@@ -39,6 +41,7 @@ __all__ = [
     "conv3d",
     "conv3d_max_pool",
     "conv_transpose3d",
+    "decompositions",
     "fusion_report",
     "get_precision",
     "keep_pages",

@@ -101,6 +101,8 @@ def accelerate(model: Model, example_input: Any = None, *, fuse: bool = True, tu
 def revert(model: Model) -> Model:
     """Undo `accelerate`: every swapped module gets its original class back, in place.
 
+    Tools that look modules up by their exact type, as eager-mode quantization does, need it, on the model or a copy.
+
     Returns:
         The same `model`.
     """

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .arguments import triple
+from .elsewhere import is_recorded_for_elsewhere
 from .epilogue import LARGEST_WINDOW, Activation, Size3
 from .functional import conv3d
 from .fused_functional import conv3d_max_pool
@@ -143,6 +144,11 @@ def has_global_hooks() -> bool:
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
     )
+
+
+def needs_every_module() -> bool:
+    """Whether torch calls something around every module, or records what each of them does for elsewhere."""
+    return has_global_hooks() or is_recorded_for_elsewhere()
 
 
 def chain_length(

@@ -17,6 +17,7 @@ from . import ops
 from . import transforms as transforms
 from .arguments import Sizes, conv3d_arguments, conv_transpose3d_sizes
 from .dispatch import logger
+from .elsewhere import is_recorded_for_elsewhere, script_call_as
 from .shortcut import call_of, transposed_call_of
 
 
@@ -58,6 +59,8 @@ def conv3d(
     call = call_of(input, weight, bias, stride, padding, dilation, groups)
     if call is not None:
         return call(input, weight, bias)
+    if is_recorded_for_elsewhere():
+        return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
     args = conv3d_arguments(input, weight, bias, stride, padding, dilation, groups)
     if args is None:
         return _leave_to_torch(F.conv3d, input, weight, bias, stride, padding, dilation, groups)
@@ -111,6 +114,8 @@ def conv_transpose3d(
     call = transposed_call_of(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if call is not None:
         return call(input, weight, bias)
+    if is_recorded_for_elsewhere():
+        return F.conv_transpose3d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     sizes = conv_transpose3d_sizes(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if sizes is None:
         return _leave_to_torch(
@@ -137,3 +142,7 @@ def _leave_to_torch(function: Callable[..., Tensor], *args: Any) -> Tensor:
 @lru_cache(maxsize=4096)
 def _log_once(message: str) -> None:
     logger.warning(message)
+
+
+script_call_as(conv3d, "aten::conv3d")
+script_call_as(conv_transpose3d, "aten::conv_transpose3d")

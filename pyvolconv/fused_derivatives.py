@@ -90,7 +90,8 @@ def _dense_gradients(
 ) -> _Gradients:
     needs_x, needs_weight, needs_bias = needs
     geometry, pool = split_sizes(sizes)
-    dense = scatter(grad, code, dense_size(x, weight, geometry), pool) if needs_x or needs_weight else None
+    size = dense_size(x.shape[2:], weight.shape[2:], geometry)
+    dense = scatter(grad, code, size, pool) if needs_x or needs_weight else None
     return (
         None if dense is None or not needs_x else conv3d_grad_input(dense, weight, x.shape[2:], *geometry),
         None if dense is None or not needs_weight else conv3d_grad_weight(dense, x, weight.shape[2:], *geometry),

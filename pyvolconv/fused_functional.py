@@ -15,6 +15,7 @@ from . import fused_ops
 from . import fused_transforms as fused_transforms
 from .arguments import Sizes, conv3d_arguments, triple
 from .dispatch import choose_or_none
+from .elsewhere import is_recorded_for_elsewhere
 from .epilogue import KEEPS_PREACTIVATION, NEGATIVE_SLOPE, Activation, MaxPool, check_activation
 from .functional import conv3d
 from .problem import ConvProblem
@@ -85,7 +86,8 @@ def conv3d_max_pool(
         return call(input, weight, bias)
     pool = _pool_of(*pool_sizes)
     check_activation(activation, negative_slope)
-    args = conv3d_arguments(input, weight, bias, stride, padding, dilation, groups)
+    elsewhere = is_recorded_for_elsewhere()
+    args = None if elsewhere else conv3d_arguments(input, weight, bias, stride, padding, dilation, groups)
     if args is None or not _fits(pool, input, weight, *args[:3]):
         # Most often torch has an error to word.
         dense = fused_ops.APPLY[activation](

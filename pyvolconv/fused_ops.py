@@ -28,7 +28,7 @@ from torch import Tensor
 from .backends.base import MEMORY_FORMAT
 from .dispatch import choose_or_none
 from .epilogue import KEEPS_PREACTIVATION, NEGATIVE_SLOPE, NO_VOXEL, Activation, MaxPool, Size3
-from .fused_voxels import code_of_indices, passed, scatter, select
+from .fused_voxels import code_of_indices, gather, passed, scatter
 from .ops import conv3d, conv3d_grad_input, conv3d_grad_weight, conv3d_problem, grad_bias, layout_of, library
 from .problem import ConvProblem, Layout
 
@@ -67,14 +67,14 @@ def split_sizes(sizes: Sequence[Any]) -> tuple[Sequence[Any], MaxPool]:
     return sizes[:4], _pool(*(tuple(axes) for axes in sizes[-4:-1]), sizes[-1])
 
 
-def dense_size(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> Size3:
+def dense_size(input_size: Sequence[int], kernel_size: Sequence[int], geometry: Sequence[Any]) -> Size3:
     """(D, H, W) of what is pooled; of symbolic sizes too, which a `ConvProblem` could not hold."""
     stride, padding, dilation, _ = geometry
     depth, height, width = (
-        (size + padding[2 * axis] + padding[2 * axis + 1] - dilation[axis] * (weight.shape[2 + axis] - 1) - 1)
+        (size + padding[2 * axis] + padding[2 * axis + 1] - dilation[axis] * (kernel_size[axis] - 1) - 1)
         // stride[axis]
         + 1
-        for axis, size in enumerate(x.shape[2:])
+        for axis, size in enumerate(input_size)
     )
     return depth, height, width
 
@@ -106,15 +106,7 @@ def _run_conv3d_max_pool(x: Tensor, weight: Tensor, bias: Tensor | None, *sizes:
     if backend is not None:
         x, weight = _dense(layout, x, weight)
         return backend.forward_max_pool(problem, x, weight, None if bias is None else bias.contiguous())
-    dense = conv3d(x, weight, bias, *geometry)
-    value, indices = F.max_pool3d_with_indices(
-        APPLY[activation](dense, slope), pool.window, pool.stride, pool.padding, ceil_mode=pool.ceil_mode
-    )
-    code = code_of_indices(indices, plain.output_size, pool)
-    if activation in KEEPS_PREACTIVATION:
-        value = select(dense, code, pool)
-    if activation == "relu":
-        code = torch.where(value <= 0, NO_VOXEL, code)
+    value, code = put_together_conv3d_max_pool(x, weight, bias, *sizes)
     value, code = _dense(layout, value, code)
     return value, code
 
@@ -130,8 +122,7 @@ def _run_conv3d_max_pool_grad_input(
     backend = choose_or_none(problem, "grad_input") if grad.numel() and weight.numel() else None
     if backend is not None:
         return backend.grad_input_max_pool(problem, *_dense(layout, grad, code, weight))
-    grad_output = scatter(grad, code, plain.output_size, pool)
-    return _dense(layout, conv3d_grad_input(grad_output, weight, input_size, *geometry))[0]
+    return _dense(layout, put_together_grad_input(grad, code, weight, input_size, *sizes))[0]
 
 
 def _run_conv3d_max_pool_grad_weight(
@@ -146,9 +137,44 @@ def _run_conv3d_max_pool_grad_weight(
     if backend is not None:
         weight_part, bias_part = backend.grad_weight_max_pool(problem, *_dense(layout, grad, code, x))
         return weight_part, grad.new_empty(0) if bias_part is None else bias_part
-    grad_output = scatter(grad, code, plain.output_size, pool)
-    (weight_part,) = _dense(layout, conv3d_grad_weight(grad_output, x, kernel_size, *geometry))
-    return weight_part, grad_bias(passed(grad, code)) if bias else grad.new_empty(0)
+    weight_part, bias_part = put_together_grad_weight(grad, code, x, kernel_size, bias, *sizes)
+    return _dense(layout, weight_part)[0], bias_part
+
+
+def put_together_conv3d_max_pool(x: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> tuple[Tensor, Tensor]:
+    """What the operator returns, by the plain pass and torch's pooling; of symbolic sizes too."""
+    geometry, pool = split_sizes(sizes)
+    activation, slope = sizes[4:6]
+    dense = conv3d(x, weight, bias, *geometry)
+    value, indices = F.max_pool3d_with_indices(
+        APPLY[activation](dense, slope), pool.window, pool.stride, pool.padding, ceil_mode=pool.ceil_mode
+    )
+    code = code_of_indices(indices, dense.shape[2:], pool)
+    if activation in KEEPS_PREACTIVATION:
+        value = gather(dense, indices)
+    if activation == "relu":
+        code = torch.where(value <= 0, NO_VOXEL, code)
+    return value, code
+
+
+def put_together_grad_input(
+    grad: Tensor, code: Tensor, weight: Tensor, input_size: Sequence[int], *sizes: Any
+) -> Tensor:
+    """As `put_together_conv3d_max_pool`, of the gradient for the input."""
+    geometry, pool = split_sizes(sizes)
+    grad_output = scatter(grad, code, dense_size(input_size, weight.shape[2:], geometry), pool)
+    grad_input: Tensor = conv3d_grad_input(grad_output, weight, input_size, *geometry)
+    return grad_input
+
+
+def put_together_grad_weight(
+    grad: Tensor, code: Tensor, x: Tensor, kernel_size: Sequence[int], bias: bool, *sizes: Any
+) -> tuple[Tensor, Tensor]:
+    """As `put_together_conv3d_max_pool`, of the gradients for weight and bias."""
+    geometry, pool = split_sizes(sizes)
+    grad_output = scatter(grad, code, dense_size(x.shape[2:], kernel_size, geometry), pool)
+    grad_weight = conv3d_grad_weight(grad_output, x, kernel_size, *geometry)
+    return grad_weight, grad_bias(passed(grad, code)) if bias else grad.new_empty(0)
 
 
 def _dense(layout: Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -157,7 +183,7 @@ def _dense(layout: Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _fake_conv3d_max_pool(x: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> tuple[Tensor, Tensor]:
     geometry, pool = split_sizes(sizes)
-    shape = [x.shape[0], weight.shape[0], *pool.output_size(dense_size(x, weight, geometry))]
+    shape = [x.shape[0], weight.shape[0], *pool.output_size(dense_size(x.shape[2:], weight.shape[2:], geometry))]
     value, code = x.new_empty(shape), x.new_empty(shape, dtype=torch.uint8)
     memory_format = MEMORY_FORMAT[layout_of(x, weight)]
     return value.to(memory_format=memory_format), code.to(memory_format=memory_format)

@@ -17,10 +17,9 @@ from .fused_ops import (
     conv3d_max_pool,
     conv3d_max_pool_grad_input,
     conv3d_max_pool_grad_weight,
-    split_sizes,
 )
-from .ops import conv3d_problem, library
-from .transforms import autocast_kernel
+from .ops import library
+from .transforms import autocast_kernel, flops_conv3d, flops_conv3d_grad_input, flops_conv3d_grad_weight
 
 
 def _fold(tensor: Tensor, axis: int | None, into: int, size: int) -> Tensor:
@@ -75,37 +74,22 @@ def _vmap_conv3d_max_pool_grad_weight(
     return (of_weight, of_bias), (0, 0)
 
 
-def _multiplications(batch: int, weight: Sequence[int], voxels: Sequence[int]) -> int:
-    """FLOPs of a gradient as torch counts them: every weight meets every chosen voxel once, an FMA is two."""
-    return 2 * batch * int(torch.Size(weight).numel()) * int(torch.Size(voxels).numel())
-
-
+# The FLOPs of the definition, as for every other algorithm: a fused model counts what the same one without pyvolconv
+# does, though the gradients visit chosen voxels only. `cost` counts what is computed.
 def _flops_conv3d_max_pool(x: Sequence[int], weight: Sequence[int], bias: Any, *sizes: Any, **_: Any) -> int:
-    geometry, _pool = split_sizes(sizes)
-    like = torch.empty(0, device="meta")
-    return conv3d_problem(x, weight, geometry, like, "ncdhw").flops("forward")  # type: ignore[arg-type]
+    return flops_conv3d(x, weight, bias, *sizes[:4])
 
 
 def _flops_conv3d_max_pool_grad_input(
-    grad: Sequence[int], code: Sequence[int], weight: Sequence[int], *_: Any, **__: Any
+    grad: Sequence[int], code: Any, weight: Sequence[int], input_size: Sequence[int], *sizes: Any, **_: Any
 ) -> int:
-    return _multiplications(grad[0], weight, grad[2:])
+    return flops_conv3d_grad_input(grad, weight, input_size, *sizes[:4])
 
 
 def _flops_conv3d_max_pool_grad_weight(
-    grad: Sequence[int],
-    code: Sequence[int],
-    x: Sequence[int],
-    kernel_size: Sequence[int],
-    bias: bool,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    *_: Any,
-    **__: Any,
+    grad: Sequence[int], code: Any, x: Sequence[int], kernel_size: Sequence[int], bias: bool, *sizes: Any, **_: Any
 ) -> int:
-    return _multiplications(grad[0], [grad[1], x[1] // groups, *kernel_size], grad[2:])
+    return flops_conv3d_grad_weight(grad, x, kernel_size, *sizes[:4])
 
 
 for _operator, _vmap, _count in (

@@ -49,7 +49,12 @@ def _first_voxel(pooled: Tensor, axis: int, pool: MaxPool) -> Tensor:
 def select(dense: Tensor, code: Tensor, pool: MaxPool) -> Tensor:
     """(N, C, D', H', W'): the chosen voxels of `dense` (N, C, D, H, W)."""
     indices = indices_of_code(code, dense.shape[2:], pool)  # type: ignore[arg-type]
-    return passed(_in_rows(dense).gather(2, _in_rows(indices)).view(code.shape), code)
+    return passed(gather(dense, indices), code)
+
+
+def gather(dense: Tensor, indices: Tensor) -> Tensor:
+    """(N, C, D', H', W'): voxels of `dense` (N, C, D, H, W) by torch's indices."""
+    return _in_rows(dense).gather(2, _in_rows(indices)).view(indices.shape)
 
 
 def scatter(grad: Tensor, code: Tensor, size: Size3, pool: MaxPool) -> Tensor:

@@ -13,7 +13,6 @@ with another module, are left alone.
 from __future__ import annotations
 
 import copy
-import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,12 +25,13 @@ from .chains import (
     chain_length,
     describe,
     flatten,
-    has_global_hooks,
     is_plain_sequential,
     link_of,
+    needs_every_module,
     original_class,
     run,
 )
+from .elsewhere import script_as
 from .fused_graph import called_by, lines_of, replace
 from .straight_forward import Reading, UnprovenError, read_forward
 
@@ -45,12 +45,14 @@ class FusedSequential(nn.Sequential):
 
     left_alone: frozenset[str] = frozenset()
 
-    def forward(self, input: Any) -> Any:
-        if has_global_hooks() or not is_plain_sequential(self):
+    def _run(self, input: Any) -> Any:
+        if needs_every_module() or not is_plain_sequential(self):
             return super().forward(input)  # type: ignore[no-untyped-call]
         items = list(flatten(self))
         left_alone = type(self).left_alone
         return run([module for _, module in items], input, lambda index: items[index][0] in left_alone)
+
+    forward = script_as(nn.Sequential.forward, _run)
 
 
 @dataclass(frozen=True)
@@ -196,12 +198,11 @@ def _compile(graph: fx.Graph) -> Callable[..., Any]:
 def _guarded(
     programs: Sequence[tuple[Reading, Callable[..., Any]]], original: Callable[..., Any]
 ) -> Callable[..., Any]:
-    @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs and not has_global_hooks():
+        if not kwargs and not needs_every_module():
             for reading, code in programs:
                 if reading.holds(self, args):
                     return code(self, *args)
         return original(self, *args, **kwargs)
 
-    return forward
+    return script_as(original, forward)

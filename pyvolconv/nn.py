@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .elsewhere import is_recorded_for_elsewhere, script_as
 from .functional import conv3d, conv_transpose3d
 
 
@@ -30,11 +31,10 @@ class Conv3d(nn.Conv3d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = (0, 0, 0)
-        return conv3d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+            return conv3d(input, weight, bias, self.stride, (0, 0, 0), self.dilation, self.groups)
+        return conv3d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class ConvTranspose3d(nn.ConvTranspose3d):
@@ -135,15 +135,17 @@ class InstanceNorm3d(nn.InstanceNorm3d):
         torch.Size([2, 4, 5, 5, 5])
     """
 
-    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+    def _normalize(self, input: Tensor) -> Tensor:
         samples, channels = input.shape[:2]
         plain = self.running_mean is None and (self.training or not self.track_running_stats)
         plain &= self.weight is None or self.weight.dtype == input.dtype
         plain &= input.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-        plain &= not torch.is_grad_enabled()
+        plain &= not torch.is_grad_enabled() and not is_recorded_for_elsewhere()
         # Of a mean over one voxel, or none, torch complains in its own words.
-        several = input.numel() > samples * channels > 0
-        if plain and several and input.device.type == "cpu" and input.is_contiguous():
+        several = plain and input.numel() > samples * channels > 0
+        if several and input.device.type == "cpu" and input.is_contiguous():
             return F.group_norm(input, channels, self.weight, self.bias, self.eps)
         result: Tensor = super()._apply_instance_norm(input)  # type: ignore[no-untyped-call]
         return result
+
+    _apply_instance_norm = script_as(nn.InstanceNorm3d._apply_instance_norm, _normalize)

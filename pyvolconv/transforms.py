@@ -115,17 +115,17 @@ def autocast_kernel(operator: Any, device_type: str) -> Callable[..., Tensor]:
     return kernel
 
 
-def _flops_conv3d(x: Sequence[int], weight: Sequence[int], bias: Any, *geometry: Any, **_: Any) -> int:
+def flops_conv3d(x: Sequence[int], weight: Sequence[int], bias: Any, *geometry: Any, **_: Any) -> int:
     return _flops(x, weight, geometry)
 
 
-def _flops_conv3d_grad_input(
+def flops_conv3d_grad_input(
     grad_output: Sequence[int], weight: Sequence[int], input_size: Sequence[int], *geometry: Any, **_: Any
 ) -> int:
     return _flops([grad_output[0], weight[1] * geometry[3], *input_size], weight, geometry)
 
 
-def _flops_conv3d_grad_weight(
+def flops_conv3d_grad_weight(
     grad_output: Sequence[int], x: Sequence[int], kernel_size: Sequence[int], *geometry: Any, **_: Any
 ) -> int:
     return _flops(x, [grad_output[1], x[1] // geometry[3], *kernel_size], geometry)
@@ -137,9 +137,9 @@ def _flops(input_shape: Sequence[int], weight_shape: Sequence[int], geometry: An
 
 
 for _operator, _vmap, _count in (
-    (conv3d, _vmap_conv3d, _flops_conv3d),
-    (conv3d_grad_input, _vmap_conv3d_grad_input, _flops_conv3d_grad_input),
-    (conv3d_grad_weight, _vmap_conv3d_grad_weight, _flops_conv3d_grad_weight),
+    (conv3d, _vmap_conv3d, flops_conv3d),
+    (conv3d_grad_input, _vmap_conv3d_grad_input, flops_conv3d_grad_input),
+    (conv3d_grad_weight, _vmap_conv3d_grad_weight, flops_conv3d_grad_weight),
 ):
     torch.library.register_vmap(_operator, _vmap, lib=library)
     register_flop_formula(_operator.overloadpacket)(_count)
