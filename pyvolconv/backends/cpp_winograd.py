@@ -194,7 +194,8 @@ def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes:
     splits of the tiles unless there are many blocks.
 
     Where two wide FMAs start per cycle (`cheap`), the products run at 0.66 of that, and what is moved takes as long as
-    14 (ncdhw: 20) products, 7 (10) in grad_weight, with few taps longer, and weights beyond the caches are dearer.
+    14 (ncdhw: 20) products, 7 (10) in grad_weight, with few taps longer, and the products are held up by weights
+    beyond 9 MiB.
     """
     lanes = vector_bytes // DTYPE_BYTES[problem.dtype]
     channels = (problem.in_channels, problem.out_channels)
@@ -229,8 +230,10 @@ def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes:
         tiles = problem.batch * math.prod(map(_tiles, size, outputs, problem.dilation))
         weights = math.prod(map(_weights, outputs, problem.kernel_size, problem.stride))
         weight_bytes = weights * math.prod(channels) * DTYPE_BYTES[problem.dtype]
-        most_bytes = (4 if strides != 1 else 8 if cheap else 16) << 20
-        spilling = (2.75 if cheap else 1.7) if weight_bytes > most_bytes and pass_ != "grad_weight" else 1.0
+        spilling = 1.0
+        if pass_ != "grad_weight":
+            most_bytes = (16 if strides == 1 else 4) << 20
+            spilling = max(1.0, weight_bytes / (9 << 20)) if cheap else 1.7 if weight_bytes > most_bytes else 1.0
         products = tiles * points * spilling / ((0.66 if cheap else 0.82) * used)
         transforms = taps * moving * tiles * math.prod(outputs) / shared + finishing * points
         efficiency = taps * problem.batch * math.prod(size) / shared / (products + transforms)
