@@ -125,13 +125,16 @@ def _onednn_efficiency(problem: ConvProblem, pass_: Pass) -> float:
     leave out taps that lie in the padding; memory takes the time of 12 FLOPs for each byte to be moved, of 5 where a
     product needs no window. Touching windows are slower, in ncdhw much. The weight gradient in ndhwc is nearly as
     good as ours, and better where much is padding. Where two wide FMAs start per cycle, a byte takes the time of 2.5
-    times as many FLOPs.
+    times as many FLOPs, and large kernels from few channels reach 0.7.
     """
     cheap = starts_two_wide_fmas()
     channels = min(problem.in_channels, problem.out_channels)
     used = min(count / (-(-count // 16) * 16) for count in (problem.in_channels, problem.out_channels))
     moved = (2.5 if cheap else 1) * problem.min_bytes(pass_) / problem.flops(pass_)
     ndhwc = problem.layout == "ndhwc"
+    large = cheap and problem.in_channels <= 4 and math.prod(problem.kernel_size) >= 49
+    if large and (pass_ == "forward" or (pass_ == "grad_weight" and problem.out_channels < 16)):
+        return 0.7
     windows = problem.kernel_size not in ((1, 1, 1), problem.stride)
     if pass_ == "grad_weight":
         dense = problem.stride == problem.dilation == (1, 1, 1) and min(problem.kernel_size) > 1

@@ -207,7 +207,7 @@ class CppDirect(PooledForward):
             )
         if problem.kernel_size == (1, 1, 1) and problem.groups == 1:
             in_order = problem.layout == "ndhwc"
-            used = used_share(channels, lanes) * min(1, sources / lanes) if in_order else 1.0
+            used = used_share(channels, lanes) * min(1, sources / lanes) if in_order else loads * loads
             return 1 / (1 / ((0.75 if in_order and channels > sources else 0.88) * used) + 5 * moved)
         reached = (
             0.82 if problem.layout == "ndhwc" else 0.75 if problem.stride == problem.dilation == (1, 1, 1) else 0.58

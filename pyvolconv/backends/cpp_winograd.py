@@ -195,7 +195,7 @@ def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes:
 
     Where two wide FMAs start per cycle (`cheap`), the products run at 0.66 of that, and what is moved takes as long as
     14 (ncdhw: 20) products, 7 (10) in grad_weight, with few taps longer, and the products are held up by weights
-    beyond 9 MiB.
+    beyond 9 MiB; transforming a weight takes 180 per point.
     """
     lanes = vector_bytes // DTYPE_BYTES[problem.dtype]
     channels = (problem.in_channels, problem.out_channels)
@@ -215,7 +215,7 @@ def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes:
         each *= 1.44
     strides = math.prod(problem.stride)
     moving = each * (1 / channels[0] + strides / channels[1]) / 2
-    finishing = 8.0
+    finishing = 180.0 if cheap else 8.0
     if pass_ == "grad_weight":
         bytes_ = DTYPE_BYTES[problem.dtype]
         source_blocks, target_blocks = -(-channels[0] * bytes_ // 256), -(-channels[1] * bytes_ // 512)
