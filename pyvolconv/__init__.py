@@ -20,7 +20,7 @@ from .accelerate import accelerate, revert
 from .cost.pages import keep_pages
 from .decompositions import decompositions
 from .dispatch import backends, set_precision, use_backend
-from .errors import UnsupportedProblemError
+from .errors import BackendError, UnsupportedProblemError
 from .functional import conv3d, conv_transpose3d
 from .fused_functional import conv3d_max_pool
 from .fusion_report import fusion_report
@@ -31,6 +31,7 @@ from .problem import ConvProblem
 
 __version__ = "0.1.0"
 __all__ = [
+    "BackendError",
     "Conv3d",
     "ConvProblem",
     "ConvTranspose3d",
