@@ -116,14 +116,12 @@ def revert(model: Model) -> Model:
 @contextmanager
 def _all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Give modules back the classes that they had before the block if it raises."""
-    classes = [(module, type(module), type(module).__bases__) for module in model.modules()]
+    classes = [(module, type(module)) for module in model.modules()]
     try:
         yield
     except BaseException:
-        for module, kind, bases in classes:
+        for module, kind in classes:
             module.__class__ = kind
-            if kind.__bases__ != bases:
-                kind.__bases__ = bases
         raise
 
 
@@ -154,11 +152,13 @@ def _derived_class_of(module: nn.Module) -> Any:
 
 
 def _replace_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
-    if type(module) is old:
+    kind = type(module)
+    if kind is old:
         module.__class__ = new
     else:
-        kind = type(module)
-        kind.__bases__ = tuple(new if base is old else base for base in kind.__bases__)
+        # A class made on top of it, for this module (parametrize) or for all of that class (fully_shard).
+        bases = tuple(new if base is old else base for base in kind.__bases__)
+        module.__class__ = type(kind.__name__, bases, {**vars(kind), "__qualname__": kind.__qualname__})
 
 
 @cache

@@ -7,8 +7,8 @@ import pytest
 from pyvolconv import dispatch
 from pyvolconv.backends import registry as registry_module
 from pyvolconv.backends.registry import REGISTRY
-from tests.harness import EXTENSION, MISSING
 
+from ..harness import EXTENSION, MISSING
 from .planted import Planted
 
 

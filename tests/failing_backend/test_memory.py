@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import EXTENSION, MISSING
+from ..harness import EXTENSION, MISSING
 
 STATM = Path("/proc/self/statm")
 pytestmark = [
