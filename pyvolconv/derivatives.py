@@ -50,7 +50,7 @@ def stored_as(weight: Tensor, grad: Tensor) -> Tensor:
 
     An axis of one may have any stride. DistributedDataParallel compares strides as they stand, and warns.
     """
-    if grad.stride() == weight.stride() or torch.is_grad_enabled() or not is_ordinary(grad):
+    if grad.stride() == weight.stride() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return grad
     if any(n != 1 and a != b for n, a, b in zip(grad.shape, grad.stride(), weight.stride(), strict=True)):
         return grad

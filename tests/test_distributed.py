@@ -7,6 +7,7 @@ modules and gradients, for which a group of one process is enough.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import subprocess
 import sys
@@ -19,20 +20,24 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import pyvolconv
-from benchmarks.distributed import train
 from pyvolconv import dispatch
 from pyvolconv.train.models import build
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "distributed.py"
 SIZE = (6, 8, 8)
+specification = importlib.util.spec_from_file_location("distributed", SCRIPT)
+distributed = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(distributed)
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("parallel", "accelerate"), [("ddp", "before"), ("fsdp", "after")])
 def test_two_processes_train_as_one(parallel, accelerate):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
@@ -43,7 +48,7 @@ def test_two_processes_train_as_one(parallel, accelerate):
     assert done.returncode == 0, done.stderr
     assert "Grad strides do not match" not in done.stderr
     got = [float(line.rpartition(" ")[2]) for line in done.stdout.splitlines()]
-    for alone in (train(None, accelerate, SIZE, 8, 6), train(None, "never", SIZE, 8, 6)):
+    for alone in (distributed.train(None, how, SIZE, 8, 6) for how in (accelerate, "never")):
         assert got == pytest.approx(alone, abs=2e-5)
     # Averages over the whole batch are not those of a half, and steps matter.
     assert len({round(loss, 3) for loss in got}) > 3
@@ -191,6 +196,25 @@ def test_reverting_one_sharded_model_leaves_others(how):
     assert torch.equal(first(x), expected)
     first.reshard()
     assert is_ours(pyvolconv.accelerate(first))
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("name", ["Conv3d", "ConvTranspose3d"])
+@pytest.mark.parametrize("placement", [Replicate(), Shard(0)], ids=str)
+def test_distributed_tensors_are_left_to_torch(placement, name):
+    """Torch knows how to divide its own operators over tensors that are spread over processes."""
+    mesh = init_device_mesh("cpu", (1,))
+    results = []
+    x = torch.randn(2, 2, 5, 5, 5)
+    theirs = getattr(nn, name)(2, 3, 3)
+    for model in (theirs, pyvolconv.accelerate(copy.deepcopy(theirs))):
+        distribute_module(model, mesh)
+        y = model(distribute_tensor(x, mesh, [placement]))
+        y.square().mean().backward()
+        results.append((y.placements, y.full_tensor(), model.weight.grad.full_tensor()))
+    (placements, *expected), (ours, *got) = results
+    assert ours == placements
+    assert all(map(torch.equal, got, expected))
 
 
 @pytest.mark.usefixtures("group")
