@@ -68,6 +68,13 @@ class BackendError(_PassError):
         pass_: "forward", "grad_input" or "grad_weight".
         backend: name of the backend that failed.
         able: names of the other backends that could run it.
+
+    Example:
+        >>> import pyvolconv
+        >>> problem = pyvolconv.ConvProblem.parse("cpu-float32-ncdhw-n1ic2oc3-i4x4x4-k3")
+        >>> print(pyvolconv.BackendError(problem, "forward", "cpp.direct", ValueError("too hot"), ["aten"]))
+        forward of cpu-float32-ncdhw-n1ic2oc3-i4x4x4-k3: backend 'cpp.direct' failed with ValueError: too hot
+        Others that can run it, to be named by use_backend or PYVOLCONV_BACKEND: aten
     """
 
     def __init__(self, problem: ConvProblem, pass_: Pass, backend: str, reason: Exception, able: Sequence[str]) -> None:
