@@ -116,12 +116,14 @@ def revert(model: Model) -> Model:
 @contextmanager
 def _all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Give modules back the classes that they had before the block if it raises."""
-    classes = [(module, type(module)) for module in model.modules()]
+    classes = [(module, type(module), type(module).__bases__) for module in model.modules()]
     try:
         yield
     except BaseException:
-        for module, kind in classes:
+        for module, kind, bases in classes:
             module.__class__ = kind
+            if kind.__bases__ != bases:
+                kind.__bases__ = bases
         raise
 
 
@@ -153,11 +155,13 @@ def _derived_class_of(module: nn.Module) -> Any:
 
 def _replace_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
     kind = type(module)
+    bases = tuple(new if base is old else base for base in kind.__bases__)
     if kind is old:
         module.__class__ = new
+    elif is_parametrized(module):
+        kind.__bases__ = bases
     else:
-        # A class made on top of it, for this module (parametrize) or for all of that class (fully_shard).
-        bases = tuple(new if base is old else base for base in kind.__bases__)
+        # A class on top of it that other modules may have too: fully_shard makes one for all of a class.
         module.__class__ = type(kind.__name__, bases, {**vars(kind), "__qualname__": kind.__qualname__})
 
 

@@ -115,12 +115,18 @@ def run(method: Callable[..., Result], problem: ConvProblem, pass_: Pass, *opera
     """What a backend's `method(problem, *operands)` returns, which is a pass of the problem.
 
     Raises:
-        BackendError: the backend raised an exception, which is the cause of this one.
+        BackendError: a backend of ours raised an exception, which is the cause of this one.
+        Exception: what torch raises stays what it is. It gets a note that says where that was (from Python 3.11 on).
     """
     try:
         return method(problem, *operands)
     except Exception as reason:
-        name = method.__self__.name  # type: ignore[attr-defined]
+        backend: Backend = method.__self__  # type: ignore[attr-defined]
+        name = backend.name
+        if not backend.ours:
+            if hasattr(reason, "add_note"):
+                reason.add_note(f"{pass_} of {problem}: backend {name!r}")
+            raise
         able = [other for other, refused in _reasons(REGISTRY, problem, pass_).items() if other != name and not refused]
         raise failure(problem, pass_, name, reason, able) from reason
 

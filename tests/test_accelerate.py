@@ -243,25 +243,6 @@ def test_reparametrised_weights(change, accelerate_first, x):
     assert type(pyvolconv.revert(layer)) is nn.Conv3d
 
 
-def test_a_copy_of_a_parametrised_module_is_swapped_for_itself(x):
-    """Both have the class that was made for the first."""
-    first = weight_norm(nn.Conv3d(1, 2, 3))
-    second = copy.deepcopy(first)
-    expected = first(x)
-    pyvolconv.accelerate(first)
-    assert ran(lambda: first(x)) == 1
-    assert ran(lambda: second(x)) == 0
-    pyvolconv.accelerate(second)
-    pyvolconv.revert(first)
-    assert ran(lambda: first(x)) == 0
-    assert ran(lambda: second(x)) == 1
-    torch.testing.assert_close(second(x), expected)
-    for module in (first, second):
-        parametrize.remove_parametrizations(module, "weight")
-    assert type(first) is nn.Conv3d
-    torch.testing.assert_close(second(x), expected)
-
-
 def test_fx_keeps_call_module_nodes(x):
     model = nn.Sequential(nn.Conv3d(1, 2, 3), nn.ReLU(), nn.ConvTranspose3d(2, 1, 2))
     expected = [node.op for node in fx.symbolic_trace(model).graph.nodes]

@@ -134,6 +134,19 @@ def test_pickles(protocol):
         assert (str(copy), vars(copy), copy.args) == (str(error), vars(error), error.args)
 
 
+def test_what_torch_raises_stays_what_it_is():
+    x, w = torch.zeros(1, 2, 5, 5, 5, dtype=torch.uint8), torch.zeros(2, 2, 3, 3, 3, dtype=torch.uint8)
+    with pytest.raises(RuntimeError) as theirs:
+        nn.functional.conv_transpose3d(x, w)
+    with pytest.raises(RuntimeError) as ours:
+        pyvolconv.conv_transpose3d(x, w)
+    assert (ours.type, str(ours.value)) == (theirs.type, str(theirs.value))
+    if hasattr(ours.value, "add_note"):
+        (note,) = ours.value.__notes__
+        assert note.startswith("grad_input of cpu-uint8-ncdhw-")
+        assert note.endswith(": backend 'aten'")
+
+
 def test_operators_put_together_from_plain_passes(planted, monkeypatch):
     monkeypatch.setattr(fused_ops, "choose_or_none", lambda problem, pass_: None)
     planted.break_("forward")
