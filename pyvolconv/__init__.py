@@ -5,6 +5,7 @@ conv3d_max_pool                 convolution, activation and max-pool in one pass
 Conv3d, ConvTranspose3d         modules, as in torch.nn; also LazyConv3d, LazyConvTranspose3d
 InstanceNorm3d                  torch.nn's, in inference by torch's faster way
 accelerate(model), revert       swap a model's convolutions in place, and back
+patch()                         a block in which torch's own functions are computed by these
 fusion_report(model)            what became of each convolution, and why no more
 use_backend(name), backends()   choose who computes
 set_precision("high")           allow algorithms that round more for speed
@@ -19,16 +20,18 @@ from .accelerate import accelerate, revert
 from .cost.pages import keep_pages
 from .decompositions import decompositions
 from .dispatch import backends, set_precision, use_backend
-from .errors import UnsupportedProblemError
+from .errors import BackendError, UnsupportedProblemError
 from .functional import conv3d, conv_transpose3d
 from .fused_functional import conv3d_max_pool
 from .fusion_report import fusion_report
 from .nn import Conv3d, ConvTranspose3d, InstanceNorm3d, LazyConv3d, LazyConvTranspose3d
+from .patch import patch
 from .precision import get_precision
 from .problem import ConvProblem
 
 __version__ = "0.1.0"
 __all__ = [
+    "BackendError",
     "Conv3d",
     "ConvProblem",
     "ConvTranspose3d",
@@ -45,6 +48,7 @@ __all__ = [
     "fusion_report",
     "get_precision",
     "keep_pages",
+    "patch",
     "revert",
     "set_precision",
     "use_backend",

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import copy
 import copyreg
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
@@ -57,8 +59,8 @@ def accelerate(model: Model, example_input: Any = None, *, fuse: bool = True, tu
     Args:
         model: any module; parameters, state_dict keys, hooks and isinstance relations stay as they are.
         example_input: a tensor or tuple of arguments for `model`, of the sizes that it will be used with. The model
-            runs on it in its current mode, and the swap is undone if the shapes or dtypes of the results differ or a
-            convolution cannot be run.
+            runs on it in its current mode, and the swap is undone if the shapes or dtypes of the results differ, a
+            convolution cannot be run, or anything else raises an exception, tuning included.
         fuse: whether chains run as one pass; without it modules are only replaced one by one.
         tune: whether the convolutions of the example are timed; without it the cost model decides.
 
@@ -67,7 +69,10 @@ def accelerate(model: Model, example_input: Any = None, *, fuse: bool = True, tu
 
     Raises:
         TypeError: `model` is no module.
-        RuntimeError: results on `example_input` changed in shape or dtype; the model is as it was.
+        RuntimeError: results on `example_input` changed in shape or dtype.
+        UnsupportedProblemError: a forced backend cannot run a convolution of the example.
+        BackendError: a backend failed while it ran one, or was timed.
+        After these and all others the model is as it was.
 
     Example:
         >>> import torch, pyvolconv
@@ -80,21 +85,18 @@ def accelerate(model: Model, example_input: Any = None, *, fuse: bool = True, tu
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate() takes a torch.nn.Module, got {type(model).__name__}")
     if example_input is None:
-        _swap(model, fuse)
+        with _all_or_nothing(model):
+            _swap(model, fuse)
         return model
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
     before = forward(model, arguments)
-    swapped = _swap(model, fuse)
-    try:
+    with _all_or_nothing(model):
+        _swap(model, fuse)
         after, asked = forward_and_backward(model, arguments)
         if after != before:
             raise RuntimeError(f"accelerate() changed the result on example_input from {before} to {after}; undone")
-    except BaseException:
-        for module in swapped:
-            _revert(module)
-        raise
-    if tune:
-        time_passes(asked)
+        if tune:
+            time_passes(asked)
     return model
 
 
@@ -111,9 +113,22 @@ def revert(model: Model) -> Model:
     return model
 
 
-def _swap(model: nn.Module, fuse: bool) -> list[nn.Module]:
-    """Swaps what is not ours yet and returns it; chains are looked for anew."""
-    swapped = []
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Give modules back the classes that they had before the block if it raises."""
+    classes = [(module, type(module), type(module).__bases__) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, kind, bases in classes:
+            module.__class__ = kind
+            if kind.__bases__ != bases:
+                kind.__bases__ = bases
+        raise
+
+
+def _swap(model: nn.Module, fuse: bool) -> None:
+    """Swaps what is not ours yet; chains are looked for anew."""
     for module in model.modules():
         if not isinstance(module, _REPLACED):
             _revert(module)
@@ -122,12 +137,9 @@ def _swap(model: nn.Module, fuse: bool) -> list[nn.Module]:
                 # A parametrized module has a class of its own, made at run time, which its removal expects to find.
                 original = type(module).__bases__[0] if is_parametrized(module) else type(module)
                 _replace_class(module, original, _derived(original, our_class))  # type: ignore[arg-type]
-                swapped.append(module)
     for path, (base, members) in find(model).classes.items() if fuse else ():
         module = model.get_submodule(path)
         module.__class__ = _derive(type(module), base, members)
-        swapped.append(module)
-    return swapped
 
 
 def _revert(module: nn.Module) -> None:
@@ -142,11 +154,15 @@ def _derived_class_of(module: nn.Module) -> Any:
 
 
 def _replace_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
-    if type(module) is old:
+    kind = type(module)
+    bases = tuple(new if base is old else base for base in kind.__bases__)
+    if kind is old:
         module.__class__ = new
+    elif is_parametrized(module):
+        kind.__bases__ = bases
     else:
-        kind = type(module)
-        kind.__bases__ = tuple(new if base is old else base for base in kind.__bases__)
+        # A class on top of it that other modules may have too: fully_shard makes one for all of a class.
+        module.__class__ = type(kind.__name__, bases, {**vars(kind), "__qualname__": kind.__qualname__})
 
 
 @cache

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .problem import DTYPE_BYTES
 
@@ -54,6 +55,9 @@ def _are_operands(input: Any, weight: Any, bias: Any, out_channels_axis: int, gr
     ):
         return False
     if weight.shape[0] == 0 or weight.shape[0] % groups or min(weight.shape[2:]) < 1:
+        return False
+    # DTensor and its like hold other tensors, and know what torch's operators do with those.
+    if any(is_traceable_wrapper_subclass(operand) for operand in (input, weight)):
         return False
     if torch.is_autocast_enabled(input.device.type if input.device.type != "meta" else "cpu"):
         return True

@@ -57,7 +57,9 @@ def steps_of(problem: ConvProblem, pass_: Pass, able: list[Backend], expected: B
         else:
             other = weight if pass_ == "grad_input" else draw(problem.input_shape)
             operands = (draw(problem.output_shape), other)
-        return {backend.name: _bound(getattr(backend, pass_), problem, *operands) for backend in able}
+        return {
+            backend.name: _bound(dispatch.run, getattr(backend, pass_), problem, pass_, *operands) for backend in able
+        }
     x = draw(problem.input_shape)
     geometry = (
         problem.stride,
@@ -81,7 +83,8 @@ def steps_of(problem: ConvProblem, pass_: Pass, able: list[Backend], expected: B
             fused = (grad, code, x)
             sizes = (problem.kernel_size, problem.bias, *geometry, *pool)
             together = _bound(conv3d_max_pool_grad_weight, *fused, *sizes)
-    steps = {backend.name: _bound(getattr(backend, f"{pass_}_max_pool"), problem, *fused) for backend in able}
+    method = f"{pass_}_max_pool"
+    steps = {backend.name: _bound(dispatch.run, getattr(backend, method), problem, pass_, *fused) for backend in able}
     peers = [backend for backend in dispatch.able_backends(problem.without_epilogue(), pass_) if not backend.ours]
     return steps | {peer.name: _forced(peer.name, together) for peer in peers}
 

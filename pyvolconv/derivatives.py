@@ -45,16 +45,30 @@ def _once(operator: Any, first: Tensor, second: Tensor, *sizes: Any) -> Tensor:
     return result
 
 
+def stored_as(weight: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of a weight, with the weight's strides where both lie in memory in the same order.
+
+    An axis of one may have any stride. DistributedDataParallel compares strides as they stand, and warns.
+    """
+    if grad.stride() == weight.stride() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return grad
+    if any(n != 1 and a != b for n, a, b in zip(grad.shape, grad.stride(), weight.stride(), strict=True)):
+        return grad
+    return grad.as_strided(grad.shape, weight.stride())
+
+
 CONV3D = _Bilinear(
     conv3d,
     lambda x, weight, grad, geometry: _once(conv3d_grad_input, grad, weight, x.shape[2:], *geometry),
-    lambda x, weight, grad, geometry: _once(conv3d_grad_weight, grad, x, weight.shape[2:], *geometry),
+    lambda x, weight, grad, geometry: stored_as(
+        weight, _once(conv3d_grad_weight, grad, x, weight.shape[2:], *geometry)
+    ),
 )
 CONV3D_GRAD_INPUT = _Bilinear(
     conv3d_grad_input,
     lambda grad_output, weight, grad, geometry: _once(conv3d, grad, weight, None, *geometry),
-    lambda grad_output, weight, grad, geometry: _once(
-        conv3d_grad_weight, grad_output, grad, weight.shape[2:], *geometry
+    lambda grad_output, weight, grad, geometry: stored_as(
+        weight, _once(conv3d_grad_weight, grad_output, grad, weight.shape[2:], *geometry)
     ),
 )
 _RULES = (

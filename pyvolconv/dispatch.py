@@ -11,22 +11,25 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache
 from math import inf
+from typing import Any, TypeVar
 
 import torch
 
 from .backends.base import Backend
 from .backends.registry import REGISTRY, select
-from .errors import UnsupportedProblemError
+from .errors import UnsupportedProblemError, failure
 from .precision import Precision, convolves_float32_in_bfloat16, store_precision
 from .problem import ConvProblem, Pass
 from .tuned import milliseconds
 
 ENVIRONMENT_VARIABLE = "PYVOLCONV_BACKEND"
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger("pyvolconv")
 _forced: ContextVar[str | None] = ContextVar("pyvolconv_forced_backend", default=None)
@@ -106,6 +109,26 @@ def choose_or_none(problem: ConvProblem, pass_: Pass) -> Backend | None:
     for asked in _listeners:
         asked.add((problem, pass_))
     return _choose(problem, pass_, forced_backend(), torch.get_num_threads(), convolves_float32_in_bfloat16())
+
+
+def run(method: Callable[..., Result], problem: ConvProblem, pass_: Pass, *operands: Any) -> Result:
+    """What a backend's `method(problem, *operands)` returns, which is a pass of the problem.
+
+    Raises:
+        BackendError: a backend of ours raised an exception, which is the cause of this one.
+        Exception: what torch raises stays what it is. It gets a note that says where that was (from Python 3.11 on).
+    """
+    try:
+        return method(problem, *operands)
+    except Exception as reason:
+        backend: Backend = method.__self__  # type: ignore[attr-defined]
+        name = backend.name
+        if not backend.ours:
+            if hasattr(reason, "add_note"):
+                reason.add_note(f"{pass_} of {problem}: backend {name!r}")
+            raise
+        able = [other for other, refused in _reasons(REGISTRY, problem, pass_).items() if other != name and not refused]
+        raise failure(problem, pass_, name, reason, able) from reason
 
 
 @contextmanager

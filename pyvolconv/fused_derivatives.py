@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
-from .derivatives import autograd_kernel, inside_node
+from .derivatives import autograd_kernel, inside_node, stored_as
 from .dispatch import forced_backend, use_backend_of_forward
 from .fused_ops import (
     conv3d_max_pool,
@@ -82,7 +82,7 @@ def _sparse_gradients(
     if not needs_weight:
         return of_x, None, grad_bias(passed(grad, code)) if needs_bias else None
     of_weight, of_bias = conv3d_max_pool_grad_weight(grad, code, x, weight.shape[2:], needs_bias, *sizes)
-    return of_x, of_weight, of_bias if needs_bias else None
+    return of_x, stored_as(weight, of_weight), of_bias if needs_bias else None
 
 
 def _dense_gradients(
@@ -94,7 +94,9 @@ def _dense_gradients(
     dense = scatter(grad, code, size, pool) if needs_x or needs_weight else None
     return (
         None if dense is None or not needs_x else conv3d_grad_input(dense, weight, x.shape[2:], *geometry),
-        None if dense is None or not needs_weight else conv3d_grad_weight(dense, x, weight.shape[2:], *geometry),
+        None
+        if dense is None or not needs_weight
+        else stored_as(weight, conv3d_grad_weight(dense, x, weight.shape[2:], *geometry)),
         grad_bias(passed(grad, code)) if needs_bias else None,
     )
 

@@ -14,7 +14,7 @@ from . import fused_derivatives as fused_derivatives
 from . import fused_ops
 from . import fused_transforms as fused_transforms
 from .arguments import Sizes, conv3d_arguments, triple
-from .dispatch import choose_or_none
+from .dispatch import choose_or_none, run
 from .elsewhere import is_recorded_for_elsewhere
 from .epilogue import KEEPS_PREACTIVATION, NEGATIVE_SLOPE, Activation, MaxPool, check_activation
 from .functional import conv3d
@@ -119,7 +119,7 @@ class _PooledCall:
                 self.run, x, weight, bias, *self.sizes
             )
         elif (backend := choose_or_none(self.problem, "forward")) is not None:
-            value = backend.max_pool(self.problem, x, weight, bias)
+            value = run(backend.max_pool, self.problem, "forward", x, weight, bias)
         else:
             value, _ = fused_ops.conv3d_max_pool(x, weight, bias, *self.sizes)
         if self.problem.activation in KEEPS_PREACTIVATION:
@@ -132,7 +132,7 @@ class _PooledCall:
         if backend is None:
             value, code = fused_ops.conv3d_max_pool(x, weight, bias, *self.sizes)
             return value, code
-        return backend.forward_max_pool(self.problem, x, weight, bias)
+        return run(backend.forward_max_pool, self.problem, "forward", x, weight, bias)
 
 
 _calls: dict[Any, _PooledCall | None] = {}

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends.base import MEMORY_FORMAT
-from .dispatch import choose_or_none
+from .dispatch import choose_or_none, run
 from .epilogue import KEEPS_PREACTIVATION, NEGATIVE_SLOPE, NO_VOXEL, Activation, MaxPool, Size3
 from .fused_voxels import code_of_indices, gather, passed, scatter
 from .ops import conv3d, conv3d_grad_input, conv3d_grad_weight, conv3d_problem, grad_bias, layout_of, library
@@ -105,7 +105,8 @@ def _run_conv3d_max_pool(x: Tensor, weight: Tensor, bias: Tensor | None, *sizes:
     backend = choose_or_none(problem, "forward") if x.numel() else None
     if backend is not None:
         x, weight = _dense(layout, x, weight)
-        return backend.forward_max_pool(problem, x, weight, None if bias is None else bias.contiguous())
+        bias = None if bias is None else bias.contiguous()
+        return run(backend.forward_max_pool, problem, "forward", x, weight, bias)
     value, code = put_together_conv3d_max_pool(x, weight, bias, *sizes)
     value, code = _dense(layout, value, code)
     return value, code
@@ -121,7 +122,7 @@ def _run_conv3d_max_pool_grad_input(
     problem = fused_problem(plain, pool)
     backend = choose_or_none(problem, "grad_input") if grad.numel() and weight.numel() else None
     if backend is not None:
-        return backend.grad_input_max_pool(problem, *_dense(layout, grad, code, weight))
+        return run(backend.grad_input_max_pool, problem, "grad_input", *_dense(layout, grad, code, weight))
     return _dense(layout, put_together_grad_input(grad, code, weight, input_size, *sizes))[0]
 
 
@@ -135,7 +136,8 @@ def _run_conv3d_max_pool_grad_weight(
     problem = fused_problem(plain, pool)
     backend = choose_or_none(problem, "grad_weight") if grad.numel() and x.numel() else None
     if backend is not None:
-        weight_part, bias_part = backend.grad_weight_max_pool(problem, *_dense(layout, grad, code, x))
+        operands = _dense(layout, grad, code, x)
+        weight_part, bias_part = run(backend.grad_weight_max_pool, problem, "grad_weight", *operands)
         return weight_part, grad.new_empty(0) if bias_part is None else bias_part
     weight_part, bias_part = put_together_grad_weight(grad, code, x, kernel_size, bias, *sizes)
     return _dense(layout, weight_part)[0], bias_part

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .backends.base import MEMORY_FORMAT, empty
-from .dispatch import choose
+from .dispatch import choose, run
 from .problem import ConvProblem, Layout
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
@@ -124,8 +124,10 @@ def _run_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) 
         y = empty(problem, "output", like=x).zero_()
         return y if bias is None else y.add_(bias.view(-1, 1, 1, 1))
     memory_format = MEMORY_FORMAT[layout]
-    return choose(problem, "forward").forward(
+    return run(
+        choose(problem, "forward").forward,
         problem,
+        "forward",
         x.contiguous(memory_format=memory_format),
         weight.contiguous(memory_format=memory_format),
         None if bias is None else bias.contiguous(),
@@ -139,8 +141,10 @@ def _run_conv3d_grad_input(grad_output: Tensor, weight: Tensor, input_size: Sequ
     if grad_output.numel() == 0 or weight.numel() == 0:
         return empty(problem, "input", like=grad_output).zero_()
     memory_format = MEMORY_FORMAT[layout]
-    return choose(problem, "grad_input").grad_input(
+    return run(
+        choose(problem, "grad_input").grad_input,
         problem,
+        "grad_input",
         grad_output.contiguous(memory_format=memory_format),
         weight.contiguous(memory_format=memory_format),
     )
@@ -153,8 +157,10 @@ def _run_conv3d_grad_weight(grad_output: Tensor, x: Tensor, kernel_size: Sequenc
     if grad_output.numel() == 0 or x.numel() == 0:
         return empty(problem, "weight", like=grad_output).zero_()
     memory_format = MEMORY_FORMAT[layout]
-    return choose(problem, "grad_weight").grad_weight(
+    return run(
+        choose(problem, "grad_weight").grad_weight,
         problem,
+        "grad_weight",
         grad_output.contiguous(memory_format=memory_format),
         x.contiguous(memory_format=memory_format),
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from .arguments import conv3d_arguments, conv_transpose3d_sizes
 from .backends.base import MEMORY_FORMAT
 from .derivatives import CONV3D, CONV3D_GRAD_INPUT, BilinearFunction
-from .dispatch import choose
+from .dispatch import choose, run
 from .ops import conv3d_problem, layout_of
 from .ordinary import is_ordinary
 from .problem import ConvProblem
@@ -43,7 +43,7 @@ class Conv3dCall:
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> Tensor:
         """The result alone."""
-        return choose(self.problem, "forward").forward(self.problem, x, weight, bias)
+        return run(choose(self.problem, "forward").forward, self.problem, "forward", x, weight, bias)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class TransposedCall:
 
     def run(self, x: Tensor, weight: Tensor, *_: Any) -> Tensor:
         """The gradient alone."""
-        return choose(self.problem, "grad_input").grad_input(self.problem, x, weight)
+        return run(choose(self.problem, "grad_input").grad_input, self.problem, "grad_input", x, weight)
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:

@@ -27,7 +27,7 @@ FLOORS = (
     ("fused_derivatives", "fused_transforms"),
     ("shortcut", "cost", "candidates"),
     ("functional",),
-    ("fused_functional", "nn"),
+    ("fused_functional", "nn", "patch"),
     ("chains", "straight_forward"),
     ("fused_graph",),
     ("fusion", "autotune", "example_run"),
