@@ -14,7 +14,8 @@ the operator itself. Because the formulas call the operators, their derivatives 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 
+from .autocast import outside_autocast
 from .dispatch import forced_backend, use_backend_of_forward
 from .ops import conv3d, conv3d_grad_input, conv3d_grad_weight, grad_bias, kernel_of, library
 from .ordinary import is_ordinary
@@ -96,10 +98,11 @@ class BilinearFunction(_SingleLevelFunction):
             return (None,) * 9
         first, second = ctx.saved_tensors
         _, _, needs_first, needs_second, needs_bias, *_ = ctx.needs_input_grad
+        needs_first, needs_second = asked_for(ctx, {0: needs_first, 1: needs_second})
         # The operators multiply complex numbers as they are; only cotangents meet conjugates (PyTorch's
         # convention for complex autograd). A real tensor is its own conjugate.
         first, second = first.conj(), second.conj()
-        with use_backend_of_forward(ctx.forced_backend):
+        with as_in_forward(ctx):
             return (
                 None,
                 None,
@@ -123,6 +126,36 @@ class BilinearFunction(_SingleLevelFunction):
                 terms.append(torch.zeros_like(ctx.rule.operator(first, second, ctx.size, *ctx.geometry)))
             terms.append(bias_tangent.view(-1, 1, 1, 1))
         return sum(terms[1:], start=terms[0])
+
+
+def asked_for(ctx: Any, needs: dict[int, bool]) -> tuple[bool, ...]:
+    """Which gradients the backward pass that runs now is to compute.
+
+    All that are required, as a rule; but `autograd.grad(y, x)` and `backward(inputs=x)` ask for fewer, and like torch's
+    own node of a convolution ours computes no others.
+
+    Args:
+        ctx: of a node, in its backward.
+        needs: for some tensor arguments, counted from 0, whether they require a gradient.
+    """
+    # A node of which nobody asked anything would not run, so there is a choice between several alone.
+    if sum(needs.values()) < 2 or torch._C._current_graph_task_id() < 0:
+        return tuple(needs.values())
+    return tuple(need and _will_run(ctx.next_functions[argument][0]) for argument, need in needs.items())
+
+
+def _will_run(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # that is how it answers for a leaf whose gradient `autograd.grad` returns
+        return True
+
+
+@contextmanager
+def as_in_forward(ctx: Any) -> Iterator[None]:
+    """A backward pass with the backend and the dtype of its forward call, wherever it runs."""
+    with use_backend_of_forward(ctx.forced_backend), outside_autocast():
+        yield
 
 
 def inside_node(operator: Any, below: Any, args: tuple[Any, ...]) -> Any:

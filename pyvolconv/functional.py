@@ -16,6 +16,7 @@ from . import derivatives as derivatives
 from . import ops
 from . import transforms as transforms
 from .arguments import Sizes, conv3d_arguments, conv_transpose3d_sizes
+from .autocast import is_hidden_by_vmap, outside_autocast
 from .dispatch import logger
 from .shortcut import call_of, transposed_call_of
 
@@ -58,6 +59,9 @@ def conv3d(
     call = call_of(input, weight, bias, stride, padding, dilation, groups)
     if call is not None:
         return call(input, weight, bias)
+    if is_hidden_by_vmap():
+        with outside_autocast():
+            return conv3d(input, weight, bias, stride, padding, dilation, groups)
     args = conv3d_arguments(input, weight, bias, stride, padding, dilation, groups)
     if args is None:
         return _leave_to_torch(F.conv3d, input, weight, bias, stride, padding, dilation, groups)
@@ -111,6 +115,9 @@ def conv_transpose3d(
     call = transposed_call_of(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if call is not None:
         return call(input, weight, bias)
+    if is_hidden_by_vmap():
+        with outside_autocast():
+            return conv_transpose3d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     sizes = conv_transpose3d_sizes(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if sizes is None:
         return _leave_to_torch(
