@@ -220,11 +220,14 @@ def _run_chain(chain: Sequence[nn.Module], x: Tensor) -> Tensor:
             ceil_mode=pool.ceil_mode,
         )
     y = conv3d(x, weight, bias, *geometry)
+    # Who watches operators may have kept y, as selective checkpointing does.
+    unseen = torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack()
     if isinstance(activation, nn.ReLU):
-        return F.relu(y, inplace=True)
+        return F.relu(y, inplace=activation.inplace or unseen)
     if isinstance(activation, nn.LeakyReLU):
         # In place its backward needs the result, which then nobody may change; else what it was applied to.
-        return F.leaky_relu(y, activation.negative_slope, inplace=activation.inplace or not y.requires_grad)
+        in_place = activation.inplace or (unseen and not y.requires_grad)
+        return F.leaky_relu(y, activation.negative_slope, inplace=in_place)
     if isinstance(activation, nn.GELU):
         return F.gelu(y, approximate=activation.approximate)
     return y if activation is None else F.silu(y)

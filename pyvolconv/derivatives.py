@@ -15,7 +15,7 @@ the operator itself. Because the formulas call the operators, their derivatives 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -72,7 +72,13 @@ _RULES = (
 
 # The dispatcher brings a call here once per level of torch.func transforms, with the levels above it taken
 # off, so the node belongs to that one level; autograd.Function.apply would start at the outermost again.
-class BilinearFunction(_SingleLevelFunction):
+class LevelFunction(_SingleLevelFunction):
+    """An autograd node of one level of torch.func transforms, which compiled autograd can take too."""
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
+class BilinearFunction(LevelFunction):
     """Autograd node of an operator called as operator(first, second, third, *geometry).
 
     The third argument is the bias of conv3d, in which the operator is affine, and a size for the others. `below` is
@@ -139,7 +145,7 @@ def asked_for(ctx: Any, needs: dict[int, bool]) -> tuple[bool, ...]:
         needs: for some tensor arguments, counted from 0, whether they require a gradient.
     """
     # A node of which nobody asked anything would not run, so there is a choice between several alone.
-    if sum(needs.values()) < 2 or torch._C._current_graph_task_id() < 0:
+    if sum(needs.values()) < 2 or torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:
         return tuple(needs.values())
     return tuple(need and _will_run(ctx.next_functions[argument][0]) for argument, need in needs.items())
 
@@ -151,9 +157,14 @@ def _will_run(node: Any) -> bool:
         return True
 
 
+def as_in_forward(ctx: Any) -> AbstractContextManager[None]:
+    """A block for a backward pass: with the backend and the dtype of its forward call, wherever it runs."""
+    usual = ctx.forced_backend is None and (torch.compiler.is_compiling() or not torch._C._is_any_autocast_enabled())
+    return nullcontext() if usual else _as_in_forward(ctx)
+
+
 @contextmanager
-def as_in_forward(ctx: Any) -> Iterator[None]:
-    """A backward pass with the backend and the dtype of its forward call, wherever it runs."""
+def _as_in_forward(ctx: Any) -> Iterator[None]:
     with use_backend_of_forward(ctx.forced_backend), outside_autocast():
         yield
 

@@ -27,9 +27,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import _SingleLevelFunction
 
-from .derivatives import as_in_forward, asked_for, autograd_kernel, inside_node
+from .derivatives import LevelFunction, as_in_forward, asked_for, autograd_kernel, inside_node
 from .dispatch import forced_backend
 from .fused_ops import (
     conv3d_max_pool,
@@ -98,7 +97,7 @@ def _dense_gradients(
     )
 
 
-class MaxPoolFunction(_SingleLevelFunction):
+class MaxPoolFunction(LevelFunction):
     """Autograd node of conv3d_max_pool, of one level of torch.func transforms."""
 
     @staticmethod
@@ -147,7 +146,7 @@ class MaxPoolFunction(_SingleLevelFunction):
         return tangent, None
 
 
-class _GradInputFunction(_SingleLevelFunction):
+class _GradInputFunction(LevelFunction):
     """Autograd node of conv3d_max_pool_grad_input."""
 
     @staticmethod
@@ -189,7 +188,7 @@ class _GradInputFunction(_SingleLevelFunction):
         )
 
 
-class _GradWeightFunction(_SingleLevelFunction):
+class _GradWeightFunction(LevelFunction):
     """Autograd node of conv3d_max_pool_grad_weight."""
 
     @staticmethod
