@@ -104,7 +104,7 @@ class BilinearFunction(LevelFunction):
             return (None,) * 9
         first, second = ctx.saved_tensors
         _, _, needs_first, needs_second, needs_bias, *_ = ctx.needs_input_grad
-        needs_first, needs_second = asked_for(ctx, {0: needs_first, 1: needs_second})
+        needs_first, needs_second = asked_for(ctx, needs_first, needs_second)
         # The operators multiply complex numbers as they are; only cotangents meet conjugates (PyTorch's
         # convention for complex autograd). A real tensor is its own conjugate.
         first, second = first.conj(), second.conj()
@@ -134,7 +134,7 @@ class BilinearFunction(LevelFunction):
         return sum(terms[1:], start=terms[0])
 
 
-def asked_for(ctx: Any, needs: dict[int, bool]) -> tuple[bool, ...]:
+def asked_for(ctx: Any, needs_first: bool, needs_second: bool, second: int = 1) -> tuple[bool, bool]:
     """Which gradients the backward pass that runs now is to compute.
 
     All that are required, as a rule; but `autograd.grad(y, x)` and `backward(inputs=x)` ask for fewer, and like torch's
@@ -142,18 +142,20 @@ def asked_for(ctx: Any, needs: dict[int, bool]) -> tuple[bool, ...]:
 
     Args:
         ctx: of a node, in its backward.
-        needs: for some tensor arguments, counted from 0, whether they require a gradient.
+        needs_first, needs_second: whether the first tensor argument and the one at `second` require a gradient.
+        second: counted from 0, among the tensor arguments.
     """
     # A node of which nobody asked anything would not run, so there is a choice between several alone.
-    if sum(needs.values()) < 2 or torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:
-        return tuple(needs.values())
-    return tuple(need and _will_run(ctx.next_functions[argument][0]) for argument, need in needs.items())
+    if not needs_first or not needs_second or torch.compiler.is_compiling():
+        return needs_first, needs_second
+    edges = ctx.next_functions
+    return _will_run(edges[0][0]), _will_run(edges[second][0])
 
 
 def _will_run(node: Any) -> bool:
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # that is how it answers for a leaf whose gradient `autograd.grad` returns
+    except RuntimeError:  # so it answers for a leaf whose gradient `autograd.grad` returns
         return True
 
 

@@ -123,7 +123,7 @@ class MaxPoolFunction(LevelFunction):
         x, weight, positive, code = ctx.saved_tensors
         gradients = _dense_gradients if ctx.dense_backward else _sparse_gradients
         _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        needs = (*asked_for(ctx, {0: needs_x, 1: needs_weight}), needs_bias)
+        needs = (*asked_for(ctx, needs_x, needs_weight), needs_bias)
         with as_in_forward(ctx):
             if positive is not None:
                 grad = torch.where(positive, grad, grad * ctx.slope)
@@ -166,7 +166,7 @@ class _GradInputFunction(LevelFunction):
             return (None, None, None, None, *rest)
         grad, code, weight = ctx.saved_tensors
         _, needs_grad, _, needs_weight, *_ = ctx.needs_input_grad
-        needs_grad, needs_weight = asked_for(ctx, {0: needs_grad, 2: needs_weight})
+        needs_grad, needs_weight = asked_for(ctx, needs_grad, needs_weight, 2)
         with as_in_forward(ctx):
             of_grad = _conv3d_at_chosen(cotangent, weight, None, code, ctx.sizes) if needs_grad else None
             of_weight = None
@@ -210,7 +210,7 @@ class _GradWeightFunction(LevelFunction):
         rest = (None,) * (2 + len(ctx.sizes))
         grad, code, x = ctx.saved_tensors
         _, needs_grad, _, needs_x, *_ = ctx.needs_input_grad
-        needs_grad, needs_x = asked_for(ctx, {0: needs_grad, 2: needs_x})
+        needs_grad, needs_x = asked_for(ctx, needs_grad, needs_x, 2)
         of_grad = of_x = None
         with as_in_forward(ctx):
             if weight_cotangent is None:

@@ -40,7 +40,8 @@ def conv3d_max_pool(
 ) -> Tensor:
     """`max_pool3d(activation(conv3d(input, weight, bias)))` in one pass; what is pooled never exists in memory.
 
-    Kept for the backward pass: operands, result, and one byte per pooled value that says which voxel was chosen.
+    Kept for the backward pass: operands and one byte per pooled value that says which voxel was chosen (for leaky_relu
+    a second one, for silu and gelu what they were applied to), never the result, which may be changed in place.
     The gradients run over chosen voxels alone, with a pool of 2x2x2 an eighth of the dense ones. Ties and NaN choose
     as in `torch.nn.functional.max_pool3d`. Derivatives of every order, in both modes.
 
