@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .autocast import dtype_in_autocast
 from .problem import DTYPE_BYTES
 
 Sizes = int | Sequence[int]
@@ -39,11 +40,8 @@ def _are_operands(input: Any, weight: Any, bias: Any, out_channels_axis: int, gr
     """Whether tensors and groups fit one another; what does not is left to torch to name."""
     if not isinstance(input, Tensor) or not isinstance(weight, Tensor) or input.is_nested or weight.is_nested:
         return False
-    if (
-        not isinstance(groups, int)
-        or isinstance(groups, bool)
-        or str(input.dtype).removeprefix("torch.") not in DTYPE_BYTES
-    ):
+    dtype = dtype_in_autocast(input)
+    if not isinstance(groups, int) or isinstance(groups, bool) or str(dtype).removeprefix("torch.") not in DTYPE_BYTES:
         return False
     if input.dim() not in (4, 5) or weight.dim() != 5 or groups < 1 or input.device.type not in ("cpu", "cuda", "meta"):
         return False
@@ -59,9 +57,7 @@ def _are_operands(input: Any, weight: Any, bias: Any, out_channels_axis: int, gr
     # DTensor and its like hold other tensors, and know what torch's operators do with those.
     if any(is_traceable_wrapper_subclass(operand) for operand in (input, weight)):
         return False
-    if torch.is_autocast_enabled(input.device.type if input.device.type != "meta" else "cpu"):
-        return True
-    return input.dtype == weight.dtype and (bias is None or bias.dtype == input.dtype)
+    return dtype_in_autocast(weight) == dtype and (bias is None or dtype_in_autocast(bias) == dtype)
 
 
 def conv3d_arguments(

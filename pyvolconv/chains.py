@@ -4,8 +4,9 @@ Modules are given in the order in which they are called, each fed with what the 
 chain starts at a convolution and goes on as long as the next module is the next link and nothing forbids it. It runs as
 
     with a pool      conv3d_max_pool, the activation inside
-    without          conv3d, then ReLU or LeakyReLU in place (the convolution's result is nobody else's), or any other
-                     activation as it is: its derivative needs what it was applied to, so no pass could be saved
+    without          conv3d, then ReLU in place (the convolution's result is nobody else's), or LeakyReLU where no
+                     gradient is kept or the module is `inplace`, or any other activation as it is: its derivative
+                     needs what it was applied to, so no pass could be saved
 
 A BatchNorm3d in eval mode is an affine map per channel, folded into the convolution's weight and bias at every call:
 both are small, gradients reach every parameter, and nothing can be out of date. Everything that may change between
@@ -226,10 +227,14 @@ def _run_chain(chain: Sequence[nn.Module], x: Tensor) -> Tensor:
             ceil_mode=pool.ceil_mode,
         )
     y = conv3d(x, weight, bias, *geometry)
+    # Who watches operators may have kept y, as selective checkpointing does.
+    unseen = torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack()
     if isinstance(activation, nn.ReLU):
-        return F.relu(y, inplace=True)
+        return F.relu(y, inplace=activation.inplace or unseen)
     if isinstance(activation, nn.LeakyReLU):
-        return F.leaky_relu(y, activation.negative_slope, inplace=True)
+        # In place its backward needs the result, which then nobody may change; else what it was applied to.
+        in_place = activation.inplace or (unseen and not y.requires_grad)
+        return F.leaky_relu(y, activation.negative_slope, inplace=in_place)
     if isinstance(activation, nn.GELU):
         return F.gelu(y, approximate=activation.approximate)
     return y if activation is None else F.silu(y)
@@ -260,4 +265,6 @@ def describe(chain: Sequence[nn.Module]) -> str:
     links = [original_class(module).__name__ for module in chain]
     if link_of(chain[-1]) == "pool":
         return " + ".join(links) + " in one pass"
+    if isinstance(chain[-1], nn.LeakyReLU) and not chain[-1].inplace:
+        return " + ".join(links) + ", in place without gradients"
     return " + ".join(links) + (", in place" if isinstance(chain[-1], (nn.ReLU, nn.LeakyReLU)) else ", folded")

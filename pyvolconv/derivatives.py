@@ -14,7 +14,8 @@ the operator itself. Because the formulas call the operators, their derivatives 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 
+from .autocast import outside_autocast
 from .dispatch import forced_backend, use_backend_of_forward
 from .ops import conv3d, conv3d_grad_input, conv3d_grad_weight, grad_bias, kernel_of, library
 from .ordinary import is_ordinary
@@ -84,7 +86,13 @@ _RULES = (
 
 # The dispatcher brings a call here once per level of torch.func transforms, with the levels above it taken
 # off, so the node belongs to that one level; autograd.Function.apply would start at the outermost again.
-class BilinearFunction(_SingleLevelFunction):
+class LevelFunction(_SingleLevelFunction):
+    """An autograd node of one level of torch.func transforms, which compiled autograd can take too."""
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
+class BilinearFunction(LevelFunction):
     """Autograd node of an operator called as operator(first, second, third, *geometry).
 
     The third argument is the bias of conv3d, in which the operator is affine, and a size for the others. `below` is
@@ -110,10 +118,11 @@ class BilinearFunction(_SingleLevelFunction):
             return (None,) * 9
         first, second = ctx.saved_tensors
         _, _, needs_first, needs_second, needs_bias, *_ = ctx.needs_input_grad
+        needs_first, needs_second = asked_for(ctx, needs_first, needs_second)
         # The operators multiply complex numbers as they are; only cotangents meet conjugates (PyTorch's
         # convention for complex autograd). A real tensor is its own conjugate.
         first, second = first.conj(), second.conj()
-        with use_backend_of_forward(ctx.forced_backend):
+        with as_in_forward(ctx):
             return (
                 None,
                 None,
@@ -137,6 +146,43 @@ class BilinearFunction(_SingleLevelFunction):
                 terms.append(torch.zeros_like(ctx.rule.operator(first, second, ctx.size, *ctx.geometry)))
             terms.append(bias_tangent.view(-1, 1, 1, 1))
         return sum(terms[1:], start=terms[0])
+
+
+def asked_for(ctx: Any, needs_first: bool, needs_second: bool, second: int = 1) -> tuple[bool, bool]:
+    """Which gradients the backward pass that runs now is to compute.
+
+    All that are required, as a rule; but `autograd.grad(y, x)` and `backward(inputs=x)` ask for fewer, and like torch's
+    own node of a convolution ours computes no others.
+
+    Args:
+        ctx: of a node, in its backward.
+        needs_first, needs_second: whether the first tensor argument and the one at `second` require a gradient.
+        second: counted from 0, among the tensor arguments.
+    """
+    # A node of which nobody asked anything would not run, so there is a choice between several alone.
+    if not needs_first or not needs_second or torch.compiler.is_compiling():
+        return needs_first, needs_second
+    edges = ctx.next_functions
+    return _will_run(edges[0][0]), _will_run(edges[second][0])
+
+
+def _will_run(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # so it answers for a leaf whose gradient `autograd.grad` returns
+        return True
+
+
+def as_in_forward(ctx: Any) -> AbstractContextManager[None]:
+    """A block for a backward pass: with the backend and the dtype of its forward call, wherever it runs."""
+    usual = ctx.forced_backend is None and (torch.compiler.is_compiling() or not torch._C._is_any_autocast_enabled())
+    return nullcontext() if usual else _as_in_forward(ctx)
+
+
+@contextmanager
+def _as_in_forward(ctx: Any) -> Iterator[None]:
+    with use_backend_of_forward(ctx.forced_backend), outside_autocast():
+        yield
 
 
 def inside_node(operator: Any, below: Any, args: tuple[Any, ...]) -> Any:

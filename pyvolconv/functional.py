@@ -16,6 +16,7 @@ from . import derivatives as derivatives
 from . import ops
 from . import transforms as transforms
 from .arguments import Sizes, conv3d_arguments, conv_transpose3d_sizes
+from .autocast import is_hidden_by_vmap, outside_autocast
 from .dispatch import logger
 from .elsewhere import is_recorded_for_elsewhere, script_call_as
 from .shortcut import call_of, transposed_call_of
@@ -61,6 +62,9 @@ def conv3d(
         return call(input, weight, bias)
     if is_recorded_for_elsewhere():
         return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
+    if is_hidden_by_vmap():
+        with outside_autocast():
+            return conv3d(input, weight, bias, stride, padding, dilation, groups)
     args = conv3d_arguments(input, weight, bias, stride, padding, dilation, groups)
     if args is None:
         return _leave_to_torch(F.conv3d, input, weight, bias, stride, padding, dilation, groups)
@@ -116,6 +120,9 @@ def conv_transpose3d(
         return call(input, weight, bias)
     if is_recorded_for_elsewhere():
         return F.conv_transpose3d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    if is_hidden_by_vmap():
+        with outside_autocast():
+            return conv_transpose3d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     sizes = conv_transpose3d_sizes(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if sizes is None:
         return _leave_to_torch(

@@ -12,7 +12,7 @@ derivatives of these are again one another and S(conv3d(., .) + .), of which eve
 follow by recursion.
 
 A relu is part of S, which is why it has no derivative of its own here; that of leaky_relu comes from the sign of the
-value that the operator returned.
+value that the operator returned, kept as a mask.
 
 Inside of `use_dense_backward()` the right-hand sides are computed as they stand: S^T(dz) is made once, in full, and
 both gradients visit all of its voxels. The difference in time is what the sparse gradients save.
@@ -27,10 +27,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import _SingleLevelFunction
 
-from .derivatives import autograd_kernel, inside_node, stored_as
-from .dispatch import forced_backend, use_backend_of_forward
+from .derivatives import LevelFunction, as_in_forward, asked_for, autograd_kernel, inside_node, stored_as
+from .dispatch import forced_backend
 from .fused_ops import (
     conv3d_max_pool,
     conv3d_max_pool_grad_input,
@@ -101,16 +100,17 @@ def _dense_gradients(
     )
 
 
-class MaxPoolFunction(_SingleLevelFunction):
+class MaxPoolFunction(LevelFunction):
     """Autograd node of conv3d_max_pool, of one level of torch.func transforms."""
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> Any:
         value, code = inside_node(conv3d_max_pool, keyset, (x, weight, bias, *sizes))
         activation, ctx.slope = sizes[4:6]
-        kept = value if activation == "leaky_relu" else None
-        ctx.save_for_backward(x, weight, kept, code)
-        ctx.save_for_forward(x, weight, kept, code)
+        # A mask, not the value: torch's max-pool keeps no result either, so whoever gets it may change it in place.
+        positive = value > 0 if activation == "leaky_relu" else None
+        ctx.save_for_backward(x, weight, positive, code)
+        ctx.save_for_forward(x, weight, positive, code)
         ctx.mark_non_differentiable(code)
         ctx.set_materialize_grads(False)
         ctx.sizes = (*sizes[:4], *sizes[6:])
@@ -123,17 +123,19 @@ class MaxPoolFunction(_SingleLevelFunction):
         rest = (None,) * (2 + len(ctx.sizes))
         if grad is None:
             return (None, None, None, None, *rest)
-        x, weight, value, code = ctx.saved_tensors
+        x, weight, positive, code = ctx.saved_tensors
         gradients = _dense_gradients if ctx.dense_backward else _sparse_gradients
-        with use_backend_of_forward(ctx.forced_backend):
-            if value is not None:
-                grad = torch.ops.aten.leaky_relu_backward(grad, value, ctx.slope, True)
-            return (None, *gradients(grad, code, x, weight, ctx.sizes, ctx.needs_input_grad[1:4]), *rest)
+        _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        needs = (*asked_for(ctx, needs_x, needs_weight), needs_bias)
+        with as_in_forward(ctx):
+            if positive is not None:
+                grad = torch.where(positive, grad, grad * ctx.slope)
+            return (None, *gradients(grad, code, x, weight, ctx.sizes, needs), *rest)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         _, x_tangent, weight_tangent, bias_tangent, *_ = tangents
-        x, weight, value, code = ctx.saved_tensors
+        x, weight, positive, code = ctx.saved_tensors
         terms = []
         if x_tangent is not None:
             terms.append(_conv3d_at_chosen(x_tangent, weight, None, code, ctx.sizes))
@@ -142,12 +144,12 @@ class MaxPoolFunction(_SingleLevelFunction):
         if bias_tangent is not None:
             terms.append(_bias_at_chosen(bias_tangent, code))
         tangent = _sum(terms)
-        if value is not None:
-            tangent = torch.ops.aten.leaky_relu_backward(tangent, value, ctx.slope, True)
+        if positive is not None:
+            tangent = torch.where(positive, tangent, tangent * ctx.slope)
         return tangent, None
 
 
-class _GradInputFunction(_SingleLevelFunction):
+class _GradInputFunction(LevelFunction):
     """Autograd node of conv3d_max_pool_grad_input."""
 
     @staticmethod
@@ -167,7 +169,8 @@ class _GradInputFunction(_SingleLevelFunction):
             return (None, None, None, None, *rest)
         grad, code, weight = ctx.saved_tensors
         _, needs_grad, _, needs_weight, *_ = ctx.needs_input_grad
-        with use_backend_of_forward(ctx.forced_backend):
+        needs_grad, needs_weight = asked_for(ctx, needs_grad, needs_weight, 2)
+        with as_in_forward(ctx):
             of_grad = _conv3d_at_chosen(cotangent, weight, None, code, ctx.sizes) if needs_grad else None
             of_weight = None
             if needs_weight:
@@ -188,7 +191,7 @@ class _GradInputFunction(_SingleLevelFunction):
         )
 
 
-class _GradWeightFunction(_SingleLevelFunction):
+class _GradWeightFunction(LevelFunction):
     """Autograd node of conv3d_max_pool_grad_weight."""
 
     @staticmethod
@@ -210,8 +213,9 @@ class _GradWeightFunction(_SingleLevelFunction):
         rest = (None,) * (2 + len(ctx.sizes))
         grad, code, x = ctx.saved_tensors
         _, needs_grad, _, needs_x, *_ = ctx.needs_input_grad
+        needs_grad, needs_x = asked_for(ctx, needs_grad, needs_x, 2)
         of_grad = of_x = None
-        with use_backend_of_forward(ctx.forced_backend):
+        with as_in_forward(ctx):
             if weight_cotangent is None:
                 if needs_grad and bias_cotangent is not None:
                     of_grad = _bias_at_chosen(bias_cotangent, code)

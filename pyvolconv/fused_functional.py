@@ -14,6 +14,7 @@ from . import fused_derivatives as fused_derivatives
 from . import fused_ops
 from . import fused_transforms as fused_transforms
 from .arguments import Sizes, conv3d_arguments, triple
+from .autocast import is_hidden_by_vmap, outside_autocast
 from .dispatch import choose_or_none, run
 from .elsewhere import is_recorded_for_elsewhere
 from .epilogue import KEEPS_PREACTIVATION, NEGATIVE_SLOPE, Activation, MaxPool, check_activation
@@ -40,7 +41,8 @@ def conv3d_max_pool(
 ) -> Tensor:
     """`max_pool3d(activation(conv3d(input, weight, bias)))` in one pass; what is pooled never exists in memory.
 
-    Kept for the backward pass: operands, result, and one byte per pooled value that says which voxel was chosen.
+    Kept for the backward pass: operands and one byte per pooled value that says which voxel was chosen (for leaky_relu
+    a second one, for silu and gelu what they were applied to), never the result, which may be changed in place.
     The gradients run over chosen voxels alone, with a pool of 2x2x2 an eighth of the dense ones. Ties and NaN choose
     as in `torch.nn.functional.max_pool3d`. Derivatives of every order, in both modes.
 
@@ -84,16 +86,28 @@ def conv3d_max_pool(
     call = remembered(_calls, _pooled_call, input, weight, bias, *geometry, activation, negative_slope, *pool_sizes)
     if call is not None:
         return call(input, weight, bias)
+    if is_hidden_by_vmap():
+        with outside_autocast():
+            return _by_the_operator(input, weight, bias, geometry, activation, negative_slope, pool_sizes)
+    return _by_the_operator(input, weight, bias, geometry, activation, negative_slope, pool_sizes)
+
+
+def _by_the_operator(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: tuple[Any, ...],
+    activation: Activation,
+    negative_slope: float,
+    pool_sizes: tuple[Any, ...],
+) -> Tensor:
     pool = _pool_of(*pool_sizes)
     check_activation(activation, negative_slope)
-    elsewhere = is_recorded_for_elsewhere()
-    args = None if elsewhere else conv3d_arguments(input, weight, bias, stride, padding, dilation, groups)
+    args = None if is_recorded_for_elsewhere() else conv3d_arguments(input, weight, bias, *geometry)
     if args is None or not _fits(pool, input, weight, *args[:3]):
         # Most often torch has an error to word.
-        dense = fused_ops.APPLY[activation](
-            conv3d(input, weight, bias, stride, padding, dilation, groups), negative_slope
-        )
-        return F.max_pool3d(dense, pool.window, pool.stride, pool.padding, 1, ceil_mode)
+        dense = fused_ops.APPLY[activation](conv3d(input, weight, bias, *geometry), negative_slope)
+        return F.max_pool3d(dense, pool.window, pool.stride, pool.padding, 1, pool.ceil_mode)
     batched = input if input.dim() == 5 else input.unsqueeze(0)
     sizes = (*args, activation, negative_slope, pool.window, pool.stride, pool.padding, pool.ceil_mode)
     y: Tensor = fused_ops.conv3d_max_pool(batched, weight, bias, *sizes)[0]

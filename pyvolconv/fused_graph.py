@@ -24,7 +24,11 @@ Called = list[tuple[str, nn.Module]]
 
 
 def _leaky_relu(input: Any, negative_slope: Any = 0.01, inplace: Any = False) -> nn.Module:
-    return nn.LeakyReLU(negative_slope)
+    return nn.LeakyReLU(negative_slope, inplace)
+
+
+def _leaky_relu_in_place(input: Any, negative_slope: Any = 0.01) -> nn.Module:
+    return nn.LeakyReLU(negative_slope, inplace=True)
 
 
 def _gelu(input: Any, approximate: Any = "none") -> nn.Module:
@@ -61,7 +65,7 @@ _MODULE_OF: dict[Any, Callable[..., nn.Module]] = {
     "relu": _relu,
     "relu_": _relu,
     F.leaky_relu: _leaky_relu,
-    F.leaky_relu_: _leaky_relu,
+    F.leaky_relu_: _leaky_relu_in_place,
     F.silu: _silu,
     F.gelu: _gelu,
     F.max_pool3d: _max_pool3d,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .autocast import DEVICES
 from .fused_ops import (
     conv3d_max_pool,
     conv3d_max_pool_grad_input,
@@ -99,5 +100,5 @@ for _operator, _vmap, _count in (
 ):
     torch.library.register_vmap(_operator, _vmap, lib=library)
     register_flop_formula(_operator.overloadpacket)(_count)
-    for _device in ("cpu", "cuda"):
+    for _device in DEVICES:
         library.impl(_operator, autocast_kernel(_operator, _device), f"Autocast{_device.upper()}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .autocast import DEVICES, KEYS, dtype_in_autocast
 from .ops import conv3d, conv3d_grad_input, conv3d_grad_weight, conv3d_problem, library
 
 
@@ -98,19 +99,15 @@ def _vmap_conv3d_grad_weight(
 
 
 def autocast_kernel(operator: Any, device_type: str) -> Callable[..., Tensor]:
-    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
+    """The operator's kernel at the Autocast key: it casts operands, as torch's lower-precision list does."""
 
     def cast(argument: Any) -> Any:
-        # As torch's own lower-precision list does: floating-point tensors of this device, but not float64.
-        if not isinstance(argument, Tensor) or argument.device.type != device_type:
-            return argument
-        if not argument.is_floating_point() or argument.dtype == torch.float64:
-            return argument
-        return argument.to(torch.get_autocast_dtype(device_type))
+        return argument.to(dtype_in_autocast(argument)) if isinstance(argument, Tensor) else argument
 
     def kernel(*args: Any) -> Tensor:
-        with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return operator(*map(cast, args))  # type: ignore[no-any-return]
+        cast_args = [cast(argument) for argument in args]
+        with torch._C._ExcludeDispatchKeyGuard(KEYS[device_type]):
+            return operator(*cast_args)  # type: ignore[no-any-return]
 
     return kernel
 
@@ -143,5 +140,5 @@ for _operator, _vmap, _count in (
 ):
     torch.library.register_vmap(_operator, _vmap, lib=library)
     register_flop_formula(_operator.overloadpacket)(_count)
-    for _device in ("cpu", "cuda"):
+    for _device in DEVICES:
         library.impl(_operator, autocast_kernel(_operator, _device), f"Autocast{_device.upper()}")

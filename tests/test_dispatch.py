@@ -15,7 +15,7 @@ from pyvolconv.backends import registry as registry_module
 from pyvolconv.backends.base import Accuracy, Backend
 from pyvolconv.backends.registry import REGISTRY, select
 from pyvolconv.errors import UnsupportedProblemError
-from pyvolconv.problem import PASSES, ConvProblem
+from pyvolconv.problem import LAYOUTS, PASSES, ConvProblem
 
 PROBLEM = ConvProblem.parse("cpu-float32-ncdhw-n2ic16oc16-i4x5x6-k3-p1")
 
@@ -289,3 +289,18 @@ def test_choices_do_not_pile_up():
     for batch in range(1, 5001):
         dispatch.choose(PROBLEM.with_(batch=batch), "forward")
     assert dispatch._choose.cache_info().currsize < 5000
+
+
+@pytest.mark.parametrize(
+    "text", ["n1ic3oc1-i1x1x1-k1-s2-p1", "n2ic16oc16-i1x1x1-k2-s9-p8-d9", "n1g3ic9oc9-i1x2x1-k1x3x1-s3-p2"]
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_problem_that_is_all_padding_has_a_backend(text, dtype, layout, pass_, monkeypatch):
+    """No output voxel meets an input voxel: there is nothing to divide a cost by."""
+    problem = ConvProblem.parse(f"cpu-{dtype}-{layout}-{text}")
+    for fast in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
+        for backend in REGISTRY:
+            if not backend.unsupported_reasons(problem, pass_):
+                assert 0 < backend.expected_efficiency(problem, pass_) < 10

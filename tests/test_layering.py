@@ -15,7 +15,7 @@ import pyvolconv
 PACKAGE = Path(pyvolconv.__file__).parent
 REPOSITORY = PACKAGE.parent
 FLOORS = (
-    ("epilogue", "precision", "host", "kernels", "_C"),
+    ("autocast", "epilogue", "precision", "host", "kernels", "_C"),
     ("problem",),
     ("errors", "tuned_file"),
     ("backends",),

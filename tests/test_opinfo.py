@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 from torch.autograd import gradcheck, gradgradcheck
+from torch.func import jvp, vmap
 
 import pyvolconv
 
@@ -85,9 +86,10 @@ def test_results(name, dtype):
         assert_close(got, expected, dtype)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [cell for cell in CELLS if cell.values[1].is_floating_point or cell.values[1].is_complex]
-)
+DIFFERENTIABLE = [cell for cell in CELLS if cell.values[1].is_floating_point or cell.values[1].is_complex]
+
+
+@pytest.mark.parametrize(("name", "dtype"), DIFFERENTIABLE)
 def test_gradients(name, dtype):
     for sample in samples(name, dtype, requires_grad=True):
         inputs = differentiable(sample)
@@ -100,6 +102,58 @@ def test_gradients(name, dtype):
         )
         for gradient, theirs in pairs:
             assert_close(gradient, theirs, dtype)
+
+
+def functions(name, sample):
+    """(ours, theirs) of the sample's tensors alone, and those tensors."""
+    tensors = [sample.input, *(arg for arg in sample.args if isinstance(arg, torch.Tensor))]
+    rest = sample.args[len(tensors) - 1 :]
+    pair = [lambda *args, f=f: f(*args, *rest, **sample.kwargs) for f in (FUNCTIONS[name], OPINFOS[name].op)]
+    return *pair, [tensor.detach() for tensor in tensors]
+
+
+@pytest.mark.parametrize(("name", "dtype"), DIFFERENTIABLE)
+def test_forward_mode(name, dtype):
+    for sample in samples(name, dtype):
+        ours, theirs, tensors = functions(name, sample)
+        tangents = tuple(torch.randn_like(tensor) for tensor in tensors)
+        pairs = zip(jvp(ours, tuple(tensors), tangents), jvp(theirs, tuple(tensors), tangents), strict=True)
+        for got, expected in pairs:
+            assert_close(got, expected, dtype)
+
+
+@pytest.mark.parametrize(("name", "dtype"), DIFFERENTIABLE)
+def test_second_derivatives(name, dtype):
+    for sample in samples(name, dtype):
+        ours, theirs, tensors = functions(name, sample)
+        leaves = [tensor.requires_grad_() for tensor in tensors]
+        cotangent = torch.randn_like(theirs(*leaves)).detach().requires_grad_()
+        seconds = [torch.randn_like(leaf) for leaf in leaves]
+        results = []
+        for function in (ours, theirs):
+            first = torch.autograd.grad(function(*leaves), leaves, cotangent, create_graph=True)
+            with_graph = [(one, second) for one, second in zip(first, seconds, strict=True) if one.requires_grad]
+            several, cotangents = zip(*with_graph, strict=True)
+            # The gradients of empty operands do not depend on anything.
+            results.append(torch.autograd.grad(several, [cotangent, *leaves[:2]], cotangents, allow_unused=True))
+        for got, expected in zip(*results, strict=True):
+            assert (got is None) == (expected is None)
+            if got is not None:
+                assert_close(got, expected, dtype)
+
+
+@pytest.mark.parametrize(("name", "dtype"), CELLS)
+def test_vmap(name, dtype):
+    """Over each operand alone, and over all."""
+    for sample in samples(name, dtype):
+        ours, theirs, tensors = functions(name, sample)
+        for mapped in [*({number} for number in range(len(tensors))), set(range(len(tensors)))]:
+            in_dims = tuple(0 if number in mapped else None for number in range(len(tensors)))
+            several = [
+                torch.stack([tensor, tensor.flip(0), tensor]) if number in mapped else tensor
+                for number, tensor in enumerate(tensors)
+            ]
+            assert_close(vmap(ours, in_dims)(*several), vmap(theirs, in_dims)(*several), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.complex128, marks=pytest.mark.slow)])

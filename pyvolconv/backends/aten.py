@@ -176,7 +176,7 @@ def _onednn_bfloat16_efficiency(problem: ConvProblem, pass_: Pass) -> float:
 
 
 def _inside_share(problem: ConvProblem) -> float:
-    """Which part of the products of output voxels and taps has an input voxel that is not padding."""
+    """Which part of the products of output voxels and taps has an input voxel that is not padding; never zero."""
     share = 1.0
     for size, out, kernel, stride, (begin, _), dilation in zip(
         problem.input_size,
@@ -192,7 +192,7 @@ def _inside_share(problem: ConvProblem) -> float:
             offset = tap * dilation - begin  # of the tap's voxel for output 0
             first, end = max(0, -(offset // stride)), min(out, (size - 1 - offset) // stride + 1)
             inside += max(0, end - first)
-        share *= inside / (out * kernel)
+        share *= max(inside, 1) / (out * kernel)
     return share
 
 

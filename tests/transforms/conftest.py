@@ -1,0 +1,3 @@
+"""Models in pairs."""
+
+from .cases import pair as pair
