@@ -40,7 +40,7 @@ def test_conv_transpose3d(name):
 
 @pytest.mark.parametrize("padding", [2**61, 2**62 - 1])
 def test_a_padding_that_torch_dies_of_or_may_raise_for(padding):
-    assert outcome(pyvolconv.conv3d, padding=padding) is RuntimeError
+    assert issubclass(outcome(pyvolconv.conv3d, padding=padding), RuntimeError)
 
 
 def test_steps_that_are_never_taken():
