@@ -74,7 +74,12 @@ def grad_input(
     grad_output: Tensor, weight: Tensor, stride: Triple, padding: Triple, dilation: Triple, groups: int, grad_x: Tensor
 ) -> None:
     """Write the gradient with respect to the input into grad_x."""
-    if weight.shape[2:] == grad_x.shape[2:] and groups == 1 and not any(padding):
+    if (
+        weight.shape[2:] == grad_x.shape[2:]
+        and math.prod(grad_output.shape[2:]) == 1
+        and groups == 1
+        and not any(padding)
+    ):
         _grad_of_one_window(grad_output, weight, grad_x)
         return
     # (G, C_out / G, C_in / G, taps) -> (G, C_in / G, C_out / G, taps): input channels are what comes out.

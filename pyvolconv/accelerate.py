@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .autotune import tune as time_passes
@@ -72,7 +72,8 @@ def accelerate(model: Model, example_input: Any = None, *, fuse: bool = True, tu
         RuntimeError: results on `example_input` changed in shape or dtype.
         UnsupportedProblemError: a forced backend cannot run a convolution of the example.
         BackendError: a backend failed while it ran one, or was timed.
-        After these and all others the model is as it was.
+        After these and all others the model is as it was. What the model raises on the example has a note that says so
+        (Python 3.11 and newer).
 
     Example:
         >>> import torch, pyvolconv
@@ -89,7 +90,8 @@ def accelerate(model: Model, example_input: Any = None, *, fuse: bool = True, tu
             _swap(model, fuse)
         return model
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    before = forward(model, arguments)
+    with _noted(arguments):
+        before = forward(model, arguments)
     with _all_or_nothing(model):
         _swap(model, fuse)
         after, asked = forward_and_backward(model, arguments)
@@ -111,6 +113,24 @@ def revert(model: Model) -> Model:
     for module in model.modules():
         _revert(module)
     return model
+
+
+@contextmanager
+def _noted(arguments: tuple[Any, ...]) -> Iterator[None]:
+    """Say of an error that it comes from running the example, and what the example was."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "add_note"):
+            given = ", ".join(
+                f"a tensor of {tuple(one.shape)} in {one.dtype}" if isinstance(one, Tensor) else repr(type(one))
+                for one in arguments
+            )
+            error.add_note(
+                f"The model does not run on the example given to accelerate(): {given}. Give a tensor, or a tuple of "
+                "the arguments of its forward; the model is as it was."
+            )
+        raise
 
 
 @contextmanager

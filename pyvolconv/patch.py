@@ -49,6 +49,11 @@ class patch(ContextDecorator, TorchFunctionMode):  # noqa: N801 - used as a func
         (torch.Size([1, 3, 2, 2, 2]), 54.0)
     """
 
+    def __init__(self, *wrapped: Any) -> None:
+        if wrapped:
+            raise TypeError("patch() takes no arguments; to decorate a function write @pyvolconv.patch() above it")
+        super().__init__()
+
     def __torch_function__(
         self,
         func: Callable[..., Any],

@@ -39,6 +39,18 @@ def store_precision(precision: Precision) -> None:
     _precision = precision
 
 
+def multiplies_float32_in_bfloat16() -> bool:
+    """Whether the user lets torch's CPU matrix products of float32 compute in bfloat16; its convolutions then need not.
+
+    That is `torch.set_float32_matmul_precision("medium")`, or `torch.backends.mkldnn.matmul.fp32_precision = "bf16"`.
+
+    Example:
+        >>> multiplies_float32_in_bfloat16()
+        False
+    """
+    return _fp32_precision("mkldnn", "matmul") == "bf16" if _fp32_precision is not None else False
+
+
 def convolves_float32_in_bfloat16() -> bool:
     """Whether the user lets torch's CPU convolutions of float32 compute in bfloat16.
 

@@ -182,6 +182,8 @@ def _where_kept(found: Sequence[Tuned]) -> str:
     place = tuned.location()
     if place is None:
         return f"Not kept: {tuned.OFF_VARIABLE} is set"
+    if (error := tuned.write_error()) is not None:
+        return f"Not kept: {place} cannot be written ({error}); set {tuned.FOLDER_VARIABLE} to a folder that can"
     if all(one.kept for one in found):
         return f"Kept in {place}"
     return "Not kept, as other processes kept cores busy: tune again on a quiet machine, or with --even-if-busy"

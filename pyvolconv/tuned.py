@@ -23,7 +23,7 @@ import torch
 from . import tuned_file
 from .backends.cpp import load_extension
 from .host import processor, version
-from .precision import convolves_float32_in_bfloat16, get_precision
+from .precision import convolves_float32_in_bfloat16, get_precision, multiplies_float32_in_bfloat16
 from .problem import ConvProblem, Pass
 from .tuned_file import Setting, Table
 
@@ -34,6 +34,7 @@ logger = logging.getLogger("pyvolconv")
 _lock = threading.Lock()
 _tables: dict[Setting, Table] | None = None
 _complained = False
+_write_error: str | None = None
 
 
 def milliseconds(problem: ConvProblem, pass_: Pass) -> Mapping[str, float]:
@@ -49,6 +50,7 @@ def milliseconds(problem: ConvProblem, pass_: Pass) -> Mapping[str, float]:
 
 def remember(found: Mapping[tuple[ConvProblem, Pass], Mapping[str, float]], *, keep: bool = True) -> None:
     """Take in times that were measured just now, in milliseconds by backend name; with `keep` add them to the file."""
+    global _write_error
     tables = _loaded()
     by_setting: dict[Setting, Table] = {}
     for (problem, pass_), times in found.items():
@@ -63,8 +65,13 @@ def remember(found: Mapping[tuple[ConvProblem, Pass], Mapping[str, float]], *, k
         if path is not None:
             try:
                 tuned_file.add(path, setting, table)
+                _write_error = None
             except OSError as error:
-                _complain(f"tuned choices cannot be kept in {path} ({error}); they hold in this process only")
+                _write_error = str(error)
+                _complain(
+                    f"tuned choices cannot be kept in {path} ({error}); they hold in this process only: set "
+                    f"{FOLDER_VARIABLE} to a folder that can be written"
+                )
 
 
 def location() -> Path | None:
@@ -75,6 +82,11 @@ def location() -> Path | None:
     return Path(folder) / "tuned.json"
 
 
+def write_error() -> str | None:
+    """Why the last times of this process could not be kept, or None."""
+    return _write_error
+
+
 def count() -> int:
     """How many problems have times that hold here and now, on the CPU."""
     return len(_loaded().get(current_setting("cpu"), {}))
@@ -82,9 +94,9 @@ def count() -> int:
 
 def forget() -> None:
     """Drop what is in memory, so that the file is read again when next asked for."""
-    global _tables, _complained
+    global _tables, _complained, _write_error
     with _lock:
-        _tables, _complained = None, False
+        _tables, _complained, _write_error = None, False, None
 
 
 def current_setting(device: str) -> Setting:
@@ -94,7 +106,9 @@ def current_setting(device: str) -> Setting:
         processor=torch.cuda.get_device_name() if device == "cuda" else _processor(),
         isa="none" if extension is None else extension.current_isa(),
         threads=torch.get_num_threads(),
-        precision=get_precision() + (", float32 in bfloat16" if convolves_float32_in_bfloat16() else ""),
+        precision=get_precision()
+        + (", float32 in bfloat16" if convolves_float32_in_bfloat16() else "")
+        + (", its products in bfloat16" if multiplies_float32_in_bfloat16() else ""),
         pyvolconv=_version(),
         torch=str(torch.__version__),
         extension=_digest(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections import OrderedDict
 
 import pytest
@@ -284,9 +285,11 @@ def test_example_input(net, x):
 
 def test_example_input_that_the_model_refuses_changes_nothing(net):
     kinds = [type(module) for module in net.modules()]
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError) as refused:
         pyvolconv.accelerate(net, torch.randn(2, 3, 4, 5, 6))
     assert [type(module) for module in net.modules()] == kinds
+    if sys.version_info >= (3, 11):
+        assert "given to accelerate(): a tensor of (2, 3, 4, 5, 6) in torch.float32" in refused.value.__notes__[0]
 
 
 def test_example_input_that_a_forced_backend_refuses_undoes_this_call(x):

@@ -7,9 +7,12 @@ import math
 import pytest
 import torch
 
+from pyvolconv.backends.base import MEMORY_FORMAT
 from pyvolconv.backends.im2col import Im2colBackend
+from pyvolconv.backends.registry import select
+from pyvolconv.dispatch import choose
 from pyvolconv.kernels import im2col
-from pyvolconv.problem import PASSES, ConvProblem
+from pyvolconv.problem import LAYOUTS, PASSES, ConvProblem
 
 BACKEND = Im2colBackend()
 TILED = (
@@ -96,3 +99,31 @@ def test_declared_accuracy_follows_the_switch_of_matmul():
     finally:
         torch.set_float32_matmul_precision(precision)
     assert BACKEND.accuracy(problem, "forward").accumulate_dtype == "float32"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("text", ["n5ic3oc7-i2x4x5-k2x4x5-s2x4x5", "n2ic3oc4-i2-k2-p0+1", "n0ic3oc4-i2-k2"])
+def test_a_window_that_is_the_whole_input(text, layout):
+    """One matrix product in each pass, but for padding at the end, which makes several windows."""
+    problem = ConvProblem.parse(f"cpu-float64-{layout}-{text}")
+    x, w, grad = (
+        torch.randn(shape, dtype=torch.float64).contiguous(memory_format=MEMORY_FORMAT[layout])
+        for shape in (problem.input_shape, problem.weight_shape, problem.output_shape)
+    )
+    ours, torchs = select("im2col")[0], select("aten")[0]
+    for pass_, operands in {"forward": (x, w, None), "grad_input": (grad, w), "grad_weight": (grad, x)}.items():
+        result, expected = (getattr(backend, pass_)(problem, *operands) for backend in (ours, torchs))
+        torch.testing.assert_close(result, expected)
+        assert result.is_contiguous(memory_format=MEMORY_FORMAT[layout])
+
+
+def test_narrow_matrix_products_are_not_taken_for_convolutions():
+    problem = ConvProblem.parse("cpu-float32-ncdhw-n64ic3oc96-i8-k8")
+    assert choose(problem, "forward").name == "im2col"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert choose(problem, "forward").name != "im2col"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert choose(problem, "forward").name == "im2col"

@@ -104,8 +104,14 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("dynamic", "compiler"),
+    [
+        (True, "aot_eager"),
+        pytest.param(False, "aot_eager", marks=pytest.mark.slow),
+        pytest.param(True, "inductor", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compile_whole_graph(large, dynamic, compiler):
     check_compiled(large, dynamic, compiler)

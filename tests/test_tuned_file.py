@@ -182,6 +182,10 @@ def test_folder_that_cannot_be_made_is_one_warning(tmp_path, monkeypatch, warnin
         tuned.remember({(PROBLEM, "forward"): TIMES})
     assert dispatch.choose(PROBLEM, "forward").name == "im2col"
     assert len(warnings()) == 1
+    assert "Not a directory" in tuned.write_error()
+    monkeypatch.setenv("PYVOLCONV_CACHE_DIR", str(tmp_path / "cache"))
+    tuned.remember({(PROBLEM, "forward"): TIMES})
+    assert tuned.write_error() is None
 
 
 def test_lock_that_is_never_given_back_is_one_warning(file, warnings, monkeypatch):

@@ -173,6 +173,11 @@ def test_as_a_decorator(x, w):
     assert not is_patched(x, w)
 
 
+def test_a_decorator_without_its_parentheses():
+    with pytest.raises(TypeError, match=r"write @pyvolconv.patch\(\) above it"):
+        pyvolconv.patch(lambda: None)
+
+
 def test_blocks_are_of_one_thread(x, w):
     inside, outside = threading.Event(), threading.Event()
     seen = []
