@@ -158,3 +158,14 @@ def test_functions(name):
         expected = outcome(getattr(F, name), first, second, bias, *rest)
         assert isinstance(expected, Exception)
         assert_same_outcome(outcome(getattr(pyvolconv, name), first, second, bias), expected)
+
+
+@pytest.mark.parametrize("name", ["conv3d", "conv_transpose3d"])
+def test_functions_with_missing_or_unknown_arguments(name):
+    """Torch prints its signatures then; ours is a function of Python, whose words name the argument."""
+    x, w = torch.randn(1, 4, 5, 6, 7), torch.randn(4, 4, 3, 3, 3)
+    for arguments, options, words in [((x,), {}, "weight"), ((x, w), {"foo": 1}, "foo")]:
+        with pytest.raises(TypeError):
+            getattr(F, name)(*arguments, **options)
+        with pytest.raises(TypeError, match=words):
+            getattr(pyvolconv, name)(*arguments, **options)
