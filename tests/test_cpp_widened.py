@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from pyvolconv.backends import aten, cpp_widened
+from pyvolconv.backends import aten, aten_efficiency, cpp_widened
 from pyvolconv.backends.cpp_widened import CppWidened
 from pyvolconv.dispatch import choose
 from pyvolconv.problem import LAYOUTS, PASSES, ConvProblem
@@ -59,7 +59,7 @@ def test_weights_do_not_make_parts_smaller(pass_):
 def test_float16_does_not_run_in_a_scalar_loop(pass_, require):
     problem = ConvProblem.parse("cpu-float16-ndhwc-n4ic32oc32-i16-k3-p1")
     require(WIDENED, problem, pass_)
-    if aten._has_float16():
+    if aten_efficiency._has_float16():
         pytest.skip("oneDNN has float16 kernels here")
     assert choose(problem, pass_).name == "cpp.widened"
 
@@ -77,7 +77,7 @@ def test_share_of_products_inside(text):
             for tap in range(problem.kernel_size[axis])
         ]
         share *= sum(0 <= position < problem.input_size[axis] for position in positions) / len(positions)
-    assert aten._inside_share(problem) == pytest.approx(share)
+    assert aten_efficiency._inside_share(problem) == pytest.approx(share)
 
 
 def test_every_expectation_is_positive():

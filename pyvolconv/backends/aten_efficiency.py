@@ -1,0 +1,154 @@
+"""What share of the machine's float32 FMA peak torch's own kernels are expected to reach: the cost model of `aten`.
+
+The numbers are fitted to measurements (docs/performance.md). On the CPU float32 and bfloat16 run in oneDNN, unless
+torch leaves it alone; float64 and grouped gradients in im2col or a loop, float16 in a scalar loop without AVX512_FP16.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..host import starts_two_wide_fmas
+from ..problem import ConvProblem, Pass
+
+
+def share_of_peak(problem: ConvProblem, pass_: Pass) -> float:
+    """Expected FLOPs per second over the FMA peak of float32."""
+    if problem.device == "cpu":
+        if problem.dtype == "float64":
+            return 0.04
+        if problem.dtype == "float16" and not _has_float16():
+            return 0.1 if pass_ == "grad_weight" else 0.01
+        if problem.groups > 1 and pass_ != "forward":
+            return 0.02
+        if _is_depthwise_of_whole_vectors(problem) and starts_two_wide_fmas():
+            return 0.2
+        if problem.dtype == "bfloat16" and torch.cpu._is_avx512_bf16_supported():
+            return _bfloat16(problem, pass_)
+        if problem.dtype == "float32" and problem.groups == 1 and not _falls_to_im2col(problem):
+            return _float32_gradient_of_weight(problem) if pass_ == "grad_weight" else _float32(problem, pass_)
+    lanes = min(problem.in_channels, problem.out_channels) // problem.groups
+    return 0.5 if lanes >= 16 else 0.1
+
+
+def call_overhead(problem: ConvProblem, pass_: Pass) -> float:
+    """What a call of torch's kernels takes longer than one of ours, in times of the problem's FLOPs at peak."""
+    return (5e6 if starts_two_wide_fmas() else 5e5) / max(problem.flops(pass_), 1)
+
+
+def _is_depthwise_of_whole_vectors(problem: ConvProblem) -> bool:
+    """What oneDNN has a kernel for that only memory holds up, with few taps sooner than ours."""
+    depthwise = problem.groups == problem.in_channels == problem.out_channels and problem.in_channels % 16 == 0
+    few = math.prod(problem.kernel_size) <= 27
+    return depthwise and few and problem.dtype == "float32" and problem.layout == "ndhwc"
+
+
+def _float32(problem: ConvProblem, pass_: Pass) -> float:
+    """Forward and grad_input of oneDNN without groups.
+
+    With 16 channels and more they run at 0.93 of peak (ncdhw 0.9), channels rounded up to whole vectors of 16, and
+    leave out taps that lie in the padding; memory takes the time of 12 FLOPs for each byte to be moved, of 5 where a
+    product needs no window. Touching windows are slower, in ncdhw much. Where two wide FMAs start per cycle, a byte
+    takes the time of 2.5 times as many FLOPs, and large kernels from few channels reach 0.7.
+    """
+    ndhwc, moved = problem.layout == "ndhwc", _moved(problem, pass_)
+    if pass_ == "forward" and _is_large_from_few_channels(problem):
+        return 0.7
+    channels = min(problem.in_channels, problem.out_channels)
+    if problem.kernel_size == (1, 1, 1) and (channels >= 16 or ndhwc):
+        return 1 / (1 / 0.85 + 5 * moved)
+    if channels < 16:
+        return 0.1
+    if problem.kernel_size not in ((1, 1, 1), problem.stride):
+        reached = 0.93 if ndhwc else 0.9
+    elif not ndhwc:
+        reached = 0.4
+    elif starts_two_wide_fmas():
+        reached = 0.85 if pass_ == "forward" else 0.6
+    else:
+        reached = 0.7
+    return 1 / (_inside_share(problem) / (reached * _used_of_vectors(problem)) + 12 * moved)
+
+
+def _float32_gradient_of_weight(problem: ConvProblem) -> float:
+    """That of oneDNN without groups: in ndhwc nearly as good as ours, and better where much is padding."""
+    cheap = starts_two_wide_fmas()
+    if _is_large_from_few_channels(problem) and problem.out_channels < 16:
+        return 0.7
+    channels = min(problem.in_channels, problem.out_channels)
+    dense = problem.stride == problem.dilation == (1, 1, 1) and min(problem.kernel_size) > 1
+    if dense and problem.layout == "ndhwc" and 8 <= channels <= 192:
+        return 0.72 * max(_used_of_vectors(problem), 0.8 if cheap else 0.5) / _inside_share(problem)
+    if channels < 16:
+        return 0.1
+    if not cheap:
+        return 0.5
+    return 1 / (2 + (5 if problem.kernel_size == (1, 1, 1) else 12) * _moved(problem, "grad_weight"))
+
+
+def _is_large_from_few_channels(problem: ConvProblem) -> bool:
+    return starts_two_wide_fmas() and problem.in_channels <= 4 and math.prod(problem.kernel_size) >= 49
+
+
+def _moved(problem: ConvProblem, pass_: Pass) -> float:
+    """Bytes per FLOP, dearer where arithmetic is cheap."""
+    return (2.5 if starts_two_wide_fmas() else 1.0) * problem.min_bytes(pass_) / problem.flops(pass_)
+
+
+def _used_of_vectors(problem: ConvProblem) -> float:
+    """Share in use of channels rounded up to whole vectors of 16."""
+    return min(count / (-(-count // 16) * 16) for count in (problem.in_channels, problem.out_channels))
+
+
+def _bfloat16(problem: ConvProblem, pass_: Pass) -> float:
+    """The same in bfloat16, with AVX512_BF16: 1.9 of float32 FMA peak, 1.7 for the weight gradient.
+
+    Memory takes the time of 16 FLOPs for each byte to be moved, of 50 in ncdhw, which is reordered before and after.
+    """
+    sources, targets = problem.in_channels // problem.groups, problem.out_channels // problem.groups
+    if pass_ == "grad_input":
+        sources, targets = targets, sources
+    if sources < 3:
+        return 0.2
+    used = targets / (-(-targets // 16) * 16)
+    if pass_ == "grad_weight":
+        dense = max(problem.dilation) == 1 and problem.kernel_size != problem.stride
+        reached = 1.7 * max(used, 0.5) if dense else 0.5
+    else:
+        reached = 1.9 * used / _inside_share(problem)
+    moved = problem.min_bytes(pass_) / problem.flops(pass_)
+    return 1 / (1 / reached + (16 if problem.layout == "ndhwc" else 50) * moved)
+
+
+def _inside_share(problem: ConvProblem) -> float:
+    """Which part of the products of output voxels and taps has an input voxel that is not padding; never zero."""
+    share = 1.0
+    for size, out, kernel, stride, (begin, _), dilation in zip(
+        problem.input_size,
+        problem.output_size,
+        problem.kernel_size,
+        problem.stride,
+        problem.padding,
+        problem.dilation,
+        strict=True,
+    ):
+        inside = 0
+        for tap in range(kernel):
+            offset = tap * dilation - begin  # of the tap's voxel for output 0
+            first, end = max(0, -(offset // stride)), min(out, (size - 1 - offset) // stride + 1)
+            inside += max(0, end - first)
+        share *= max(inside, 1) / (out * kernel)
+    return share
+
+
+def _falls_to_im2col(problem: ConvProblem) -> bool:
+    """Torch leaves oneDNN alone for one small sample (`use_mkldnn` in ATen/native/Convolution.cpp)."""
+    values = problem.in_channels * problem.input_size[0] * problem.input_size[1]
+    return problem.batch == 1 and max(problem.kernel_size) <= 3 and values <= 20480
+
+
+def _has_float16() -> bool:
+    """Whether oneDNN has float16 kernels for this processor (those of avx512_fp16 and above)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
