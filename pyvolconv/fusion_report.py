@@ -40,6 +40,8 @@ class FusionReport:
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
+        if not self.rows:
+            return "The model has no 3-D convolution."
         table = [("module", "became", "why not more"), *((r.module, r.became, r.why_not) for r in self.rows)]
         widths = [max(len(line[column]) for line in table) for column in range(3)]
         table.insert(1, ("-" * widths[0], "-" * widths[1], "-" * widths[2]))

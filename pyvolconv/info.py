@@ -12,7 +12,7 @@ import torch
 
 from . import tuned
 from .cost.machine import openmp_runtimes, versions
-from .dispatch import backends
+from .dispatch import ENVIRONMENT_VARIABLE, backends, use_backend
 from .host import processor
 from .problem import PASSES, ConvProblem, Pass
 
@@ -45,7 +45,7 @@ class BackendInfo:
 
 
 def installation() -> dict[str, str]:
-    """Versions, processor, instruction set, threads, OpenMP, GPU and cache location: label to value."""
+    """Versions, processor, instruction set, threads, OpenMP, GPU, cache location, forced backend: label to value."""
     return {
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "platform": platform.platform(),
@@ -55,6 +55,7 @@ def installation() -> dict[str, str]:
         "OpenMP": openmp_runtimes(),
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
         "cache": _tuned(),
+        "forced backend": _forced(),
     }
 
 
@@ -93,6 +94,17 @@ def _tuned() -> str:
     except ValueError as error:
         return f"not known: {error}"
     return f"{problems}, kept in {place}" if place else f"{problems}; {tuned.OFF_VARIABLE} is set, so none are kept"
+
+
+def _forced() -> str:
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not name:
+        return "none"
+    try:
+        with use_backend(name):
+            return f"{name}, by {ENVIRONMENT_VARIABLE}"
+    except ValueError as error:
+        return f"{ENVIRONMENT_VARIABLE}={name}: {error}"
 
 
 def _isa() -> str:

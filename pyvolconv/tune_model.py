@@ -39,9 +39,7 @@ def find_model(name: str, shapes: Sequence[tuple[int, ...]]) -> nn.Module:
     """
     if name == BUILT_IN:
         return build("cnn", shapes[0][2:] if len(shapes[0]) == 5 else MISSION_SIZE)
-    module_name, colon, path = name.partition(":")
-    if not (module_name and colon and path):
-        raise ValueError(f"{name!r} names no model; expected {BUILT_IN!r} or 'package.module:callable'")
+    module_name, path = _split(name)
     # As `python -m` does: a command that is installed does not look into the folder where it is called.
     sys.path.insert(0, str(Path.cwd()))
     try:
@@ -68,6 +66,13 @@ def _call(name: str, make: Callable[[], object]) -> object:
     return make()
 
 
+def _split(name: str) -> tuple[str, str]:
+    module_name, colon, path = name.partition(":")
+    if not (module_name and colon and path):
+        raise ValueError(f"{name!r} names no model; expected {BUILT_IN!r} or 'package.module:callable'")
+    return module_name, path
+
+
 def parse_inputs(name: str, inputs: Sequence[str]) -> list[tuple[int, ...]]:
     """Shapes out of texts like "2,1,32,64,64"; those of the built-in model where none is given.
 
@@ -81,6 +86,7 @@ def parse_inputs(name: str, inputs: Sequence[str]) -> list[tuple[int, ...]]:
     if not inputs:
         if name == BUILT_IN:
             return [(32, 1, *MISSION_SIZE)]
+        _split(name)
         raise ValueError("give the shape of the model's input: --input N,C,D,H,W")
     shapes = []
     for text in inputs:

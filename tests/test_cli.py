@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import pyvolconv
 from pyvolconv.cli import app
 from pyvolconv.cost import busy
-from pyvolconv.info import backend_infos
+from pyvolconv.info import backend_infos, installation
 
 COMMANDS = ("compare", "info", "profile", "tune")
 
@@ -62,8 +62,23 @@ def test_info_names_every_backend_and_why_it_cannot_run(run):
     if not able["cpp.direct"].reason:
         assert able["cpp.first_layer"].scope == "from 1 channel: forward, grad_weight"
         assert able["cpp.widened"].scope == "float16"
-    for label in ("versions", "instruction set", "threads", "OpenMP", "GPU", "cache"):
+    for label in ("versions", "instruction set", "threads", "OpenMP", "GPU", "cache", "forced backend"):
         assert label in words
+
+
+def test_info_says_which_backend_is_forced(monkeypatch):
+    monkeypatch.delenv("PYVOLCONV_BACKEND", raising=False)
+    assert installation()["forced backend"] == "none"
+    monkeypatch.setenv("PYVOLCONV_BACKEND", "im2col")
+    assert installation()["forced backend"] == "im2col, by PYVOLCONV_BACKEND"
+    monkeypatch.setenv("PYVOLCONV_BACKEND", "im2cool")
+    assert "PYVOLCONV_BACKEND=im2cool: " in installation()["forced backend"]
+    assert "im2col" in installation()["forced backend"]
+
+
+def test_tune_refuses_a_name_before_it_asks_for_sizes(run):
+    assert "'cnm' names no model" in run("tune", "cnm").output
+    assert "--input N,C,D,H,W" in run("tune", "package:model").output
 
 
 def test_info_says_why_a_backend_cannot_run(monkeypatch):

@@ -84,6 +84,10 @@ def test_report_is_a_table():
     ]
 
 
+def test_report_of_a_model_without_convolutions():
+    assert str(pyvolconv.fusion_report(pyvolconv.accelerate(nn.Linear(2, 2)))) == "The model has no 3-D convolution."
+
+
 def test_report_refuses_what_is_no_module():
     with pytest.raises(TypeError, match=r"fusion_report\(\) takes a torch.nn.Module, got int"):
         pyvolconv.fusion_report(3)
