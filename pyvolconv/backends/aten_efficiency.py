@@ -18,7 +18,7 @@ def share_of_peak(problem: ConvProblem, pass_: Pass) -> float:
     """Expected FLOPs per second over the FMA peak of float32."""
     if problem.device == "cpu":
         if problem.dtype == "float64":
-            return 0.04
+            return 0.5 if problem.kernel_size == (1, 1, 1) and problem.groups == 1 else 0.04  # a product, or im2col
         if problem.dtype == "float16" and not _has_float16():
             return 0.1 if pass_ == "grad_weight" else 0.01
         if problem.groups > 1 and pass_ != "forward":
@@ -42,7 +42,7 @@ def _is_depthwise_of_whole_vectors(problem: ConvProblem) -> bool:
     """What oneDNN has a kernel for that only memory holds up, with few taps sooner than ours."""
     depthwise = problem.groups == problem.in_channels == problem.out_channels and problem.in_channels % 16 == 0
     few = math.prod(problem.kernel_size) <= 27
-    return depthwise and few and problem.dtype == "float32" and problem.layout == "ndhwc"
+    return depthwise and few and problem.dtype in ("float32", "float16") and problem.layout == "ndhwc"
 
 
 def _float32(problem: ConvProblem, pass_: Pass) -> float:
