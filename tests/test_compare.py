@@ -330,7 +330,8 @@ def test_memory_of_a_step_is_its_peak_and_not_what_lay_free():
         held.clear()
 
     for _ in range(3):
-        assert 2 << 24 <= peak_memory(replace(one, step=step)) < 3 << 24
+        # The system counts pages in batches for each processor, so that a MiB may be missing.
+        assert (2 << 24) - (1 << 20) <= peak_memory(replace(one, step=step)) < 3 << 24
     assert peak_memory(replace(one, samples=4)) is None
 
 
