@@ -5,7 +5,8 @@
 
 namespace pvc {
 
-// Of the second-level cache of one core; 0 where the system does not say.
+// Of the first-level data cache and of the second-level cache of one core; 0 where the system does not say.
+int64_t l1_bytes();
 int64_t l2_bytes();
 
 }  // namespace pvc
