@@ -107,7 +107,9 @@ def _headline(result: ComparisonResult) -> str:
         return "The run ended before torch's CNN and the LSTM were both timed, so there is no answer yet."
     start = wording.ratio(torch_default.milliseconds / lstm_default.milliseconds)
     sentence = f"With torch as installed, a training step of the 3D CNN takes {start} as long as one of the LSTM"
-    if ours is None or lstm_kept is None:
+    if ours is None:
+        return f"{sentence}. No path of pyvolconv was timed; the notes say why."
+    if lstm_kept is None:
         return sentence + "."
     pages = ", with pages kept for both," if result.after == "kept" and result.before != "kept" else ""
     return (

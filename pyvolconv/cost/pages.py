@@ -107,8 +107,9 @@ def keep_pages() -> KeepPages:
     another allocator) nothing is changed and `.reason` says why.
 
     Example:
-        >>> with keep_pages() as kept:
-        ...     kept.active == pages_kept()
+        >>> import pyvolconv
+        >>> with pyvolconv.keep_pages() as kept:  # or without a block, for the rest of the process
+        ...     kept.active or kept.reason != ""
         True
     """
     global _holders
