@@ -46,16 +46,17 @@ def test_two_wide_fmas(fields, expected, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "dear", "cheap_choice"),
     [
-        ("n2ic64oc64-i16x28x28-k3x1x1-p1x0x0", "cpp.winograd", "aten"),  # too few taps to pay for moving the data
-        ("n8ic160oc320-i8x7x7-k3-p1", "cpp.winograd", "aten"),  # few voxels under many weights
-        ("n2ic64oc64-i32-k3-p1", "cpp.winograd", "cpp.winograd"),
+        ("ndhwc-n2ic64oc64-i16x28x28-k3x1x1-p1x0x0", "cpp.winograd", "aten"),  # too few taps to pay for moving the data
+        ("ndhwc-n8ic160oc320-i8x7x7-k3-p1", "cpp.winograd", "aten"),  # few voxels under many weights
+        ("ndhwc-n2ic64oc64-i32-k3-p1", "cpp.winograd", "cpp.winograd"),
+        ("ncdhw-n32ic16oc24-i15x15x30-k3-p1", "cpp.winograd", "cpp.winograd"),
     ],
 )
 def test_what_is_moved_weighs_more_where_arithmetic_is_cheap(text, dear, cheap_choice, cheap):
     extension, _ = cpp.load_extension()
     if extension is None or extension.current_isa() != "avx512":
         pytest.skip("the kernels in use have no 64-byte vectors")
-    problem = ConvProblem.parse(f"cpu-float32-ndhwc-{text}")
+    problem = ConvProblem.parse(f"cpu-float32-{text}")
     for answer, expected in ((False, dear), (True, cheap_choice)):
         cheap(answer)
         assert choose(problem, "forward").name == expected

@@ -194,7 +194,7 @@ def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes:
     splits of the tiles unless there are many blocks.
 
     Where two wide FMAs start per cycle (`cheap`), the products run at 0.66 of that, and what is moved takes as long as
-    14 (ncdhw: 20) products, 7 (10) in grad_weight, with few taps longer, and the products are held up by weights
+    14 (ncdhw: 15) products, 7 (8) in grad_weight, with few taps longer, and the products are held up by weights
     beyond 9 MiB; transforming a weight takes 180 per point.
     """
     lanes = vector_bytes // DTYPE_BYTES[problem.dtype]
@@ -212,7 +212,7 @@ def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes:
     if cheap:
         each = 7.0 if pass_ == "grad_weight" else 14.0 * (27 / taps) ** 0.75
     if problem.layout == "ncdhw":
-        each *= 1.44
+        each *= 1.1 if cheap else 1.44
     strides = math.prod(problem.stride)
     moving = each * (1 / channels[0] + strides / channels[1]) / 2
     finishing = 180.0 if cheap else 8.0
