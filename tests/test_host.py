@@ -48,6 +48,7 @@ def test_two_wide_fmas(fields, expected, monkeypatch):
     [
         ("ndhwc-n2ic64oc64-i16x28x28-k3x1x1-p1x0x0", "cpp.winograd", "aten"),  # too few taps to pay for moving the data
         ("ndhwc-n8ic160oc320-i8x7x7-k3-p1", "cpp.winograd", "aten"),  # few voxels under many weights
+        ("ncdhw-n1ic512oc512-i4x5x5-k1x3x3-p0x1x1", "cpp.winograd", "aten"),  # fewer voxels than weights to transform
         ("ndhwc-n2ic64oc64-i32-k3-p1", "cpp.winograd", "cpp.winograd"),
         ("ncdhw-n32ic16oc24-i15x15x30-k3-p1", "cpp.winograd", "cpp.winograd"),
     ],
