@@ -36,7 +36,7 @@ def rigged(**seconds):
 def test_every_able_automatic_backend_is_timed(case, pass_):
     one = time_pass(case, pass_, measure=rigged())
     able = {b.name for b in pyvolconv.backends() if b.automatic and not b.unsupported_reasons(case, pass_)}
-    assert set(one.milliseconds) == able - {"triton"}  # next to hopeless in its interpreter
+    assert set(one.milliseconds) == able - {"triton.tma", "triton.implicit_gemm"}  # next to hopeless in its interpreter
     assert "aten" in able
     assert one.expected == dispatch.choose(case, pass_).name
 

@@ -15,12 +15,12 @@ from .cpp_widened import CppWidened
 from .cpp_winograd import CppWinograd
 from .im2col import Im2colBackend
 from .numba import NumbaBackend
-from .triton import TritonBackend
+from .triton_implicit_gemm import TritonImplicitGemm
 from .triton_tma import TritonTma
 
 REGISTRY: tuple[Backend, ...] = (
     TritonTma(),
-    TritonBackend(),
+    TritonImplicitGemm(),
     CppDirect(),
     CppWinograd(),
     CppFirstLayer(),

@@ -1,4 +1,4 @@
-"""Implicit GEMM in Triton: float32, float16 and bfloat16 on CUDA, or on the CPU in Triton's interpreter.
+"""Implicit GEMM in Triton whose threads gather: float32 and 16-bit floats, on CUDA or in Triton's interpreter.
 
 The kernels are imported when the first convolution runs. Triton decides at that moment whether they are
 compiled or interpreted (TRITON_INTERPRET=1), for the rest of the process.
@@ -15,10 +15,10 @@ from .triton_base import TritonLaunches, multiplication
 from .triton_support import geometry, missing_here
 
 
-class TritonBackend(TritonLaunches):
+class TritonImplicitGemm(TritonLaunches):
     """Implicit GEMM whose threads compute addresses and masks: any sizes, strides, dilations and groups."""
 
-    name: ClassVar[str] = "triton"
+    name: ClassVar[str] = "triton.implicit_gemm"
 
     def unsupported_reasons(self, problem: ConvProblem, pass_: Pass) -> list[str]:
         return missing_here(problem)
