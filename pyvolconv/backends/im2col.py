@@ -63,12 +63,8 @@ class Im2colBackend(Backend):
         """What is left of a GEMM's half of the peak after the columns are written and read.
 
         A column is used once per channel of the product's other side, so few channels per group mean that
-        copying dominates. A window that is the whole input, as of patches cut out beforehand, is its own column;
-        unless matrix products are to be narrower than convolutions.
+        copying dominates.
         """
-        one_window = problem.kernel_size == problem.input_size and not any(map(any, problem.padding))
-        if one_window and problem.groups == 1 and problem.device == "cpu" and _narrow_matmul_dtype(problem) is None:
-            return 1 / (1 / 0.9 + 5 * problem.min_bytes(pass_) / problem.flops(pass_))
         channels = min(problem.in_channels, problem.out_channels) // problem.groups
         reuse = (problem.in_channels if pass_ == "grad_input" else problem.out_channels) // problem.groups
         if channels >= 16:
