@@ -16,7 +16,6 @@ they are, one for each sample; samples with few windows each are copied into one
 from __future__ import annotations
 
 import math
-import sys
 
 import torch
 from torch import Tensor
@@ -93,14 +92,13 @@ def _windows(
     assert groups == 1
     assert not any(padding)
     windows = x
-    for axis, (size, taps, step, distance) in enumerate(
-        zip(y.shape[2:], weight.shape[2:], stride, dilation, strict=True)
-    ):
+    axes = zip(y.shape[2:], weight.shape[2:], stride, dilation, strict=True)
+    for axis, (size, taps, step, distance) in enumerate(axes, start=2):
         extent = (taps - 1) * distance + 1
         assert size == 1 or extent <= step
         windows = windows.unfold(axis, extent, step)
-    depth, height, width = dilation
-    windows = windows[..., ::depth, ::height, ::width]
+    if dilation != (1, 1, 1):
+        windows = windows[..., :: dilation[0], :: dilation[1], :: dilation[2]]
     return windows.permute(0, 2, 3, 4, *((5, 6, 7, 1) if _channels_last(weight) else (1, 5, 6, 7)))
 
 
@@ -128,21 +126,25 @@ def _rows(windows: Tensor) -> Tensor:
 
 
 def _viewed_as_rows(windows: Tensor) -> Tensor | None:
-    return _viewed(windows, windows.shape[0], math.prod(windows.shape[1:4]), math.prod(windows.shape[4:]))
+    if _merge(windows, 1, 4) and _merge(windows, 4, 8) and _finest(windows, 0, 4) <= LARGEST_STRIDE:
+        return windows.view(windows.shape[0], math.prod(windows.shape[1:4]), -1)
+    return None
 
 
 def _merged(matrices: Tensor) -> Tensor | None:
     """(N, rows, columns) as (N * rows, columns), or None where that is no view."""
-    return _viewed(matrices, -1, matrices.shape[2])
+    return matrices.view(-1, matrices.shape[2]) if _merge(matrices, 0, 2) else None
 
 
-def _viewed(tensor: Tensor, *shape: int) -> Tensor | None:
-    """A view of that shape which BLAS can address, or None."""
-    try:
-        view = tensor.view(*shape)
-    except RuntimeError:
-        return None
-    return view if max(view.stride()[-2:]) <= LARGEST_STRIDE else None
+def _merge(tensor: Tensor, start: int, stop: int) -> bool:
+    """Whether axes start to stop - 1 are one axis in memory; where they are not, asking `view` costs an exception."""
+    wanted = None
+    for size, stride in zip(reversed(tensor.shape[start:stop]), reversed(tensor.stride()[start:stop]), strict=True):
+        if size > 1:
+            if wanted not in (None, stride):
+                return False
+            wanted = size * stride
+    return True
 
 
 def _dense_like(windows: Tensor) -> Tensor:
@@ -155,8 +157,9 @@ def _dense_like(windows: Tensor) -> Tensor:
 
 
 def _finest(tensor: Tensor, start: int, stop: int) -> int:
-    """The least distance in memory along those axes."""
-    return min((tensor.stride(axis) for axis in range(start, stop) if tensor.shape[axis] > 1), default=sys.maxsize)
+    """The least distance in memory along axes start to stop - 1, 0 where they hold a single value."""
+    axes = zip(tensor.shape[start:stop], tensor.stride()[start:stop], strict=True)
+    return min((stride for size, stride in axes if size > 1), default=0)
 
 
 def _multiply(rows: Tensor, factor: Tensor, bias: Tensor | None, result: Tensor) -> None:

@@ -22,7 +22,7 @@ def arithmetic(problem: ConvProblem) -> str:
 
 
 def share_of_peak(
-    problem: ConvProblem, pass_: Pass, reached: float, more_bytes: float = 0.0, seconds: float = 0.0
+    problem: ConvProblem, pass_: Pass, reached: float, more_bytes: float = 0.0, call_seconds: float = 0.0
 ) -> float:
     """Expected FLOPs per second over the peak, which is what `Backend.expected_efficiency` returns.
 
@@ -30,8 +30,15 @@ def share_of_peak(
         problem, pass_: what is computed.
         reached: the share while no memory is waited for.
         more_bytes: what is moved besides `problem.min_bytes`.
-        seconds: what a call takes besides.
+        call_seconds: what a call takes on the host, which shows where the GPU has less to do.
     """
-    flops, peak = max(problem.flops(pass_), 1), PEAK[arithmetic(problem)]
-    waited = (problem.min_bytes(pass_) + more_bytes) / BYTES_PER_SECOND + seconds
-    return 1 / (1 / reached + waited * peak / flops)
+    at_peak = max(problem.flops(pass_), 1) / PEAK[arithmetic(problem)]
+    seconds = at_peak / reached + (problem.min_bytes(pass_) + more_bytes) / BYTES_PER_SECOND
+    return at_peak / max(seconds, call_seconds)
+
+
+def share_of_products(problem: ConvProblem) -> float:
+    """The peak of torch's matrix products over that of its convolutions, which may be allowed to round float32 more."""
+    if problem.dtype != "float32" or float32_arithmetic("cuda", "matmul") != "ieee":
+        return 1.0
+    return PEAK["float32"] / PEAK[arithmetic(problem)]

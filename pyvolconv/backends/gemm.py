@@ -18,6 +18,8 @@ _ROUNDS_LIKE = {"ieee": "float32", "tf32": "float16", "bf16": "bfloat16"}
 """The dtype that has as many fraction bits as float32 operands keep."""
 
 _LARGEST_MATRIX = 2**31 - 1
+_CALL_SECONDS = 15e-6
+"""What a call takes on the host."""
 
 
 class GemmBackend(Backend):
@@ -85,8 +87,8 @@ class GemmBackend(Backend):
         kernels, and for half precision.
         """
         if problem.device == "cuda":
-            reached = 0.85 * _peak_of_products(problem) * _filled(problem)
-            return cuda_peak.share_of_peak(problem, pass_, reached, more_bytes=_copied_bytes(problem))
+            reached = 0.85 * cuda_peak.share_of_products(problem) * _filled(problem)
+            return cuda_peak.share_of_peak(problem, pass_, reached, _copied_bytes(problem), _CALL_SECONDS)
         whole = problem.kernel_size == problem.input_size
         if whole and (problem.dtype == "float64" or _operand_precision(problem.device) == problem.dtype):
             return 1 / (1 / 0.9 + 5 * problem.min_bytes(pass_) / problem.flops(pass_))
@@ -162,15 +164,6 @@ def _adds_parts_in_half_precision(dtype: str) -> bool:
     if dtype == "float16":
         return bool(switches.allow_fp16_reduced_precision_reduction)
     return bool(switches.allow_bf16_reduced_precision_reduction)
-
-
-def _peak_of_products(problem: ConvProblem) -> float:
-    """The peak of torch.mm's arithmetic over that of convolutions, which may be allowed to round more."""
-    peak = cuda_peak.PEAK
-    if problem.dtype != "float32":
-        return 1.0
-    own = "float32" if float32_arithmetic("cuda", "matmul") == "ieee" else "tf32"
-    return peak[own] / peak[cuda_peak.arithmetic(problem)]
 
 
 def _filled(problem: ConvProblem) -> float:

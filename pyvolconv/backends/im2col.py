@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..problem import ConvProblem, Pass
+from ..problem import DTYPE_BYTES, ConvProblem, Pass
+from . import cuda_peak
 from .base import Accuracy, Backend, empty
 
 
@@ -67,9 +69,12 @@ class Im2colBackend(Backend):
         """
         channels = min(problem.in_channels, problem.out_channels) // problem.groups
         reuse = (problem.in_channels if pass_ == "grad_input" else problem.out_channels) // problem.groups
-        if channels >= 16:
-            return 0.3
-        return 0.15 if reuse >= 16 else 0.01 * reuse
+        reached = 0.3 if channels >= 16 else 0.15 if reuse >= 16 else 0.01 * reuse
+        if problem.device == "cpu":
+            return reached
+        written_and_read = 2 * problem.batch * math.prod(problem.output_size) * problem.reduction_length("forward")
+        copied = written_and_read * problem.groups * DTYPE_BYTES[problem.dtype]
+        return cuda_peak.share_of_peak(problem, pass_, reached * cuda_peak.share_of_products(problem), copied)
 
 
 def _geometry(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
-from .triton_base import TritonLaunches, input_precision, multiplication
+from . import cuda_peak
+from .triton_base import CALL_SECONDS, TritonLaunches, input_precision, multiplication
 from .triton_support import geometry, missing_here
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ class TritonTma(TritonLaunches):
         """Estimates, not yet measured on a GPU."""
         if problem.device == "cpu":
             return 1e-6
-        return 0.6 * min(1.0, problem.in_channels / 64, problem.out_channels / 64) + 0.05
+        reached = 0.6 * min(1.0, problem.in_channels / 64, problem.out_channels / 64) + 0.05
+        return cuda_peak.share_of_peak(problem, pass_, reached, call_seconds=CALL_SECONDS)
 
     def _way(self, problem: ConvProblem, pass_: Pass) -> _Way:
         from ..kernels.triton_blocks import Blocks
