@@ -197,9 +197,7 @@ def part_of(problem: ConvProblem) -> ConvProblem | None:
     if problem.batch > PART:
         return problem.with_(batch=PART)
     if problem.groups > 1:
-        return problem.with_(
-            input_size=(max(problem.kernel_size[0], problem.input_size[0] // 4), *problem.input_size[1:])
-        )
+        return problem.with_(input_size=(max(problem.kernel_size[0], problem.input_size[0] // 4), *problem.input_size[1:]))
     return None
 
 
@@ -326,9 +324,7 @@ def measure_all(
 ) -> Iterator[Row]:
     """The rows that there is time for."""
     rates = matmul_rates(side, device)
-    print(
-        "matrix products: " + ", ".join(f"{dtype} {rate / 1e12:.0f} TF/s" for dtype, rate in rates.items()), flush=True
-    )
+    print("matrix products: " + ", ".join(f"{dtype} {rate / 1e12:.0f} TF/s" for dtype, rate in rates.items()), flush=True)
     for name, pass_ in wanted:
         if time.monotonic() > deadline:
             return

@@ -152,7 +152,9 @@ def _launches(
         "BLOCK_K": blocks.k,
     }
     programs = target.shape[0] * math.prod(tiles) * ceil_div(channels, blocks.n) * splits
-    multiply = Launch(tma_kernel, (programs,), arguments, blocks.options)
+    multiply = Launch(
+        tma_kernel, (programs,), arguments, blocks.options
+    )
     return [multiply] if partials is None else [multiply, add_partials(partials, target)]
 
 
@@ -167,9 +169,7 @@ def described(tensor: Tensor, order: tuple[int, ...], block_shape: list[int]) ->
     strides, step = [0] * 5, 1
     for axis in reversed(dense):
         strides[axis], step = step, step * tensor.shape[axis]
-    return TensorDescriptor(
-        tensor, [tensor.shape[axis] for axis in order], [strides[axis] for axis in order], block_shape
-    )
+    return TensorDescriptor(tensor, [tensor.shape[axis] for axis in order], [strides[axis] for axis in order], block_shape)
 
 
 @triton.jit

@@ -150,7 +150,7 @@ def test_many_patches_cut_out_beforehand_stay_where_they_are():
         ("ndhwc-n1ic3oc4-i8x8x16-k1-s2", False),
         ("ncdhw-n1ic3oc4-i8x8x16-k2-s2", False),
         ("ncdhw-n1ic3oc4-i8x8x8-k2x2x1-s2x2x1", True),
-        ("ncdhw-n1ic3oc4-i4x8x8-k2x2x1-s2x2x1", False),  # 32 windows are merged with those of other samples
+        ("ncdhw-n1ic3oc4-i4x4x8-k2x2x1-s2x2x1", False),  # 32 windows are merged with those of other samples
     ],
 )
 def test_copies_keep_side_by_side_what_is(operands, text, voxels_side_by_side):
