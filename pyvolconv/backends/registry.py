@@ -13,12 +13,14 @@ from .cpp_bfloat16 import CppBfloat16
 from .cpp_first_layer import CppFirstLayer
 from .cpp_widened import CppWidened
 from .cpp_winograd import CppWinograd
+from .gemm import GemmBackend
 from .im2col import Im2colBackend
 from .numba import NumbaBackend
 from .triton_implicit_gemm import TritonImplicitGemm
 from .triton_tma import TritonTma
 
 REGISTRY: tuple[Backend, ...] = (
+    GemmBackend(),
     TritonTma(),
     TritonImplicitGemm(),
     CppDirect(),

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..problem import ConvProblem, Pass
-from .triton_base import TritonLaunches, multiplication
+from . import cuda_peak
+from .triton_base import CALL_SECONDS, TritonLaunches, multiplication
 from .triton_support import geometry, missing_here
 
 
@@ -48,10 +49,11 @@ class TritonImplicitGemm(TritonLaunches):
         )
 
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
-        """Estimates, not yet measured on a GPU: what the padding of `tl.dot` to 16 leaves of a third of the peak.
+        """Estimates, not yet measured on a GPU: a third of the peak, less the padding of `tl.dot` to 16, and memory.
 
         In the interpreter, which is for tests, next to nothing.
         """
         if problem.device == "cpu":
             return 1e-6
-        return 0.35 * min(1.0, min(problem.in_channels, problem.out_channels) / problem.groups / 16)
+        reached = 0.35 * min(1.0, min(problem.in_channels, problem.out_channels) / problem.groups / 16)
+        return cuda_peak.share_of_peak(problem, pass_, reached, call_seconds=CALL_SECONDS)

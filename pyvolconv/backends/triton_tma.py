@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
-from .triton_base import TritonLaunches, input_precision, multiplication
+from . import cuda_peak
+from .triton_base import CALL_SECONDS, TritonLaunches, input_precision, multiplication
 from .triton_support import geometry, missing_here
-from .triton_tma_ways import PEAK, Way, seconds, ways
+from .triton_tma_ways import Way, seconds, ways
 
 
 class TritonTma(TritonLaunches):
@@ -68,7 +69,8 @@ class TritonTma(TritonLaunches):
         if problem.device == "cpu":
             return 1e-6
         expected = seconds(problem, pass_, ways(problem, pass_)[0])
-        return problem.flops(pass_) / expected / PEAK[problem.dtype]
+        at_peak = problem.flops(pass_) / cuda_peak.PEAK[cuda_peak.arithmetic(problem)]
+        return at_peak / max(expected, CALL_SECONDS)
 
 
 def _described(problem: ConvProblem, pass_: Pass) -> list[tuple[str, int]]:

@@ -13,18 +13,16 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..problem import DTYPE_BYTES, ConvProblem, Pass, Size3
+from .cuda_peak import BYTES_PER_SECOND, PEAK, arithmetic
 
 if TYPE_CHECKING:
     from ..kernels.triton_blocks import Blocks
 
 PROCESSORS = 132
 """Multiprocessors: how sums are split follows from the problem, never from the device."""
-PEAK = {"float16": 790e12, "bfloat16": 790e12, "float32": 395e12}
-"""FLOP/s of large matrix products; float32 in TF32."""
 REACHED = 0.85
 """Of the peak, in the steps of a program."""
-L2_BANDWIDTH, MEMORY_BANDWIDTH = 7.5e12, 4.0e12
-"""Bytes per second."""
+L2_BYTES_PER_SECOND = 7.5e12
 LAUNCH, PROGRAM, STEP = 3e-6, 2e-6, 5e-8
 """Seconds that a launch, the begin and end of a program, and a step take on top."""
 MOST_SPLITS = 16
@@ -95,17 +93,17 @@ def seconds(problem: ConvProblem, pass_: Pass, way: Way) -> float:
     results, steps = _programs_and_steps(problem, pass_, product, way)
     steps_per_program = max(1.0, steps * _reaching_share(problem, pass_) / way.splits)
     step = max(
-        2 * m * n * k / (REACHED * PEAK.get(problem.dtype, PEAK["float32"]) / PROCESSORS),
-        (m + n) * k * item_bytes / (L2_BANDWIDTH / PROCESSORS),
+        2 * m * n * k / (REACHED * PEAK[arithmetic(problem)] / PROCESSORS),
+        (m + n) * k * item_bytes / (L2_BYTES_PER_SECOND / PROCESSORS),
     )
     waves = -(-results * way.splits // PROCESSORS)
     total = LAUNCH + waves * (PROGRAM + steps_per_program * (step + STEP))
     values = math.prod(problem.weight_shape) if pass_ == "grad_weight" else product.rows * product.columns
     if pass_ == "grad_weight" or way.splits > 1:
-        total += LAUNCH + 8 * way.splits * values / MEMORY_BANDWIDTH
+        total += LAUNCH + 8 * way.splits * values / BYTES_PER_SECOND
     if way.moved:
-        total += sum(LAUNCH + 2 * item_bytes * moved / MEMORY_BANDWIDTH for moved in _moved_values(problem, pass_))
-    return float(max(total, problem.min_bytes(pass_) / MEMORY_BANDWIDTH))
+        total += sum(LAUNCH + 2 * item_bytes * moved / BYTES_PER_SECOND for moved in _moved_values(problem, pass_))
+    return float(max(total, problem.min_bytes(pass_) / BYTES_PER_SECOND))
 
 
 def can_be_direct(problem: ConvProblem, pass_: Pass) -> bool:
