@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_blocks import Blocks
+from .triton_epilogue import NO_EPILOGUE, Epilogue, apply_epilogue
 
 PROGRAMS = 264
 """Programs wanted in all: two for each multiprocessor of the largest Hopper GPU."""
@@ -103,7 +104,7 @@ def voxels_adjacent(source: Tensor, channels: int) -> bool:
     return source.stride(1) != 1 or channels <= 4
 
 
-def add_partials(partials: Tensor, total: Tensor) -> Launch:
+def add_partials(partials: Tensor, total: Tensor, epilogue: Epilogue = NO_EPILOGUE) -> Launch:
     """The launch that adds (splits, values) float32 partial results in order into `total`, of whatever layout."""
     block = 256
     arguments = {
@@ -111,17 +112,29 @@ def add_partials(partials: Tensor, total: Tensor) -> Launch:
         "total_ptr": total,
         "splits": partials.shape[0],
         "values": total.numel(),
+        **epilogue.arguments(total),
         "BLOCK": block,
     }
     return Launch(add_partials_kernel, (ceil_div(total.numel(), block),), arguments, {"num_warps": 4})
 
 
 @triton.jit
-def add_partials_kernel(partials_ptr, total_ptr, splits, values, BLOCK: tl.constexpr):
+def add_partials_kernel(
+    partials_ptr,
+    total_ptr,
+    splits,
+    values,
+    residual_ptr,
+    negative_slope,
+    HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.full((BLOCK,), 0.0, tl.float32)
     for split in range(0, splits):
         total += tl.load(partials_ptr + tl.cast(split, tl.int64) * values + index, mask=index < values, other=0.0)
+    total = apply_epilogue(total, residual_ptr + index, index < values, negative_slope, HAS_RESIDUAL, ACTIVATION)
     tl.store(total_ptr + index, total.to(total_ptr.dtype.element_ty), mask=index < values)
 
 

@@ -26,6 +26,7 @@ from .triton_common import (
     voxels_adjacent,
     weight_matrix,
 )
+from .triton_epilogue import NO_EPILOGUE, Epilogue, apply_epilogue
 
 Triple = tuple[int, int, int]
 
@@ -42,12 +43,15 @@ def forward(
     input_precision: str = "ieee",
     widen: bool = False,
     blocks: Blocks | None = None,
+    epilogue: Epilogue = NO_EPILOGUE,
 ) -> list[Launch]:
     """The launch that writes the convolution of x with weight, plus bias, into y.
 
     Args:
         input_precision: how `tl.dot` treats float32 operands, "ieee" or "tf32".
         widen: multiply in float32, for a dtype that `tl.dot` does not take where this runs.
+        blocks: how the product is cut up; by default as its sizes suggest.
+        epilogue: what follows the bias.
     """
     out_channels, channels, *kernel = weight.shape
     out_channels //= groups
@@ -70,6 +74,7 @@ def forward(
         "padding": padding,
         "x_strides": x.stride(),
         "y_strides": y.stride(),
+        **epilogue.arguments(y),
         "KERNEL": tuple(kernel),
         "STRIDE": stride,
         "DILATION": dilation,
@@ -101,6 +106,10 @@ def forward_kernel(
     padding,
     x_strides,
     y_strides,
+    residual_ptr,
+    negative_slope,
+    HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     DILATION: tl.constexpr,
@@ -181,8 +190,12 @@ def forward_kernel(
         total += tl.load(bias_ptr + group * out_channels + o, mask=o_valid, other=0.0).to(tl.float32)[None, :]
     y_rows = n.to(OFFSET) * y_n + d.to(OFFSET) * y_d + h.to(OFFSET) * y_h + w.to(OFFSET) * y_w
     y_columns = (group * out_channels + o) * y_c
-    total = total.to(y_ptr.dtype.element_ty)
     if CHANNELS_LAST:
-        tl.store(y_ptr + y_rows[:, None] + y_columns[None, :], total, mask=voxel_valid[:, None] & o_valid[None, :])
+        place = y_rows[:, None] + y_columns[None, :]
+        valid = voxel_valid[:, None] & o_valid[None, :]
     else:
-        tl.store(y_ptr + y_rows[None, :] + y_columns[:, None], total.T, mask=voxel_valid[None, :] & o_valid[:, None])
+        place = y_rows[None, :] + y_columns[:, None]
+        valid = voxel_valid[None, :] & o_valid[:, None]
+        total = total.T
+    total = apply_epilogue(total, residual_ptr + place, valid, negative_slope, HAS_RESIDUAL, ACTIVATION)
+    tl.store(y_ptr + place, total.to(y_ptr.dtype.element_ty), mask=valid)

@@ -27,6 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .triton_blocks import Blocks
 from .triton_common import Launch, add_partials, ceil_div, weight_matrix
+from .triton_epilogue import NO_EPILOGUE, Epilogue, apply_epilogue
 
 Triple = tuple[int, int, int]
 
@@ -63,6 +64,7 @@ def forward(
     splits: int = 1,
     input_precision: str = "ieee",
     widen: bool = False,
+    epilogue: Epilogue = NO_EPILOGUE,
 ) -> list[Launch]:
     """The launches that write the convolution of x with weight, plus bias, into y; stride 1, one group.
 
@@ -72,7 +74,7 @@ def forward(
         padding: at the beginning of each axis; that at the end follows from the size of y.
     """
     first = (-padding[0], -padding[1], -padding[2])
-    return _launches(x, weight, bias, first, dilation, y, blocks, splits, input_precision, widen, transposed=False)
+    return _launches(x, weight, bias, first, dilation, y, blocks, splits, input_precision, widen, epilogue)
 
 
 def grad_input(
@@ -89,7 +91,7 @@ def grad_input(
     """The launches that write the gradient with respect to the input into grad_x; see `forward` for the rest."""
     back = (-dilation[0], -dilation[1], -dilation[2])
     return _launches(
-        grad_output, weight, None, padding, back, grad_x, blocks, splits, input_precision, widen, transposed=True
+        grad_output, weight, None, padding, back, grad_x, blocks, splits, input_precision, widen, NO_EPILOGUE, True
     )
 
 
@@ -104,7 +106,8 @@ def _launches(
     splits: int,
     input_precision: str,
     widen: bool,
-    transposed: bool,
+    epilogue: Epilogue,
+    transposed: bool = False,
 ) -> list[Launch]:
     summed, channels = source.shape[1], target.shape[1]
     kernel = tuple(weight.shape[2:])
@@ -136,6 +139,7 @@ def _launches(
         "step": step,
         "splits": splits,
         "target_strides": target.stride(),
+        **(epilogue if partials is None else NO_EPILOGUE).arguments(target),
         "KERNEL": kernel,
         "BOX": box,
         "SOURCE_LAST": is_channels_last(source),
@@ -149,7 +153,7 @@ def _launches(
     }
     programs = target.shape[0] * math.prod(tiles) * ceil_div(channels, blocks.n) * splits
     multiply = Launch(tma_kernel, (programs,), arguments, blocks.options)
-    return [multiply] if partials is None else [multiply, add_partials(partials, target)]
+    return [multiply] if partials is None else [multiply, add_partials(partials, target, epilogue)]
 
 
 def is_channels_last(tensor: Tensor) -> bool:
@@ -196,6 +200,10 @@ def tma_kernel(
     step,
     splits,
     target_strides,
+    residual_ptr,
+    negative_slope,
+    HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     KERNEL: tl.constexpr,
     BOX: tl.constexpr,
     SOURCE_LAST: tl.constexpr,
@@ -276,11 +284,15 @@ def tma_kernel(
     h_out = h + voxel // BOX[2] % BOX[1]
     d_out = d + voxel // (BOX[2] * BOX[1])
     valid = (w_out < width) & (h_out < height) & (d_out < depth)
-    target = target_ptr + split.to(tl.int64) * target_values + n.to(tl.int64) * target_n
+    n_offset = n.to(tl.int64) * target_n
     voxels = d_out.to(tl.int64) * target_d + h_out.to(tl.int64) * target_h + w_out.to(tl.int64) * target_w
-    value = total.to(target_ptr.dtype.element_ty)
     if TARGET_LAST:
-        tl.store(target + voxels[:, None] + c[None, :], value.T, mask=valid[:, None] & (c < channels)[None, :])
+        place = n_offset + voxels[:, None] + c[None, :]
+        inside = valid[:, None] & (c < channels)[None, :]
+        total = total.T
     else:
-        rows = c.to(tl.int64) * target_c
-        tl.store(target + rows[:, None] + voxels[None, :], value, mask=(c < channels)[:, None] & valid[None, :])
+        place = n_offset + (c.to(tl.int64) * target_c)[:, None] + voxels[None, :]
+        inside = (c < channels)[:, None] & valid[None, :]
+    total = apply_epilogue(total, residual_ptr + place, inside, negative_slope, HAS_RESIDUAL, ACTIVATION)
+    target = target_ptr + split.to(tl.int64) * target_values
+    tl.store(target + place, total.to(target_ptr.dtype.element_ty), mask=inside)
