@@ -222,10 +222,18 @@ def test_a_whole_input_is_its_choice_on_the_cpu_unless_products_round_more(pass_
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
-@pytest.mark.parametrize("text", ["n4ic16oc16-i8-k1", "n4ic3oc96-i8x32x32-k2x16x16-s2x16x16"])
+@pytest.mark.parametrize("text", ["n4ic16oc16-i8-k1", "n2ic32oc64-i32-k2-s2"])
 def test_other_kernels_are_the_choice_on_the_cpu(text, dtype, pass_):
     for layout in LAYOUTS:
         assert choose(ConvProblem.parse(f"cpu-{dtype}-{layout}-{text}"), pass_).name != "gemm"
+
+
+@pytest.mark.parametrize(
+    "text", ["n2ic3oc768-i16x112x112-k2x16x16-s2x16x16", "n1ic3oc1152-i1x448x448-k1x14x14-s1x14x14"]
+)
+def test_patches_of_few_channels_are_its_choice_on_the_cpu(text, pass_):
+    for layout in LAYOUTS:
+        assert choose(ConvProblem.parse(f"cpu-float32-{layout}-{text}"), pass_).name == "gemm"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])

@@ -9,10 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..host import starts_two_wide_fmas
 from ..precision import float32_arithmetic, must_be_deterministic
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from . import cuda_peak
 from .base import MEMORY_FORMAT, Accuracy, Backend, empty
+from .im2col import COPIED_VALUE
 
 _ROUNDS_LIKE = {"ieee": "float32", "tf32": "float16", "bf16": "bfloat16"}
 """The dtype that has as many fraction bits as float32 operands keep."""
@@ -83,16 +85,21 @@ class GemmBackend(Backend):
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
         """On CUDA what a matrix product reaches of the peak, less a copy of the windows where they are no matrix yet.
 
-        On the CPU it is for windows that are the whole input, which are copied nowhere; for others there are faster
-        kernels, and for half precision.
+        So it is on the CPU, where short pieces take longer to copy, in units of `COPIED_VALUE`; half precision has faster
+        kernels there.
         """
         if problem.device == "cuda":
             reached = 0.85 * cuda_peak.share_of_products(problem) * _filled(problem)
             return cuda_peak.share_of_peak(problem, pass_, reached, _copied_bytes(problem), _CALL_SECONDS)
-        whole = problem.kernel_size == problem.input_size
-        if whole and (problem.dtype == "float64" or _operand_precision(problem.device) == problem.dtype):
+        if problem.dtype != "float64" and _operand_precision(problem.device) != problem.dtype:
+            return 1e-6
+        if problem.kernel_size == problem.input_size:
             return 1 / (1 / 0.9 + 5 * problem.min_bytes(pass_) / problem.flops(pass_))
-        return 1e-6
+        cheap = starts_two_wide_fmas()
+        piece = problem.kernel_size[2] * (problem.in_channels if problem.layout == "ndhwc" else 1)
+        windows = problem.batch * math.prod(problem.output_size) * problem.reduction_length("forward")
+        copied = windows * (0.6 + 5 / piece) * COPIED_VALUE[cheap] / problem.flops(pass_)
+        return 1 / (1 / 0.8 + copied + (12 if cheap else 5) * problem.min_bytes(pass_) / problem.flops(pass_))
 
 
 def _geometry(
