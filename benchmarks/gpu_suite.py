@@ -279,6 +279,10 @@ def main() -> None:
     parser.add_argument("--configurations", action="store_true", help="time all of our backend's, keep their times")
     parser.add_argument("--json", type=Path, help="file to write the rows to, after each of them")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device here")
+    if unknown := set(options.only.split(",")) - GPU_PROBLEMS.keys():
+        parser.error(f"no entry {', '.join(sorted(unknown))}; there are: {', '.join(GPU_PROBLEMS)}")
     begin = time.monotonic()
     wanted: list[tuple[str, Pass]] = [
         (name, pass_) for name in options.only.split(",") for pass_ in PASSES if pass_ in options.passes.split(",")
