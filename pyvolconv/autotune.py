@@ -7,6 +7,9 @@ those timed, a tuned pass is never slower than torch's but for noise.
 A pass fused with a pool competes with the same pass put together from torch's convolution, activation and pooling.
 Where that wins, the plain passes in it are tuned too.
 
+A backend that can launch its kernels in several ways is timed in each of them (`candidates`), and those that do not run
+here are left out with a warning.
+
 While other processes keep cores busy that the threads of this one need, times are uncertain. They are used in this
 process, where nothing better is known, but not kept for later ones, and a warning says so.
 """
@@ -22,9 +25,10 @@ from typing import Protocol
 import torch
 
 from . import dispatch, tuned
-from .candidates import Step, steps_of
+from .candidates import Step, competitors, prepare, steps_of
 from .cost import busy
 from .cost.timing import now
+from .errors import BackendError
 from .problem import ConvProblem, Pass
 
 SECONDS = 60.0
@@ -46,7 +50,7 @@ class Tuned:
 
     Attributes:
         problem, pass_: what was timed.
-        milliseconds: backend name -> median time; "aten" is torch.
+        milliseconds: backend name, or "name@configuration" -> median time; "aten" is torch.
         expected: what the cost model takes without times.
         reused: whether the times were known before.
         kept: False where they were measured just now on a busy machine, and hold in this process only.
@@ -66,7 +70,7 @@ class Tuned:
 
     @property
     def winner(self) -> str:
-        """The fastest backend; "aten" with a pool means that the pass is put together from plain ones."""
+        """The fastest, with its configuration; "aten" with a pool: the pass is put together from plain ones."""
         return min(self.milliseconds, key=self.milliseconds.__getitem__)
 
     @property
@@ -195,12 +199,31 @@ def time_pass(
     name = expected.name if expected else "aten"
     if known:
         return Tuned(problem, pass_, dict(known), name, reused=True)
-    steps = steps_of(problem, pass_, able, expected)
+    competing = competitors(problem, pass_, able, expected)
+    prepare(competing, problem, pass_)
+    steps = steps_of(problem, pass_, competing)
     if not steps:
         return None
     with torch.no_grad():
+        _leave_out_failing(steps, [one.label for one in competing if one.configuration])
         times = (measure or measure_alternating)(steps, seconds)
     return Tuned(problem, pass_, {backend: _rounded(1e3 * time) for backend, time in times.items()}, name, reused=False)
+
+
+def _leave_out_failing(steps: dict[str, Step], configured: Sequence[str]) -> None:
+    """Run configurations once and drop those that fail; a backend that fails in its own choice is an error."""
+    for label in configured:
+        if (error := _failure(steps[label])) is not None:
+            del steps[label]
+            dispatch.logger.warning("a configuration is left out of tuning: %s", str(error).splitlines()[0])
+
+
+def _failure(step: Step) -> BackendError | None:
+    try:
+        step()
+    except BackendError as error:
+        return error
+    return None
 
 
 def measure_alternating(
