@@ -266,7 +266,12 @@ def measure_all(
 def jobs_of(wanted: list[tuple[str, Pass]], every: bool) -> list[Job]:
     problems = [(gpu_problem(name, layout), pass_) for name, pass_ in wanted for layout in LAYOUTS]
     backends = configured if every else ours
-    return [job(backend, problem, pass_) for problem, pass_ in problems for backend in backends(problem, pass_)]
+    return [
+        job(backend, problem, pass_)
+        for problem, pass_ in problems
+        for backend in backends(problem, pass_)
+        if type(backend).prepare is not Backend.prepare
+    ]
 
 
 def main() -> None:

@@ -171,7 +171,9 @@ def _time_all(
 def _remember(found: Sequence[Tuned], before: busy.Sample | None, even_if_busy: bool) -> list[Tuned]:
     """Have the dispatcher use the new times, and keep them for later processes if they are worth it."""
     new = {(one.problem, one.pass_): one.milliseconds for one in found if not one.reused}
-    load = busy.disturbance(before, busy.sample(), torch.get_num_threads()) if new else None
+    # Where a GPU computes, this process needs one core, to start it.
+    threads = torch.get_num_threads() if any(problem.device == "cpu" for problem, _ in new) else 1
+    load = busy.disturbance(before, busy.sample(), threads) if new else None
     keep = load is None or even_if_busy
     tuned.remember(new, keep=keep)
     dispatch.forget_choices()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from pyvolconv.autotune import time_pass, tune
 from pyvolconv.backends import registry, triton_sources
 from pyvolconv.backends.base import Backend
 from pyvolconv.backends.cpp import CppDirect
+from pyvolconv.cost import busy
 from pyvolconv.problem import ConvProblem
 
 from .harness import EXTENSION, MISSING
@@ -76,10 +78,13 @@ def rigged(**seconds):
     return measure
 
 
-def test_a_backend_has_one_configuration_unless_it_says_otherwise(backend):
-    if backend.family == "triton":
-        pytest.skip("has configurations of its own")
-    assert backend.configurations(PROBLEM, "forward") == ()
+def test_configurations_of_every_backend_are_short_texts(backend, pass_):
+    for problem in (PROBLEM, PROBLEM.with_(device="cuda", dtype="bfloat16", layout="ndhwc")):
+        texts = backend.configurations(problem, pass_)
+        assert len(set(texts)) == len(texts)
+        for text in texts:
+            assert text.isalnum()
+            assert backend.configured(text).label == f"{backend.name}@{text}"
     assert backend.label == backend.name
 
 
@@ -204,7 +209,7 @@ def test_a_backend_that_fails_in_its_own_choice_is_an_error(tunable):
 
 def test_kernels_are_compiled_side_by_side_before_anything_runs(tunable, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: len(LABELS))
-    together = threading.Barrier(len(LABELS), timeout=60)
+    together = threading.Barrier(len(LABELS), timeout=10)
 
     def prepare(self, problem, pass_):
         assert (problem, pass_, self.ran) == (PROBLEM, "forward", [])
@@ -274,6 +279,19 @@ def test_times_of_other_kernels_on_this_gpu_are_reported(monkeypatch, file, warn
     assert tuned.milliseconds(on_gpu, "forward") == {}
     (warning,) = warnings()
     assert "measured with another build or version" in warning
+
+
+def test_a_gpu_needs_one_core_of_the_machine(monkeypatch, file, threads, warnings):
+    threads(2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    # Others keep one of two cores busy.
+    samples = itertools.count()
+    monkeypatch.setattr(busy, "sample", lambda: busy.Sample(n := float(next(samples)), n, 2 * n, 2))
+    for device, kept in (("cuda", True), ("cpu", False)):
+        one = autotune.Tuned(PROBLEM.with_(device=device), "forward", {"aten": 1.0}, "aten", reused=False)
+        (remembered,) = autotune._remember([one], busy.sample(), even_if_busy=False)
+        assert remembered.kept is kept
+        assert len(warnings()) == (not kept)
 
 
 def test_info_counts_the_problems_of_the_gpu(monkeypatch):

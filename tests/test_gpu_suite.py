@@ -17,7 +17,7 @@ from .harness import EXTENSION, MISSING
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 try:
-    from benchmarks import gpu_problems, gpu_suite
+    from benchmarks import gpu_compile, gpu_problems, gpu_suite
     from benchmarks.gpu_check import Reference
     from benchmarks.gpu_rows import Row, Time, summary, table, to_json
     from benchmarks.gpu_timing import Runner, time_in_turns
@@ -160,3 +160,25 @@ def test_a_measurement_on_the_cpu(monkeypatch, fault):
         assert all(one.reproducible.values()) == (fault != "restless" or one.pass_ != "forward")
     assert len(json.loads(to_json(rows, {"gpu": "none"}))["rows"]) == 3
     assert list(gpu_suite.measure_all([("small", "forward")], 0.0, 1e-3, False, "cpu", 16)) == []
+
+
+def test_compilation_in_other_processes(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    good = ("cpp.direct", "", "cpu-float32-ncdhw-n1ic2oc2-i4-k3", "forward")
+    bad = ("cpp.direct", "m16", "no problem", "forward")
+    failed = gpu_compile.compile_all([good, bad], 60.0)
+    assert list(failed) == [bad]
+    assert "is not a convolution problem" in failed[bad]
+    assert gpu_compile.compile_all([], 0.0) == {}
+
+
+def test_only_what_compiles_at_run_time_is_compiled_before(monkeypatch):
+    class Compiling(CppDirect):
+        def prepare(self, problem, pass_):
+            raise NotImplementedError
+
+    backends = [CppDirect(), Compiling().configured("small")]
+    monkeypatch.setattr(gpu_suite, "ours", lambda problem, pass_: backends)
+    jobs = gpu_suite.jobs_of([("nnunet-32", "forward")], False)
+    texts = [str(gpu_problems.gpu_problem("nnunet-32", layout)) for layout in ("ncdhw", "ndhwc")]
+    assert jobs == [("cpp.direct", "small", text, "forward") for text in texts]
