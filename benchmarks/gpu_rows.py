@@ -76,6 +76,8 @@ class Row:
         cells += [f"{name} {'-' if ratio is None else f'{ratio:.2f}'}" for name, ratio in self.ratios.items()]
         if self.error:
             cells.append(f"err {max(self.error.values()):.2g}")
+        if self.wrong and self.difference:
+            cells.append(f"from torch's {max(self.difference.values()):.2g}")
         cells += ["WRONG"] * self.wrong + ["not reproducible"] * (not all(self.reproducible.values()))
         return "  ".join(cells + [failure.splitlines()[0][:100] for failure in self.failures])
 

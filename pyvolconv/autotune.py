@@ -35,6 +35,8 @@ SECONDS = 60.0
 """Longest time that one call of `tune` spends, but for the pass in work at its end."""
 SECONDS_PER_PASS = 1.0
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 60
+HOPELESS_RATIO, HOPELESS_SECONDS = 10.0, 0.1
+"""A call so many times as long as the fastest, and longer than that, is no interruption."""
 
 
 class Measure(Protocol):
@@ -233,8 +235,8 @@ def measure_alternating(
 ) -> dict[str, float]:
     """Median seconds of each step, one call of each per round, every second round in reverse.
 
-    The first call of each is not counted. A step that was twice as slow as the fastest in two rounds is left out of
-    further ones.
+    The first call of each is not counted. A step that was twice as slow as the fastest in two rounds, or hopelessly
+    slower in one, is left out of further ones.
 
     Args:
         steps: name -> callable.
@@ -253,10 +255,10 @@ def measure_alternating(
             steps[name]()
             taken[name].append(clock() - start)
         running.reverse()
-        if done > 1:
-            # Least times: an interruption may double one call, hardly two.
-            best = min(map(min, taken.values()))
-            running = [name for name in running if min(taken[name]) <= 2 * best]
+        # Least times: an interruption may double one call, hardly two.
+        best = min(map(min, taken.values()))
+        limit = 2 * best if done > 1 else max(HOPELESS_RATIO * best, HOPELESS_SECONDS)
+        running = [name for name in running if min(taken[name]) <= limit]
         if done >= FEWEST_ROUNDS and clock() - begin > seconds:
             break
     return {name: statistics.median(times) for name, times in taken.items()}

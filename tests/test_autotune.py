@@ -265,6 +265,17 @@ def test_slow_candidates_are_left_out_of_later_rounds():
     assert clock.ran.count("a") == 1 + autotune.MOST_ROUNDS
 
 
+def test_hopeless_candidates_run_once_after_the_first_call():
+    """Convolutions of patches have taken torch seconds on GPUs."""
+    clock = Clock()
+    steps = {"a": clock.run("a", 1.0), "b": clock.run("b", 20.0), "c": clock.run("c", 9.0)}
+    measure_alternating(steps, 1000.0, clock)
+    assert [clock.ran.count(name) for name in "bc"] == [2, 3]
+    clock = Clock()
+    measure_alternating({"a": clock.run("a", 1e-4), "b": clock.run("b", 0.09)}, 1000.0, clock)
+    assert clock.ran.count("b") == 3, "short enough to have been interrupted"
+
+
 class Net(nn.Module):
     """Batch statistics, three random generators, and a parameter that the result does not depend on."""
 
