@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pyvolconv import dispatch, tuned
 from pyvolconv.backends.base import MEMORY_FORMAT, Backend
+from pyvolconv.candidates import competitors
 from pyvolconv.problem import LAYOUTS, PASSES, ConvProblem, Layout, Pass
 
 from .gpu_check import Reference, poisoned, relative_difference
@@ -47,13 +48,10 @@ def ours(problem: ConvProblem, pass_: Pass) -> list[Backend]:
     return [dispatch.fastest(problem, pass_, able)] if able else []
 
 
-def configured(problem: ConvProblem, pass_: Pass) -> list[Backend]:
-    """What is chosen among ours without measured times, and all configurations of it."""
+def all_of_ours(problem: ConvProblem, pass_: Pass) -> list[Backend]:
+    """All of our backends that tuning would time, in all their configurations."""
     able = [backend for backend in dispatch.able_backends(problem, pass_) if backend.ours]
-    if not able:
-        return []
-    best = dispatch.expected_fastest(problem, pass_, able)
-    return [best, *(best.configured(text) for text in best.configurations(problem, pass_))]
+    return competitors(problem, pass_, able, dispatch.expected_fastest(problem, pass_, able)) if able else []
 
 
 def operands_of(problem: ConvProblem, pass_: Pass) -> list[Tensor]:
@@ -146,7 +144,7 @@ class Measurement:
         for layout in LAYOUTS:
             problem = self.plain.with_(layout=layout)
             sets = operand_sets([_ordered(operand, layout) for operand in operands])
-            for backend in configured(problem, self.pass_) if self.every else ours(problem, self.pass_):
+            for backend in all_of_ours(problem, self.pass_) if self.every else ours(problem, self.pass_):
                 result = self._ours(backend, problem, sets, reference, runners)
                 if result is not None:
                     results[layout] = result
@@ -265,7 +263,7 @@ def measure_all(
 
 def jobs_of(wanted: list[tuple[str, Pass]], every: bool) -> list[Job]:
     problems = [(gpu_problem(name, layout), pass_) for name, pass_ in wanted for layout in LAYOUTS]
-    backends = configured if every else ours
+    backends = all_of_ours if every else ours
     return [
         job(backend, problem, pass_)
         for problem, pass_ in problems
@@ -281,7 +279,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.1, help="of timed calls per candidate (default 0.1)")
     parser.add_argument("--limit", type=float, default=200.0, help="seconds in all, compilation included (200)")
     parser.add_argument("--matmul", type=int, default=8192, help="side of the matrices of the comparison (8192)")
-    parser.add_argument("--configurations", action="store_true", help="time all of our backend's, keep their times")
+    parser.add_argument("--configurations", action="store_true", help="time all that tuning times, keep the times")
     parser.add_argument("--json", type=Path, help="file to write the rows to, after each of them")
     options = parser.parse_args()
     if not torch.cuda.is_available():

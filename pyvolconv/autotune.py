@@ -36,7 +36,7 @@ SECONDS = 60.0
 SECONDS_PER_PASS = 1.0
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 60
 HOPELESS_RATIO, HOPELESS_SECONDS = 10.0, 0.1
-"""A call so many times as long as the fastest, and longer than that, is no interruption."""
+"""What takes so many times as long as the fastest and longer than that, in its first call too, is not run again."""
 
 
 class Measure(Protocol):
@@ -236,7 +236,7 @@ def measure_alternating(
     """Median seconds of each step, one call of each per round, every second round in reverse.
 
     The first call of each is not counted. A step that was twice as slow as the fastest in two rounds, or hopelessly
-    slower in one, is left out of further ones.
+    slower in its first call and in one round, is left out of further ones.
 
     Args:
         steps: name -> callable.
@@ -244,8 +244,11 @@ def measure_alternating(
         clock: returns seconds; by default a monotonic clock that waits for a CUDA device in use.
     """
     clock = clock or now
-    for step in steps.values():
+    first: dict[str, float] = {}
+    for name, step in steps.items():
+        start = clock()
         step()
+        first[name] = clock() - start
     taken: dict[str, list[float]] = {name: [] for name in steps}
     running = list(steps)
     begin = clock()
@@ -257,8 +260,11 @@ def measure_alternating(
         running.reverse()
         # Least times: an interruption may double one call, hardly two.
         best = min(map(min, taken.values()))
-        limit = 2 * best if done > 1 else max(HOPELESS_RATIO * best, HOPELESS_SECONDS)
-        running = [name for name in running if min(taken[name]) <= limit]
+        if done > 1:
+            running = [name for name in running if min(taken[name]) <= 2 * best]
+        else:
+            limit = max(HOPELESS_RATIO * best, HOPELESS_SECONDS)
+            running = [name for name in running if min(first[name], *taken[name]) <= limit]
         if done >= FEWEST_ROUNDS and clock() - begin > seconds:
             break
     return {name: statistics.median(times) for name, times in taken.items()}
