@@ -33,6 +33,11 @@ class Blocks(NamedTuple):
     def __str__(self) -> str:
         return f"m{self.m}n{self.n}k{self.k}w{self.warps}s{self.stages}"
 
+    @property
+    def options(self) -> dict[str, int]:
+        """Those of a launch."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
     @classmethod
     def parse(cls, text: str) -> Blocks:
         """The blocks that `str(blocks)` wrote.

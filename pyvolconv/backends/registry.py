@@ -16,8 +16,10 @@ from .cpp_winograd import CppWinograd
 from .im2col import Im2colBackend
 from .numba import NumbaBackend
 from .triton import TritonBackend
+from .triton_tma import TritonTma
 
 REGISTRY: tuple[Backend, ...] = (
+    TritonTma(),
     TritonBackend(),
     CppDirect(),
     CppWinograd(),
