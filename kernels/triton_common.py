@@ -3,9 +3,10 @@
 Implicit GEMM (Chetlur et al. 2014, cuDNN): a pass is a product of two matrices which are never stored;
 each block of them is gathered from the tensors when it is needed. One flat loop runs over the summed index.
 
-Activations of more than 2**31 values are ordinary for video autoencoders: such tensors get 64-bit offsets. A row of a block
-has an address; what a step adds to it is one number, or one for each summed index. Tensors are addressed by strides, so both memory
-layouts are read and written where they are; a block is loaded so that neighbouring threads read neighbouring values.
+Activations of more than 2**31 values are ordinary for video autoencoders: such tensors get 64-bit offsets. A row of a
+block has an address; what a step adds to it is one number, or one for each summed index. Tensors are addressed by
+strides, so both memory layouts are read and written where they are; a block is loaded so that neighbouring threads read
+neighbouring values.
 
 Only `tl` builtins are called from kernels: functions of Triton's own library are compiled or interpreted as
 TRITON_INTERPRET said when *triton* was imported, ours as it says when this module is.

@@ -15,8 +15,8 @@ from .triton_common import (
     MIN_DOT_SIDE,
     Launch,
     ceil_div,
-    default_blocks,
     columns,
+    default_blocks,
     is_inside,
     offset_dtype,
     rows,
@@ -53,7 +53,9 @@ def forward(
     out_channels //= groups
     voxels = y.shape[0] * math.prod(y.shape[2:])
     flat = channels < MIN_DOT_SIDE
-    blocks = blocks or default_blocks(voxels, out_channels, channels * math.prod(kernel) if flat else channels, y.element_size())
+    blocks = blocks or default_blocks(
+        voxels, out_channels, channels * math.prod(kernel) if flat else channels, y.element_size()
+    )
     grid = ceil_div(voxels, blocks.m) * ceil_div(out_channels, blocks.n) * groups
     arguments = {
         "x_ptr": x,
@@ -181,10 +183,6 @@ def forward_kernel(
     y_columns = (group * out_channels + o) * y_c
     total = total.to(y_ptr.dtype.element_ty)
     if CHANNELS_LAST:
-        tl.store(
-            y_ptr + y_rows[:, None] + y_columns[None, :], total, mask=voxel_valid[:, None] & o_valid[None, :]
-        )
+        tl.store(y_ptr + y_rows[:, None] + y_columns[None, :], total, mask=voxel_valid[:, None] & o_valid[None, :])
     else:
-        tl.store(
-            y_ptr + y_rows[None, :] + y_columns[:, None], total.T, mask=voxel_valid[None, :] & o_valid[:, None]
-        )
+        tl.store(y_ptr + y_rows[None, :] + y_columns[:, None], total.T, mask=voxel_valid[None, :] & o_valid[:, None])

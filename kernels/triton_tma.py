@@ -31,7 +31,7 @@ from .triton_common import Launch, add_partials, ceil_div, weight_matrix
 Triple = tuple[int, int, int]
 
 
-def box_of(size: Triple, voxels: int) -> Triple:
+def box_of(size: tuple[int, ...], voxels: int) -> Triple:
     """The box of `voxels` voxels, a power of two on each axis, that covers `size` with the least surplus.
 
     Among equals the one that is longest along the width, then the height.
@@ -67,7 +67,7 @@ def forward(
     """The launches that write the convolution of x with weight, plus bias, into y; stride 1, one group.
 
     Args:
-        x: contiguous or channels_last_3d, as may be y; what is dense in x, channels or the width, in multiples of 16 bytes.
+        x: contiguous or channels_last_3d, as may be y; its dense axis, channels or width, in multiples of 16 bytes.
         weight: (C_out, C_in, K_d, K_h, K_w), stored as (C_out, K_d, K_h, K_w, C_in).
         padding: at the beginning of each axis; that at the end follows from the size of y.
     """
@@ -119,10 +119,7 @@ def _launches(
         order = (0, 2, 3, 1, 4)
     tiles = tuple(ceil_div(extent, side) for extent, side in zip(size, box, strict=True))
     weight_block = [blocks.k, blocks.n] if transposed else [blocks.n, blocks.k]
-    steps = math.prod(kernel) * ceil_div(summed, blocks.k)
-    splits = min(splits, steps)
-    steps_per_split = ceil_div(steps, splits)
-    splits = ceil_div(steps, steps_per_split)
+    splits = min(splits, math.prod(kernel) * ceil_div(summed, blocks.k))
     partials = None if splits == 1 else torch.empty(splits, target.numel(), dtype=torch.float32, device=target.device)
     arguments = {
         "source_desc": described(source, order, block_shape),
@@ -132,12 +129,11 @@ def _launches(
         "target_values": target.numel(),
         "summed": summed,
         "channels": channels,
+        "source_depth": source.shape[2],
         "size": size,
         "tiles": tiles,
         "first": first,
         "step": step,
-        "steps": steps,
-        "steps_per_split": steps_per_split,
         "splits": splits,
         "target_strides": target.stride(),
         "KERNEL": kernel,
@@ -152,9 +148,7 @@ def _launches(
         "BLOCK_K": blocks.k,
     }
     programs = target.shape[0] * math.prod(tiles) * ceil_div(channels, blocks.n) * splits
-    multiply = Launch(
-        tma_kernel, (programs,), arguments, blocks.options
-    )
+    multiply = Launch(tma_kernel, (programs,), arguments, blocks.options)
     return [multiply] if partials is None else [multiply, add_partials(partials, target)]
 
 
@@ -169,7 +163,21 @@ def described(tensor: Tensor, order: tuple[int, ...], block_shape: list[int]) ->
     strides, step = [0] * 5, 1
     for axis in reversed(dense):
         strides[axis], step = step, step * tensor.shape[axis]
-    return TensorDescriptor(tensor, [tensor.shape[axis] for axis in order], [strides[axis] for axis in order], block_shape)
+    return TensorDescriptor(
+        tensor, [tensor.shape[axis] for axis in order], [strides[axis] for axis in order], block_shape
+    )
+
+
+@triton.jit
+def reaching_taps(first, step, BOX: tl.constexpr, size, TAPS: tl.constexpr):
+    """(begin, end) of the taps t for which some of first + t * step + (0 ... BOX - 1) is in [0, size)."""
+    begin = first * 0 + TAPS
+    count = first * 0
+    for tap in tl.static_range(TAPS):
+        reaches = (first + tap * step > -BOX) & (first + tap * step < size)
+        begin = tl.where(reaches, tl.minimum(begin, tap), begin)
+        count += reaches.to(tl.int32)
+    return begin, begin + count
 
 
 @triton.jit
@@ -181,12 +189,11 @@ def tma_kernel(
     target_values,
     summed,
     channels,
+    source_depth,
     size,
     tiles,
     first,
     step,
-    steps,
-    steps_per_split,
     splits,
     target_strides,
     KERNEL: tl.constexpr,
@@ -220,8 +227,14 @@ def tma_kernel(
     h_first = h + first[1]
     w_first = w + first[2]
 
+    # Taps whose box lies wholly above or below the source are left out.
+    plane_steps = KERNEL[1] * KERNEL[2] * ((summed + BLOCK_K - 1) // BLOCK_K)
+    taps_begin, taps_end = reaching_taps(d_first, d_step, BOX[0], source_depth, KERNEL[0])
+    steps = (taps_end - taps_begin) * plane_steps
+    steps_per_split = (steps + splits - 1) // splits
+    begin = taps_begin * plane_steps + split * steps_per_split
+    end = tl.minimum(begin + steps_per_split, taps_end * plane_steps)
     summed_blocks = (summed + BLOCK_K - 1) // BLOCK_K
-    begin = split * steps_per_split
     tap = begin // summed_blocks
     s = begin % summed_blocks * BLOCK_K
     column = tap * (channels if TRANSPOSED else summed)
@@ -230,7 +243,7 @@ def tma_kernel(
     w_tap = tap % KERNEL[2]
 
     total = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
-    for _ in range(begin, tl.minimum(begin + steps_per_split, steps)):
+    for _ in range(begin, end):
         d_in = d_first + d_tap * d_step
         h_in = h_first + h_tap * h_step
         w_in = w_first + w_tap * w_step
@@ -238,10 +251,7 @@ def tma_kernel(
             source = source_desc.load([n, d_in, h_in, w_in, s]).reshape(BLOCK_M, BLOCK_K).T
         else:
             source = source_desc.load([n, d_in, h_in, s, w_in]).reshape(BLOCK_K, BLOCK_M)
-        if TRANSPOSED:
-            weight = weight_desc.load([s, column + channel]).T
-        else:
-            weight = weight_desc.load([channel, column + s])
+        weight = weight_desc.load([s, column + channel]).T if TRANSPOSED else weight_desc.load([channel, column + s])
         if WIDEN:
             weight = weight.to(tl.float32)
             source = source.to(tl.float32)
@@ -259,9 +269,8 @@ def tma_kernel(
                     d_tap += 1
 
     c = channel + tl.arange(0, BLOCK_N)
-    if HAS_BIAS:
-        if split == 0:
-            total += tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)[:, None]
+    if HAS_BIAS and split == 0:
+        total += tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)[:, None]
     voxel = tl.arange(0, BLOCK_M)
     w_out = w + voxel % BOX[2]
     h_out = h + voxel // BOX[2] % BOX[1]

@@ -1,7 +1,7 @@
 """grad_weight of stride 1 as an implicit GEMM whose operands the tensor memory accelerator (TMA) fetches.
 
-(output channels) x (input channels) of one tap, summed over voxels, a box of them at a step: the box of the gradient and
-that of the input, shifted by the tap, are one TMA copy each, which puts zeros where a box hangs over the tensor's ends.
+(output channels) x (input channels) of one tap, summed over voxels, a box of them at a step: the box of the gradient
+and that of the input, shifted by the tap, are one TMA copy each, which puts zeros where a box hangs over an end.
 The sum is split (split-K) into runs of boxes, and a second kernel adds the float32 partial results in order. How it is
 split follows from the problem alone, never from the device, so the bits are the same at every run.
 
@@ -55,11 +55,8 @@ def grad_weight(
         order = (0, 2, 3, 1, 4)
         shapes = [1, 1, 1, blocks.m, blocks.k], [1, 1, 1, blocks.n, blocks.k]
     tiles = tuple(ceil_div(extent, side) for extent, side in zip(size, box, strict=True))
-    steps = x.shape[0] * math.prod(tiles)
     programs = ceil_div(out_channels, blocks.m) * ceil_div(channels, blocks.n) * math.prod(kernel)
-    splits = min(steps, splits or max(1, PROGRAMS // programs))
-    steps_per_split = ceil_div(steps, splits)
-    splits = ceil_div(steps, steps_per_split)
+    splits = min(x.shape[0] * math.prod(tiles), splits or max(1, PROGRAMS // programs))
     partials = torch.empty(splits, grad_w.numel(), dtype=torch.float32, device=grad_w.device)
     arguments = {
         "grad_output_desc": described(grad_output, order, shapes[0]),
@@ -68,11 +65,12 @@ def grad_weight(
         "weights": grad_w.numel(),
         "channels": channels,
         "out_channels": out_channels,
+        "batch": x.shape[0],
+        "depth": x.shape[2],
         "tiles": tiles,
         "padding": padding,
         "dilation": dilation,
-        "steps": steps,
-        "steps_per_split": steps_per_split,
+        "splits": splits,
         "weight_strides": weight_strides(grad_w),
         "KERNEL": tuple(kernel),
         "BOX": box,
@@ -94,11 +92,12 @@ def tma_grad_weight_kernel(
     weights,
     channels,
     out_channels,
+    batch,
+    depth,
     tiles,
     padding,
     dilation,
-    steps,
-    steps_per_split,
+    splits,
     weight_strides,
     KERNEL: tl.constexpr,
     BOX: tl.constexpr,
@@ -125,13 +124,22 @@ def tma_grad_weight_kernel(
     h_shift = tap // KERNEL[2] % KERNEL[1] * dilation[1] - padding[1]
     w_shift = tap % KERNEL[2] * dilation[2] - padding[2]
 
+    # Boxes that the shift moves wholly above or below the input are left out: d_begin to d_end are the others.
+    d_begin = tl.maximum(0, (-d_shift) // BOX[0])
+    d_end = tl.minimum(tiles_d, (depth - d_shift + BOX[0] - 1) // BOX[0])
+    planes = tl.maximum(0, d_end - d_begin)
+    steps = batch * planes * tiles_h * tiles_w
+    steps_per_split = (steps + splits - 1) // splits
     begin = split * steps_per_split
+    end = tl.minimum(begin + steps_per_split, steps)
+    row = begin // tiles_w
+    plane = row // tiles_h
     w = begin % tiles_w * BOX[2]
-    h = begin // tiles_w % tiles_h * BOX[1]
-    d = begin // tiles_w // tiles_h % tiles_d * BOX[0]
-    n = begin // tiles_w // tiles_h // tiles_d
+    h = row % tiles_h * BOX[1]
+    d = (d_begin + plane % tl.maximum(planes, 1)) * BOX[0]
+    n = plane // tl.maximum(planes, 1)
     total = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
-    for _ in range(begin, tl.minimum(begin + steps_per_split, steps)):
+    for _ in range(begin, end):
         d_in = d + d_shift
         h_in = h + h_shift
         w_in = w + w_shift
@@ -152,8 +160,8 @@ def tma_grad_weight_kernel(
             if h >= tiles_h * BOX[1]:
                 h = 0
                 d += BOX[0]
-                if d >= tiles_d * BOX[0]:
-                    d = 0
+                if d >= d_end * BOX[0]:
+                    d = d_begin * BOX[0]
                     n += 1
 
     o_row = o + tl.arange(0, BLOCK_M)

@@ -23,7 +23,13 @@ import torch
 from .backends.base import Backend
 from .backends.registry import REGISTRY, select
 from .errors import UnsupportedProblemError, failure
-from .precision import Precision, convolves_float32_in_bfloat16, multiplies_float32_in_bfloat16, store_precision
+from .precision import (
+    Precision,
+    convolves_float32_in_bfloat16,
+    cuda_switches,
+    multiplies_float32_in_bfloat16,
+    store_precision,
+)
 from .problem import ConvProblem, Pass
 from .tuned import milliseconds
 
@@ -108,8 +114,11 @@ def choose_or_none(problem: ConvProblem, pass_: Pass) -> Backend | None:
     """
     for asked in _listeners:
         asked.add((problem, pass_))
-    narrow = (convolves_float32_in_bfloat16(), multiplies_float32_in_bfloat16())
-    return _choose(problem, pass_, forced_backend(), torch.get_num_threads(), narrow)
+    if problem.device == "cuda":
+        switches = cuda_switches()
+    else:
+        switches = (convolves_float32_in_bfloat16(), multiplies_float32_in_bfloat16())
+    return _choose(problem, pass_, forced_backend(), torch.get_num_threads(), switches)
 
 
 def run(method: Callable[..., Result], problem: ConvProblem, pass_: Pass, *operands: Any) -> Result:
@@ -213,9 +222,9 @@ def _reasons(candidates: Iterable[Backend], problem: ConvProblem, pass_: Pass) -
 
 @lru_cache(maxsize=4096)
 def _choose(
-    problem: ConvProblem, pass_: Pass, forced: str | None, threads: int, narrow: tuple[bool, bool]
+    problem: ConvProblem, pass_: Pass, forced: str | None, threads: int, switches: tuple[object, ...]
 ) -> Backend | None:
-    # `threads` and `narrow` are part of the key only: of measured times, and of what backends are able to and expect.
+    # `threads` and `switches` are part of the key only: of measured times, and of what backends are able to and expect.
     candidates = _candidates(forced)
     reasons = _reasons(candidates, problem, pass_)
     able = [backend for backend in candidates if not reasons[backend.name]]

@@ -22,9 +22,14 @@ import torch
 
 from . import tuned_file
 from .backends.cpp import load_extension
-from .backends.triton_sources import triton_digest
+from .backends.sources import sources_digest
 from .host import processor, version
-from .precision import convolves_float32_in_bfloat16, get_precision, multiplies_float32_in_bfloat16
+from .precision import (
+    convolves_float32_in_bfloat16,
+    float32_arithmetic,
+    get_precision,
+    multiplies_float32_in_bfloat16,
+)
 from .problem import ConvProblem, Pass
 from .tuned_file import Setting, Table
 
@@ -104,16 +109,23 @@ def forget() -> None:
 def current_setting(device: str) -> Setting:
     """What times measured now on "cpu" or "cuda" depend on."""
     extension, _ = load_extension()
+    if device == "cuda":
+        conv, matmul = (float32_arithmetic(device, operation) for operation in ("conv", "matmul"))
+        precision = f"{get_precision()}, float32 in {conv}, its products in {matmul}"
+    else:
+        precision = (
+            get_precision()
+            + (", float32 in bfloat16" if convolves_float32_in_bfloat16() else "")
+            + (", its products in bfloat16" if multiplies_float32_in_bfloat16() else "")
+        )
     return Setting(
         processor=torch.cuda.get_device_name() if device == "cuda" else _processor(),
         isa="none" if extension is None else extension.current_isa(),
         threads=torch.get_num_threads(),
-        precision=get_precision()
-        + (", float32 in bfloat16" if convolves_float32_in_bfloat16() else "")
-        + (", its products in bfloat16" if multiplies_float32_in_bfloat16() else ""),
+        precision=precision,
         pyvolconv=_version(),
         torch=str(torch.__version__),
-        extension=triton_digest() if device == "cuda" else _digest(),
+        extension=sources_digest() if device == "cuda" else _digest(),
     )
 
 

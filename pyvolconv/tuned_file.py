@@ -42,7 +42,7 @@ class Setting:
         threads: of `torch.get_num_threads()`.
         precision: of `pyvolconv.set_precision`, and whether float32 may be computed in bfloat16.
         pyvolconv, torch: versions.
-        extension: digest of the compiled kernels; of a GPU, of the sources of those that are compiled at run time.
+        extension: digest of the compiled kernels; on a GPU, of the sources of those in Python.
     """
 
     processor: str

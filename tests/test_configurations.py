@@ -17,7 +17,7 @@ from rich.console import Console
 import pyvolconv
 from pyvolconv import autotune, candidates, dispatch, info, tune_model, tuned
 from pyvolconv.autotune import time_pass, tune
-from pyvolconv.backends import registry, triton_sources
+from pyvolconv.backends import registry, sources
 from pyvolconv.backends.base import Backend
 from pyvolconv.backends.cpp import CppDirect
 from pyvolconv.cost import busy
@@ -256,10 +256,10 @@ def test_times_of_a_gpu_depend_on_the_kernels_that_are_compiled_at_run_time(monk
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     digests = []
     for version in ("3.6.0", "3.7.0", "3.6.0"):
-        monkeypatch.setattr(triton_sources, "version", lambda package, version=version: version)
-        triton_sources.triton_digest.cache_clear()
+        monkeypatch.setattr(sources, "version", lambda package, version=version: version)
+        sources.sources_digest.cache_clear()
         digests.append(tuned.current_setting("cuda").extension)
-    triton_sources.triton_digest.cache_clear()
+    sources.sources_digest.cache_clear()
     assert digests[0] == digests[2] != digests[1]
     assert tuned.current_setting("cuda").processor == "Some GPU"
     assert tuned.current_setting("cpu").extension not in digests
@@ -268,14 +268,14 @@ def test_times_of_a_gpu_depend_on_the_kernels_that_are_compiled_at_run_time(monk
 def test_times_of_other_kernels_on_this_gpu_are_reported(monkeypatch, file, warnings):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(tuned, "triton_digest", lambda: "older")
+    monkeypatch.setattr(tuned, "sources_digest", lambda: "older")
     on_gpu = PROBLEM.with_(device="cuda")
     tuned.remember({(on_gpu, "forward"): {"aten": 1.0}})
     as_new_process()
     assert tuned.milliseconds(on_gpu, "forward") == {"aten": 1.0}
     assert tuned.count("cuda") == 1
     assert warnings() == []
-    monkeypatch.setattr(tuned, "triton_digest", lambda: "newer")
+    monkeypatch.setattr(tuned, "sources_digest", lambda: "newer")
     as_new_process()
     assert tuned.milliseconds(on_gpu, "forward") == {}
     (warning,) = warnings()

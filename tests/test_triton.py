@@ -14,12 +14,12 @@ import sys
 import pytest
 import torch
 
-from pyvolconv.backends.triton import TritonBackend
+from pyvolconv.backends.triton_implicit_gemm import TritonImplicitGemm
 from pyvolconv.problem import PASSES, ConvProblem
 
 pytest.importorskip("triton")
 
-BACKEND = TritonBackend()
+BACKEND = TritonImplicitGemm()
 SMALL_BLOCKS = {2: (32, 16, 16), 4: (32, 16, 16)}
 PROBLEM = ConvProblem.parse("cpu-float32-ncdhw-n1ic2oc3-i4-k3")
 MANY_BLOCKS = (

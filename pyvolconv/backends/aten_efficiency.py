@@ -2,6 +2,7 @@
 
 The numbers are fitted to measurements (docs/performance.md). On the CPU float32 and bfloat16 run in oneDNN, unless
 torch leaves it alone; float64 and grouped gradients in im2col or a loop, float16 in a scalar loop without AVX512_FP16.
+On CUDA the model is that of `aten_on_cuda.py`.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..problem import ConvProblem, Pass
 from .base import MEMORY_FORMAT, Accuracy, Backend, empty
+from .cuda_peak import arithmetic
 from .triton_support import device_of, interpreter_asked
 
 RESULT = {"forward": "output", "grad_input": "input", "grad_weight": "weight"}
@@ -18,6 +19,9 @@ OPERANDS = {
     "grad_input": ("output_shape", "weight_shape"),
     "grad_weight": ("output_shape", "input_shape"),
 }
+
+CALL_SECONDS = 25e-6
+"""What a pass takes on the host, an estimate."""
 
 
 class TritonLaunches(Backend):
@@ -81,10 +85,4 @@ def multiplication(problem: ConvProblem) -> dict[str, Any]:
 
 def input_precision(problem: ConvProblem) -> str:
     """ "tf32" where the user lets torch's own CUDA convolutions round float32 operands, else "ieee"."""
-    if problem.device != "cuda" or problem.dtype != "float32":
-        return "ieee"
-    conv = getattr(torch.backends.cudnn, "conv", None)
-    precision = getattr(conv, "fp32_precision", None)
-    if precision in (None, "none"):
-        precision = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
-    return "tf32" if precision == "tf32" else "ieee"
+    return "tf32" if problem.device == "cuda" and arithmetic(problem) == "tf32" else "ieee"

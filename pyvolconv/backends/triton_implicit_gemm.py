@@ -1,4 +1,4 @@
-"""Implicit GEMM in Triton: float32, float16 and bfloat16 on CUDA, or on the CPU in Triton's interpreter.
+"""Implicit GEMM in Triton whose threads gather: float32 and 16-bit floats, on CUDA or in Triton's interpreter.
 
 The kernels are imported when the first convolution runs. Triton decides at that moment whether they are
 compiled or interpreted (TRITON_INTERPRET=1), for the rest of the process.
@@ -11,14 +11,15 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..problem import ConvProblem, Pass
-from .triton_base import TritonLaunches, multiplication
+from . import cuda_peak
+from .triton_base import CALL_SECONDS, TritonLaunches, multiplication
 from .triton_support import geometry, missing_here
 
 
-class TritonBackend(TritonLaunches):
+class TritonImplicitGemm(TritonLaunches):
     """Implicit GEMM whose threads compute addresses and masks: any sizes, strides, dilations and groups."""
 
-    name: ClassVar[str] = "triton"
+    name: ClassVar[str] = "triton.implicit_gemm"
 
     def unsupported_reasons(self, problem: ConvProblem, pass_: Pass) -> list[str]:
         return missing_here(problem)
@@ -48,10 +49,11 @@ class TritonBackend(TritonLaunches):
         )
 
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
-        """Estimates, not yet measured on a GPU: what the padding of `tl.dot` to 16 leaves of a third of the peak.
+        """Estimates, not yet measured on a GPU: a third of the peak, less the padding of `tl.dot` to 16, and memory.
 
         In the interpreter, which is for tests, next to nothing.
         """
         if problem.device == "cpu":
             return 1e-6
-        return 0.35 * min(1.0, min(problem.in_channels, problem.out_channels) / problem.groups / 16)
+        reached = 0.35 * min(1.0, min(problem.in_channels, problem.out_channels) / problem.groups / 16)
+        return cuda_peak.share_of_peak(problem, pass_, reached, call_seconds=CALL_SECONDS)
