@@ -71,7 +71,7 @@ class Row:
             best = self.ours[layout]
             rate = self.flops / best.seconds
             cells.append(f"{1e6 * best.seconds:9.1f} us {rate / 1e12:6.1f} TF/s {rate / self.matmul_rate:4.0%}")
-            cells.append(f"{layout} {best.backend:8}")
+            cells.append(f"{layout} {best.backend:20}")
         cells.append("torch " + " ".join(_microseconds(self.torch.get(layout)) for layout in LAYOUTS))
         cells += [f"{name} {'-' if ratio is None else f'{ratio:.2f}'}" for name, ratio in self.ratios.items()]
         if self.error:
