@@ -93,7 +93,9 @@ class Reference:
         piece = max(1, MOST_BYTES // voxel_bytes)
         result = []
         for samples in grad_output.split(piece):
-            padded = [size + begin + end for size, (begin, end) in zip(problem.input_size, problem.padding, strict=True)]
+            padded = [
+                size + begin + end for size, (begin, end) in zip(problem.input_size, problem.padding, strict=True)
+            ]
             target = samples.new_zeros(len(samples), len(self.in_channels), *padded, dtype=torch.float64)
             for group, places in _by_group(self.in_channels, channels):
                 outputs = slice(group * out_channels, (group + 1) * out_channels)
@@ -104,7 +106,9 @@ class Reference:
                     met = target[(slice(None), slice(None), *_met(problem, tap))]
                     for nth, place in enumerate(places):
                         met[:, place] += products[..., nth, tap]
-            inside = (slice(begin, begin + size) for size, (begin, _) in zip(problem.input_size, problem.padding, strict=True))
+            inside = (
+                slice(begin, begin + size) for size, (begin, _) in zip(problem.input_size, problem.padding, strict=True)
+            )
             result.append(target[(slice(None), slice(None), *inside)])
         return torch.cat(result)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import TimeoutError as NoTime
 from multiprocessing import get_context
 
 from pyvolconv.backends.base import Backend
@@ -47,7 +48,7 @@ def compile_all(jobs: Sequence[Job], seconds: float) -> dict[Job, str]:
         for future in as_completed(futures, timeout=seconds):
             if (error := future.exception()) is not None:
                 failed[futures[future]] = f"{type(error).__name__}: {error}"
-    except TimeoutError:
+    except NoTime:
         failed |= {one: "left out: no time" for future, one in futures.items() if not future.done()}
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

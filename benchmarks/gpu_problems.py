@@ -1,4 +1,4 @@
-"""The convolutions that `benchmarks.gpu_suite` times: layers that people report as slow or that networks in wide use have.
+"""The convolutions that `benchmarks.gpu_suite` times: layers reported as slow, and those of networks in wide use.
 
 Each is the text of a `ConvProblem` without device and layout. Rows of the survey behind them which name two dtypes or
 two numbers of input channels are two entries here, each counted for itself: 23 rows, 25 entries.

@@ -13,10 +13,8 @@ Rows are printed and written as they come. What `--limit` leaves no time for is 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,13 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyvolconv import dispatch, tuned
-from pyvolconv.autotune import geometric_mean
 from pyvolconv.backends.base import MEMORY_FORMAT, Backend
-from pyvolconv.problem import DTYPE_BYTES, LAYOUTS, PASSES, ConvProblem, Layout, Pass
+from pyvolconv.candidates import competitors
+from pyvolconv.problem import LAYOUTS, PASSES, ConvProblem, Layout, Pass
 
 from .gpu_check import Reference, poisoned, relative_difference
 from .gpu_compile import Job, compile_all, job
 from .gpu_problems import GPU_PROBLEMS, gpu_problem
+from .gpu_rows import Row, Time, summary, table, to_json
 from .gpu_timing import Runner, matmul_rates, operand_sets, time_in_turns
 
 LEFT_OUT = 2.5
@@ -43,101 +42,16 @@ LONGEST_SECONDS = 2.0
 """Torch is not asked for the whole of a problem that is expected to take it longer, by the time of a part."""
 
 
-@dataclass
-class Time:
-    """Seconds per call, of whom, and what is to be known about it (empty: a median of several samples)."""
-
-    seconds: float
-    backend: str
-    note: str = ""
-
-
-@dataclass
-class Row:
-    """One pass of one entry."""
-
-    name: str
-    pass_: Pass
-    problem: str
-    flops: int
-    least_bytes: int
-    matmul_rate: float
-    ours: dict[Layout, Time] = field(default_factory=dict)
-    torch: dict[Layout, Time] = field(default_factory=dict)
-    chosen: dict[Layout, str] = field(default_factory=dict)
-    """Who is taken where torch may be, too."""
-    configurations: dict[Layout, dict[str, float]] = field(default_factory=dict)
-    error: dict[Layout, float] = field(default_factory=dict)
-    """As a multiple of the bound that the backend states."""
-    difference: dict[Layout, float] = field(default_factory=dict)
-    """From torch's result, in the norm."""
-    reproducible: dict[Layout, bool] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
-
-    @property
-    def wrong(self) -> bool:
-        limit = 4 * torch.finfo(torch.float16 if "float32" in self.problem else _dtype(self.problem)).eps
-        return any(error > 1 for error in self.error.values()) or any(d > limit for d in self.difference.values())
-
-    @property
-    def ratios(self) -> dict[str, float | None]:
-        """Torch's time over ours: both in the better layout, both in ncdhw, and where torch may be taken."""
-        if self.wrong or not self.ours or not self.torch:
-            return {"ratio": None, "ncdhw": None, "+aten": None}
-        peer = _least(self.torch)
-        taken = [
-            self.ours[layout].seconds if self.chosen.get(layout) != "aten" else self.torch[layout].seconds
-            for layout in LAYOUTS
-            if layout in (self.ours if self.chosen.get(layout) != "aten" else self.torch)
-        ]
-        ncdhw = self.torch["ncdhw"].seconds / self.ours["ncdhw"].seconds if self._both("ncdhw") else None
-        return {"ratio": peer / _least(self.ours), "ncdhw": ncdhw, "+aten": peer / min(taken) if taken else None}
-
-    def _both(self, layout: Layout) -> bool:
-        return layout in self.ours and layout in self.torch
-
-    def __str__(self) -> str:
-        cells = [f"{self.name:15} {self.pass_:11}"]
-        if self.ours:
-            layout = min(self.ours, key=lambda layout: self.ours[layout].seconds)
-            best = self.ours[layout]
-            rate = self.flops / best.seconds
-            cells.append(f"{1e6 * best.seconds:9.1f} us {rate / 1e12:6.1f} TF/s {rate / self.matmul_rate:4.0%}")
-            cells.append(f"{layout} {best.backend:8}")
-        cells.append("torch " + " ".join(_microseconds(self.torch.get(layout)) for layout in LAYOUTS))
-        cells += [f"{name} {'-' if ratio is None else f'{ratio:.2f}'}" for name, ratio in self.ratios.items()]
-        if self.error:
-            cells.append(f"err {max(self.error.values()):.2g}")
-        cells += ["WRONG"] * self.wrong + ["not reproducible"] * (not all(self.reproducible.values()))
-        return "  ".join(cells + [failure.splitlines()[0][:100] for failure in self.failures])
-
-
-def _least(times: dict[Layout, Time]) -> float:
-    return min(one.seconds for one in times.values())
-
-
-def _microseconds(one: Time | None) -> str:
-    return "        -" if one is None else f"{1e6 * one.seconds:9.1f}" + ("~" if one.note else " ")
-
-
-def _dtype(text: str) -> torch.dtype:
-    found: torch.dtype = getattr(torch, ConvProblem.parse(text).dtype)
-    return found
-
-
 def ours(problem: ConvProblem, pass_: Pass) -> list[Backend]:
     """Those of our backends that may be chosen, the one first that is."""
     able = [backend for backend in dispatch.able_backends(problem, pass_) if backend.ours]
     return [dispatch.fastest(problem, pass_, able)] if able else []
 
 
-def configured(problem: ConvProblem, pass_: Pass) -> list[Backend]:
-    """What is chosen among ours without measured times, and all configurations of it."""
+def all_of_ours(problem: ConvProblem, pass_: Pass) -> list[Backend]:
+    """All of our backends that tuning would time, in all their configurations."""
     able = [backend for backend in dispatch.able_backends(problem, pass_) if backend.ours]
-    if not able:
-        return []
-    best = dispatch.expected_fastest(problem, pass_, able)
-    return [best, *(best.configured(text) for text in best.configurations(problem, pass_))]
+    return competitors(problem, pass_, able, dispatch.expected_fastest(problem, pass_, able)) if able else []
 
 
 def operands_of(problem: ConvProblem, pass_: Pass) -> list[Tensor]:
@@ -197,7 +111,9 @@ def part_of(problem: ConvProblem) -> ConvProblem | None:
     if problem.batch > PART:
         return problem.with_(batch=PART)
     if problem.groups > 1:
-        return problem.with_(input_size=(max(problem.kernel_size[0], problem.input_size[0] // 4), *problem.input_size[1:]))
+        return problem.with_(
+            input_size=(max(problem.kernel_size[0], problem.input_size[0] // 4), *problem.input_size[1:])
+        )
     return None
 
 
@@ -228,7 +144,7 @@ class Measurement:
         for layout in LAYOUTS:
             problem = self.plain.with_(layout=layout)
             sets = operand_sets([_ordered(operand, layout) for operand in operands])
-            for backend in configured(problem, self.pass_) if self.every else ours(problem, self.pass_):
+            for backend in all_of_ours(problem, self.pass_) if self.every else ours(problem, self.pass_):
                 result = self._ours(backend, problem, sets, reference, runners)
                 if result is not None:
                     results[layout] = result
@@ -324,7 +240,9 @@ def measure_all(
 ) -> Iterator[Row]:
     """The rows that there is time for."""
     rates = matmul_rates(side, device)
-    print("matrix products: " + ", ".join(f"{dtype} {rate / 1e12:.0f} TF/s" for dtype, rate in rates.items()), flush=True)
+    print(
+        "matrix products: " + ", ".join(f"{dtype} {rate / 1e12:.0f} TF/s" for dtype, rate in rates.items()), flush=True
+    )
     for name, pass_ in wanted:
         if time.monotonic() > deadline:
             return
@@ -345,29 +263,13 @@ def measure_all(
 
 def jobs_of(wanted: list[tuple[str, Pass]], every: bool) -> list[Job]:
     problems = [(gpu_problem(name, layout), pass_) for name, pass_ in wanted for layout in LAYOUTS]
-    backends = configured if every else ours
-    return [job(backend, problem, pass_) for problem, pass_ in problems for backend in backends(problem, pass_)]
-
-
-def summary(rows: list[Row]) -> str:
-    """Geometric means, how many are ahead, and what is not as it should be."""
-    lines = []
-    for which in ("ratio", "ncdhw", "+aten"):
-        known = [ratio for row in rows if (ratio := row.ratios[which]) is not None]
-        ahead = sum(ratio >= 1 for ratio in known)
-        mean = geometric_mean(known)
-        lines.append(f"{which:6} {'-' if mean is None else f'{mean:.2f}'} in the mean, {ahead} of {len(known)} ahead")
-    for pass_ in PASSES:
-        mean = geometric_mean(row.ratios["ratio"] for row in rows if row.pass_ == pass_)
-        lines.append(f"{pass_:11} {'-' if mean is None else f'{mean:.2f}'}")
-    lines += [f"WRONG: {row.name} {row.pass_}" for row in rows if row.wrong]
-    lines += [f"NOT REPRODUCIBLE: {row.name} {row.pass_}" for row in rows if not all(row.reproducible.values())]
-    return "\n".join(lines)
-
-
-def to_json(rows: list[Row], facts: dict[str, object]) -> str:
-    entries = [asdict(row) | {"wrong": row.wrong, "ratios": row.ratios} for row in rows]
-    return json.dumps(facts | {"rows": entries}, indent=1)
+    backends = all_of_ours if every else ours
+    return [
+        job(backend, problem, pass_)
+        for problem, pass_ in problems
+        for backend in backends(problem, pass_)
+        if type(backend).prepare is not Backend.prepare
+    ]
 
 
 def main() -> None:
@@ -377,9 +279,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.1, help="of timed calls per candidate (default 0.1)")
     parser.add_argument("--limit", type=float, default=200.0, help="seconds in all, compilation included (200)")
     parser.add_argument("--matmul", type=int, default=8192, help="side of the matrices of the comparison (8192)")
-    parser.add_argument("--configurations", action="store_true", help="time all of our backend's, keep their times")
+    parser.add_argument("--configurations", action="store_true", help="time all that tuning times, keep the times")
     parser.add_argument("--json", type=Path, help="file to write the rows to, after each of them")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device here")
+    if unknown := set(options.only.split(",")) - GPU_PROBLEMS.keys():
+        parser.error(f"no entry {', '.join(sorted(unknown))}; there are: {', '.join(GPU_PROBLEMS)}")
     begin = time.monotonic()
     wanted: list[tuple[str, Pass]] = [
         (name, pass_) for name in options.only.split(",") for pass_ in PASSES if pass_ in options.passes.split(",")
@@ -405,8 +311,7 @@ def main() -> None:
             if options.json:
                 options.json.write_text(to_json(rows, facts))
     print(f"\n{time.monotonic() - begin:.0f} s")
-    for row in rows:
-        print(row)
+    print(table(rows))
     print(summary(rows))
     left = wanted[len(rows) :]
     if left:

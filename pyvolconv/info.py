@@ -90,7 +90,8 @@ def _ability(refuse: Callable[[ConvProblem, Pass], list[str]], device: str) -> t
 def _tuned() -> str:
     place = tuned.location()
     try:
-        problems = f"{tuned.count()} problems for these threads, precision and versions"
+        where = f" on the CPU, {tuned.count('cuda')} on the GPU," if torch.cuda.is_available() else ""
+        problems = f"{tuned.count()} problems{where} for these threads, precision and versions"
     except ValueError as error:
         return f"not known: {error}"
     return f"{problems}, kept in {place}" if place else f"{problems}; {tuned.OFF_VARIABLE} is set, so none are kept"

@@ -22,6 +22,7 @@ import torch
 
 from . import tuned_file
 from .backends.cpp import load_extension
+from .backends.sources import sources_digest
 from .host import processor, version
 from .precision import (
     convolves_float32_in_bfloat16,
@@ -43,9 +44,10 @@ _write_error: str | None = None
 
 
 def milliseconds(problem: ConvProblem, pass_: Pass) -> Mapping[str, float]:
-    """Backend name -> median time that was measured for a pass of a problem under the present setting; empty if none.
+    """Name of a backend, or "name@configuration" -> median time that was measured for a pass under the present setting.
 
-    Of a problem with a pool, "aten" is the pass put together from torch's convolution and torch's pooling.
+    Empty where nothing was. Of a problem with a pool, "aten" is the pass put together from torch's convolution and
+    torch's pooling.
     """
     tables = _loaded()
     if not tables:
@@ -92,9 +94,9 @@ def write_error() -> str | None:
     return _write_error
 
 
-def count() -> int:
-    """How many problems have times that hold here and now, on the CPU."""
-    return len(_loaded().get(current_setting("cpu"), {}))
+def count(device: str = "cpu") -> int:
+    """How many problems have times that hold here and now, on "cpu" or "cuda"."""
+    return len(_loaded().get(current_setting(device), {}))
 
 
 def forget() -> None:
@@ -123,7 +125,7 @@ def current_setting(device: str) -> Setting:
         precision=precision,
         pyvolconv=_version(),
         torch=str(torch.__version__),
-        extension=_digest(),
+        extension=sources_digest() if device == "cuda" else _digest(),
     )
 
 
@@ -144,13 +146,15 @@ def _read() -> dict[Setting, Table]:
     except (OSError, ValueError) as error:
         _complain(f"the tuned choices in {path} cannot be read and are left out ({error})")
         return {}
-    here = current_setting("cpu")
-    of_this_processor = [setting for setting in tables if setting.processor == here.processor]
-    if of_this_processor and not any(setting.has_builds_of(here) for setting in of_this_processor):
-        _complain(
-            f"the tuned choices in {path} were measured with another build or version of pyvolconv or torch and are "
-            "left out; `pyvolconv tune` or accelerate(model, example) measures again"
-        )
+    # A GPU's name is not asked for before the process uses it: that would keep it from being forked.
+    for device in ("cpu", "cuda") if torch.cuda.is_initialized() else ("cpu",):
+        here = current_setting(device)
+        of_this_processor = [setting for setting in tables if setting.processor == here.processor]
+        if of_this_processor and not any(setting.has_builds_of(here) for setting in of_this_processor):
+            _complain(
+                f"the tuned choices in {path} were measured with another build or version of pyvolconv or torch and "
+                "are left out; `pyvolconv tune` or accelerate(model, example) measures again"
+            )
     return tables
 
 
