@@ -85,8 +85,8 @@ class GemmBackend(Backend):
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
         """On CUDA what a matrix product reaches of the peak, less a copy of the windows where they are no matrix yet.
 
-        So it is on the CPU, where short pieces take longer to copy, in units of `COPIED_VALUE`; half precision has faster
-        kernels there.
+        So it is on the CPU, where short pieces take longer to copy, in units of `COPIED_VALUE`. Half precision has
+        faster kernels there.
         """
         if problem.device == "cuda":
             reached = 0.85 * cuda_peak.share_of_products(problem) * _filled(problem)

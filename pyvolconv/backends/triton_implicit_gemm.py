@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..problem import ConvProblem, Pass
+from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from . import cuda_peak
 from .triton_base import CALL_SECONDS, TritonLaunches, multiplication
 from .triton_support import geometry, missing_here
@@ -36,17 +36,26 @@ class TritonImplicitGemm(TritonLaunches):
         return made
 
     def configurations(self, problem: ConvProblem, pass_: Pass) -> tuple[str, ...]:
+        from ..kernels.triton_blocks import Blocks
+
         if problem.device == "cpu":
             return ()
         columns = problem.in_channels if pass_ == "grad_input" else problem.out_channels
-        wide = columns // problem.groups > 64
         if pass_ == "grad_weight":
-            return ("m64n128k32w4s3", "m64n64k64w4s3", "m128n128k32w8s3", "m64n128k64w8s3")
-        return (
-            ("m128n128k32w8s3", "m128n128k64w8s4", "m128n256k64w8s3", "m256n128k32w8s3")
-            if wide
-            else ("m128n64k32w4s3", "m128n32k32w4s3", "m256n64k32w8s3", "m256n32k32w8s3", "m64n64k32w4s4")
-        )
+            cuts = [(64, 128, 32, 4, 3), (64, 64, 64, 4, 3), (128, 128, 32, 8, 3), (64, 128, 64, 8, 3)]
+        elif columns // problem.groups > 64:
+            cuts = [(128, 128, 32, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (256, 128, 32, 8, 3)]
+        else:
+            cuts = [
+                (128, 64, 32, 4, 3),
+                (128, 32, 32, 4, 3),
+                (256, 64, 32, 8, 3),
+                (256, 32, 32, 8, 3),
+                (64, 64, 32, 4, 4),
+            ]
+        # Operands of a step take the same shared memory in every dtype.
+        wider = DTYPE_BYTES[problem.dtype] // 2
+        return tuple(str(Blocks(m, n, k // wider, warps, stages)) for m, n, k, warps, stages in cuts)
 
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
         """Estimates, not yet measured on a GPU: a third of the peak, less the padding of `tl.dot` to 16, and memory.

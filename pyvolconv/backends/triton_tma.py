@@ -62,7 +62,7 @@ class TritonTma(TritonLaunches):
         return [*before, *triton_tma.forward(first, second, *bias, *sizes, **multiplication(problem))]
 
     def configurations(self, problem: ConvProblem, pass_: Pass) -> tuple[str, ...]:
-        return tuple(map(str, ways(problem, pass_))) if problem.device == "cuda" else ()
+        return tuple(map(str, ways(problem, pass_)[1:])) if problem.device == "cuda" else ()
 
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
         """By the model of `triton_tma_ways`; in the interpreter, which is for tests, next to nothing."""

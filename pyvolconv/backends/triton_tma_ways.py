@@ -26,7 +26,7 @@ L2_BYTES_PER_SECOND = 7.5e12
 LAUNCH, PROGRAM, STEP = 3e-6, 2e-6, 5e-8
 """Seconds that a launch, the begin and end of a program, and a step take on top."""
 MOST_SPLITS = 16
-MOST_WAYS = 12
+MOST_WAYS = 9
 
 
 class Way(NamedTuple):
