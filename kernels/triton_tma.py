@@ -245,16 +245,13 @@ def tma_kernel(
     summed_blocks = (summed + BLOCK_K - 1) // BLOCK_K
     tap = begin // summed_blocks
     s = begin % summed_blocks * BLOCK_K
-    column = tap * (channels if TRANSPOSED else summed)
-    d_tap = tap // (KERNEL[1] * KERNEL[2])
-    h_tap = tap // KERNEL[2] % KERNEL[1]
-    w_tap = tap % KERNEL[2]
 
     total = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
     for _ in range(begin, end):
-        d_in = d_first + d_tap * d_step
-        h_in = h_first + h_tap * h_step
-        w_in = w_first + w_tap * w_step
+        d_in = d_first + tap // (KERNEL[1] * KERNEL[2]) * d_step
+        h_in = h_first + tap // KERNEL[2] % KERNEL[1] * h_step
+        w_in = w_first + tap % KERNEL[2] * w_step
+        column = tap * (channels if TRANSPOSED else summed)
         if SOURCE_LAST:
             source = source_desc.load([n, d_in, h_in, w_in, s]).reshape(BLOCK_M, BLOCK_K).T
         else:
@@ -264,17 +261,9 @@ def tma_kernel(
             weight = weight.to(tl.float32)
             source = source.to(tl.float32)
         total = tl.dot(weight, source, total, input_precision=PRECISION)
-        s += BLOCK_K
-        if s >= summed:
-            s = 0
-            column += channels if TRANSPOSED else summed
-            w_tap += 1
-            if w_tap == KERNEL[2]:
-                w_tap = 0
-                h_tap += 1
-                if h_tap == KERNEL[1]:
-                    h_tap = 0
-                    d_tap += 1
+        # Without a branch: Triton fetches ahead only what it can move across steps.
+        tap += (s + BLOCK_K >= summed).to(tl.int32)
+        s = tl.where(s + BLOCK_K >= summed, 0, s + BLOCK_K)
 
     c = channel + tl.arange(0, BLOCK_N)
     if HAS_BIAS and split == 0:

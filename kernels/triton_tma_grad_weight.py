@@ -153,16 +153,14 @@ def tma_grad_weight_kernel(
             grad_output = grad_output.to(tl.float32)
             x = x.to(tl.float32)
         total = tl.dot(grad_output, x, total, input_precision=PRECISION)
+        # Without a branch: Triton fetches ahead only what it can move across steps.
         w += BOX[2]
-        if w >= tiles_w * BOX[2]:
-            w = 0
-            h += BOX[1]
-            if h >= tiles_h * BOX[1]:
-                h = 0
-                d += BOX[0]
-                if d >= d_end * BOX[0]:
-                    d = d_begin * BOX[0]
-                    n += 1
+        h += tl.where(w >= tiles_w * BOX[2], BOX[1], 0)
+        w = tl.where(w >= tiles_w * BOX[2], 0, w)
+        d += tl.where(h >= tiles_h * BOX[1], BOX[0], 0)
+        h = tl.where(h >= tiles_h * BOX[1], 0, h)
+        n += (d >= d_end * BOX[0]).to(tl.int32)
+        d = tl.where(d >= d_end * BOX[0], d_begin * BOX[0], d)
 
     o_row = o + tl.arange(0, BLOCK_M)
     c_column = c + tl.arange(0, BLOCK_N)
