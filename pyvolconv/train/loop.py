@@ -138,9 +138,11 @@ class TrainResult:
         return cls(TrainConfig(**plain["config"]), plain["stopped"], records)
 
 
-def make_optimizer(model: nn.Module, learning_rate: float = TrainConfig.learning_rate) -> torch.optim.Adam:
-    """Adam with torch's defaults, for every network and path."""
-    return torch.optim.Adam(model.parameters(), lr=learning_rate)
+def make_optimizer(
+    model: nn.Module, learning_rate: float = TrainConfig.learning_rate, capturable: bool = False
+) -> torch.optim.Adam:
+    """Adam with torch's defaults, for every network and path; `capturable` for a step that becomes a CUDA graph."""
+    return torch.optim.Adam(model.parameters(), lr=learning_rate, capturable=capturable)
 
 
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
