@@ -14,8 +14,8 @@ from ..host import version
 from .timing import alternate
 
 DRIVER = Path("/proc/driver/nvidia/version")
-_MATRIX_SIZE = 8192
-_LARGEST_COPY = 2**30
+MATRIX_SIZE = 8192
+LARGEST_COPY = 2**30
 _SHARE_OF_FREE_MEMORY = 16
 """Operands of a measurement take at most so small a part of the memory that is free, each."""
 _CALLS_AT_ONCE = 8
@@ -62,9 +62,9 @@ def cudnn_version() -> str:
     return f"{major}.{rest // 100}.{rest % 100}"
 
 
-def matrix_rates(device: str = "cuda", size: int = _MATRIX_SIZE) -> dict[str, float]:
+def matrix_rates(device: str = "cuda") -> dict[str, float]:
     """FLOP/s of a large matrix product: of float32 operands in IEEE precision and in TF32, and of bfloat16 ones."""
-    size = _affordable(device, size**2 * 4, size, root=2)
+    size = _affordable(device, MATRIX_SIZE**2 * 4, MATRIX_SIZE, root=2)
     products: dict[str, tuple[torch.dtype, str]] = {
         "float32": (torch.float32, "ieee"),
         "TF32": (torch.float32, "tf32"),
@@ -80,9 +80,9 @@ def matrix_rates(device: str = "cuda", size: int = _MATRIX_SIZE) -> dict[str, fl
     return rates
 
 
-def copy_bandwidth(device: str = "cuda", size: int = _LARGEST_COPY) -> float:
+def copy_bandwidth(device: str = "cuda") -> float:
     """Bytes/s of a copy between two large buffers of the device, bytes read and bytes written both counted."""
-    size = _affordable(device, size, size)
+    size = _affordable(device, LARGEST_COPY, LARGEST_COPY)
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
     return 2 * size / _seconds(target.copy_, source)
 

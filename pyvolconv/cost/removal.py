@@ -127,8 +127,6 @@ _Described = tuple[str, str, str, PathTiming | None]
 
 
 def _torch(result: ComparisonResult, installed: PathTiming) -> list[_Described]:
-    better = result.best(result.before, ours=False)
-    unrounded = better.path if better is not None and better.tf32 is False else ""
     return [
         (
             "torch, usual layout" if installed.pages == "cached" else "torch as installed",
@@ -137,10 +135,10 @@ def _torch(result: ComparisonResult, installed: PathTiming) -> list[_Described]:
             installed,
         ),
         (
-            "torch, better without TF32" if unrounded else "torch, better layout",
-            f"{unrounded} instead" if unrounded else "Torch's channels_last_3d layout instead of contiguous",
-            "Float32 operands are not rounded." if unrounded else "The same with channels_last_3d tensors.",
-            better,
+            "torch, better layout",
+            "Torch's channels_last_3d layout instead of contiguous",
+            "The same with channels_last_3d tensors.",
+            result.best(result.before, ours=False),
         ),
     ]
 

@@ -50,7 +50,8 @@ class ResidentDataset(VolumeDataset):
     def __getitem__(self, index: int | Sequence[int]) -> tuple[Tensor, Tensor]:
         if isinstance(index, int):
             return self._values[index], self.labels[index]
-        chosen = torch.tensor(index, device=self._values.device)
+        # The host goes on: a copy that it waited for would wait for all that the GPU has to do before.
+        chosen = torch.tensor(index).to(self._values.device, non_blocking=True)
         return self._values.index_select(0, chosen), self.labels.index_select(0, chosen)
 
 
