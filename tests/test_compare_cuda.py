@@ -27,8 +27,7 @@ from pyvolconv.train.resident import ResidentDataset, resident
 from . import pretend_cuda
 
 SIZE = (6, 8, 10)
-DEVICES = torch.cuda.is_available()
-pytestmark = pytest.mark.skipif(DEVICES, reason="a CUDA device is there, and need not be pretended")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there, and need not be pretended")
 
 
 @pytest.fixture(scope="module")
