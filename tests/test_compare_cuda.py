@@ -10,7 +10,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from pyvolconv.backends.aten import AtenBackend
-from pyvolconv.backends.triton import TritonBackend
+from pyvolconv.backends.triton_base import TritonLaunches
+from pyvolconv.backends.triton_implicit_gemm import TritonImplicitGemm
 from pyvolconv.cli import app
 from pyvolconv.cost import gpu
 from pyvolconv.cost.counting import count_model
@@ -57,7 +58,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr(description, "count_model", lambda model, *rest: counted[type(model)])
     for name in PASSES:
         ran = getattr(AtenBackend, name)
-        monkeypatch.setattr(TritonBackend, name, lambda self, *args, ran=ran: ran(AtenBackend(), *args))
+        monkeypatch.setattr(TritonLaunches, name, lambda self, *args, ran=ran: ran(AtenBackend(), *args))
     monkeypatch.setattr(lineup, "fuses", lambda *args: False)
     monkeypatch.setattr(steps, "MOST_ROUNDS_ON_GPU", 2)
     monkeypatch.setattr(steps, "STEPS_AT_ONCE", 1)
@@ -103,13 +104,15 @@ def test_compare_on_a_gpu_end_to_end(volumes, tmp_path):
     assert {timed[path]["tf32"] for path in timed if "tf32 off" in path} == {False}
     assert timed["triton"]["tf32"] is timed["torch contiguous"]["tf32"] is True
     assert timed["im2col"]["tf32"] is None
-    assert set(plain["unavailable"]) == {"cpp", "numba"}
-    assert all(profile["profile"]["queued"] for profile in plain["profiles"])
+    assert set(plain["unavailable"]) == {"gemm", "cpp", "numba"}
+    for profile in plain["profiles"]:
+        assert profile["profile"]["queued"]
+        assert profile["rows"][-1]["label"] == "GPU waits for the host"
     assert [run["network"] for run in plain["training"]] == ["lstm", "cnn", "cnn"]
     assert not any("graph" in run["path"] or "tf32" in run["path"] for run in plain["training"])
     assert plain["machine"]["peak_flops"] == plain["machine"]["matrix_rates"]["TF32"]
     page = (tmp_path / "report.html").read_text()
-    for text in ("Pretended GPU", "9.0, 132 multiprocessors", "GPU waits for the host", "+ CUDA graph", "caching"):
+    for text in ("Pretended GPU", "9.0, 132 multiprocessors", "+ CUDA graph", "caching", "tf32 off"):
         assert text in page, text
     for text in (page, result.output):
         for word in ("pages kept", "pages returned", "pages cached", "age faults", "as installed", "FMA peak"):
@@ -123,7 +126,7 @@ def test_a_path_that_fails_on_a_gpu_is_left_out_and_named(volumes, monkeypatch):
     def fail(*args):
         raise failure(problem, "forward", "triton", RuntimeError("no such instruction"), [])
 
-    monkeypatch.setattr(TritonBackend, "forward", fail)
+    monkeypatch.setattr(TritonLaunches, "forward", fail)
     comparison = compare._Comparison(Settings(data=volumes, batch_size=4, device="cuda"), Console(quiet=True))
     data = load_npz(volumes)
     specs = lineup.lineup({"triton": ["ncdhw"]}, [], "cuda")
@@ -169,7 +172,7 @@ def test_convolutions_follow_the_switch_of_their_path():
     for tf32, dtype in ((True, "float16"), (False, "float32")):
         with steps.on_path(steps.PathSpec("triton", "cnn", "triton", "ncdhw", tf32=tf32)):
             assert torch.backends.cudnn.conv.fp32_precision == ("tf32" if tf32 else "ieee")
-            assert TritonBackend().accuracy(problem, "forward").accumulate_dtype == dtype
+            assert TritonImplicitGemm().accuracy(problem, "forward").accumulate_dtype == dtype
     assert torch.backends.cudnn.conv.fp32_precision == before
 
 
@@ -228,7 +231,6 @@ def test_profile_tune_and_info_on_a_gpu(monkeypatch):
     monkeypatch.setattr("pyvolconv.train.steps.build", lambda name, seed: build(name, SIZE, seed=seed))
     profile = run.invoke(app, ["profile", "cnn", "--device", "cuda", "--backend", "triton", "--batch-size", "2"])
     assert profile.exit_code == 0, profile.output
-    assert "GPU waits for the host" in profile.output
     assert "Faults" not in profile.output
     assert "triton, batch 2" in profile.output
     monkeypatch.setattr(
