@@ -16,6 +16,7 @@ from pyvolconv.cli import app
 from pyvolconv.cost import gpu
 from pyvolconv.cost.counting import count_model
 from pyvolconv.cost.machine import _measure
+from pyvolconv.dispatch import forget_choices
 from pyvolconv.errors import failure
 from pyvolconv.problem import PASSES, ConvProblem
 from pyvolconv.train import compare, description, lineup, steps
@@ -67,6 +68,7 @@ def pretended(monkeypatch):
     _measure.cache_clear()
     yield
     _measure.cache_clear()
+    forget_choices()
 
 
 @pytest.mark.usefixtures("pretended")
