@@ -241,7 +241,6 @@ def test_profile_tune_and_info_on_a_gpu(monkeypatch):
     tune = run.invoke(app, ["tune", "cnn", "--input", "2,1,6,8,10", "--device", "cuda"])
     assert tune.exit_code == 0, tune.output
     assert "cuda-float32" in tune.output
-    assert " 0.4 " in tune.output, "ten calls of aten are timed as one"
     info = run.invoke(app, ["info"])
     assert info.exit_code == 0, info.output
     for text in (
