@@ -7,7 +7,9 @@ measured errors.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -100,3 +102,24 @@ def cuda_switches() -> tuple[object, ...]:
         torch.backends.cuda.matmul.allow_fp16_accumulation,
         must_be_deterministic(),
     )
+
+
+@contextmanager
+def use_tf32(allowed: bool) -> Iterator[None]:
+    """Let CUDA convolutions of float32, torch's own and ours, round their operands to TF32 inside the block, or not.
+
+    The setting is the process's, as torch's is: backward passes that run in other threads meanwhile follow it too.
+
+    Example:
+        >>> with use_tf32(False):
+        ...     float32_arithmetic("cuda", "conv")
+        'ieee'
+    """
+    # By the newer of torch's two interfaces: the older covers recurrent layers too, and they do not mix.
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = conv.fp32_precision
+    conv.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before

@@ -40,7 +40,7 @@ class Setting:
         processor: model name of the processor, or of the GPU where that computes.
         isa: the instruction set that the compiled kernels use.
         threads: of `torch.get_num_threads()`.
-        precision: of `pyvolconv.set_precision`, and whether float32 may be computed in bfloat16.
+        precision: of `pyvolconv.set_precision`, and whether float32 may be computed in bfloat16 or, on a GPU, in TF32.
         pyvolconv, torch: versions.
         extension: digest of the compiled kernels; on a GPU, of the sources of those in Python.
     """
