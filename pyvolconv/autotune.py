@@ -35,6 +35,8 @@ SECONDS = 60.0
 """Longest time that one call of `tune` spends, but for the pass in work at its end."""
 SECONDS_PER_PASS = 1.0
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 60
+MOST_QUEUED, QUEUED_SECONDS, LONGEST_QUEUED_SECONDS = 20, 2e-3, 0.2
+"""Calls in a row on a GPU: at most so many, about so long for the fastest, and no longer for the slowest."""
 HOPELESS_RATIO, HOPELESS_SECONDS = 10.0, 0.1
 """What takes so many times as long as the fastest and longer than that, in its first call too, is not run again."""
 
@@ -210,7 +212,7 @@ def time_pass(
         return None
     with torch.no_grad():
         _leave_out_failing(steps, [one.label for one in competing if one.configuration])
-        times = (measure or measure_alternating)(steps, seconds)
+        times = (measure or (measure_queued if problem.device == "cuda" else measure_alternating))(steps, seconds)
     return Tuned(problem, pass_, {backend: _rounded(1e3 * time) for backend, time in times.items()}, name, reused=False)
 
 
@@ -268,6 +270,33 @@ def measure_alternating(
         if done >= FEWEST_ROUNDS and clock() - begin > seconds:
             break
     return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def measure_queued(
+    steps: Mapping[str, Step], seconds: float, clock: Callable[[], float] | None = None
+) -> dict[str, float]:
+    """As `measure_alternating`, for a device that works on while the host queues: several calls make one step.
+
+    One call alone would be timed with what the host needs to start it and to see its end, the same for everybody.
+    """
+    clock = clock or now
+    once = []
+    for step in steps.values():
+        step()
+        start = clock()
+        step()
+        once.append(clock() - start)
+    calls = max(1, int(min(MOST_QUEUED, QUEUED_SECONDS / min(once), LONGEST_QUEUED_SECONDS / max(once))))
+
+    def several(step: Step) -> Step:
+        def run() -> None:
+            for _ in range(calls):
+                step()
+
+        return run
+
+    times = measure_alternating({name: several(step) for name, step in steps.items()}, seconds, clock)
+    return {name: time / calls for name, time in times.items()}
 
 
 def _rounded(value: float) -> float:

@@ -13,7 +13,7 @@ from torch import nn
 
 import pyvolconv
 from pyvolconv import autotune, dispatch, example_run, tuned, tuned_file
-from pyvolconv.autotune import measure_alternating, time_pass, tune
+from pyvolconv.autotune import FEWEST_ROUNDS, measure_alternating, measure_queued, time_pass, tune
 from pyvolconv.cost import busy
 from pyvolconv.problem import ConvProblem
 
@@ -250,6 +250,22 @@ def test_candidates_alternate_and_the_first_call_does_not_count():
     steps = {"a": clock.run("a", 9.0, 1.0), "b": clock.run("b", 9.0, 1.5)}
     assert measure_alternating(steps, 0.0, clock) == {"a": 1.0, "b": 1.5}
     assert "".join(clock.ran) == "ab" + "ab" + "ba" + "ab" + "ba" + "ab"
+
+
+def test_calls_on_a_gpu_are_timed_several_in_a_row():
+    clock, wait = Clock(), 1e-5
+    steps = {"a": clock.run("a", 1e-4), "b": clock.run("b", 1.1e-4)}
+
+    def synchronised():
+        clock.seconds += wait
+        return clock()
+
+    times = measure_queued(steps, 0.0, synchronised)
+    assert times == pytest.approx({"a": 1e-4, "b": 1.1e-4}, rel=0.01), "not the wait with every call"
+    assert all(clock.ran.count(name) > 5 * FEWEST_ROUNDS for name in "ab")
+    clock = Clock()
+    assert measure_queued({"a": clock.run("a", 0.3), "b": clock.run("b", 1e-4)}, 0.0, clock)["a"] == pytest.approx(0.3)
+    assert clock.ran.count("a") < 2 + 2 * FEWEST_ROUNDS
 
 
 def test_one_interruption_changes_no_winner():

@@ -236,7 +236,7 @@ def test_profile_tune_and_info_on_a_gpu(monkeypatch):
     assert "Faults" not in profile.output
     assert "triton, batch 2" in profile.output
     monkeypatch.setattr(
-        "pyvolconv.autotune.measure_alternating", lambda steps, _: {name: 1e-3 * len(name) for name in steps}
+        "pyvolconv.autotune.measure_queued", lambda steps, _: {name: 1e-3 * len(name) for name in steps}
     )
     tune = run.invoke(app, ["tune", "cnn", "--input", "2,1,6,8,10", "--device", "cuda"])
     assert tune.exit_code == 0, tune.output
