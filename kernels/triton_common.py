@@ -17,8 +17,10 @@ TRITON_INTERPRET said when *triton* was imported, ours as it says when this modu
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,6 +40,9 @@ MIN_DOT_SIDE = 16
 GPU_BLOCKS = {2: (128, 128, 64), 4: (128, 64, 32)}
 """Largest BLOCK_M, BLOCK_N, BLOCK_K by bytes of a value. The first keeps a tensor core fed in 16 bits; 32-bit
 operands take twice the shared memory and, in IEEE precision, the registers of ordinary FMA units."""
+
+SMALLER_GPU_BLOCKS = {2: (128, 64, 32), 4: (64, 64, 16)}
+"""The same for GPUs before Hopper, some of which have a fifth of its shared memory: three stages take 36 KB at most."""
 
 LARGEST_BLOCKS = dict.fromkeys(GPU_BLOCKS, (1024, 1024, 1024)) if INTERPRETED else GPU_BLOCKS
 """In the interpreter an operation takes a tenth of a millisecond whatever its extent: few and large blocks."""
@@ -68,12 +73,17 @@ def power_of_2(size: int, least: int, most: int) -> int:
     return max(least, min(most, 1 << (size - 1).bit_length()))
 
 
+@cache
+def _is_smaller_than_hopper() -> bool:
+    return not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0)
+
+
 def default_blocks(rows: int, columns: int, summed: int, item_bytes: int) -> Blocks:
     """For a product (rows x summed) (summed x columns).
 
     A thread has at most 64 sums, or half as many operands where few channels make addresses the larger part.
     """
-    largest_m, largest_n, largest_k = LARGEST_BLOCKS[item_bytes]
+    largest_m, largest_n, largest_k = (SMALLER_GPU_BLOCKS if _is_smaller_than_hopper() else LARGEST_BLOCKS)[item_bytes]
     m = power_of_2(rows, MIN_DOT_SIDE, largest_m)
     n = power_of_2(columns, MIN_DOT_SIDE, largest_n)
     k = power_of_2(summed, MIN_DOT_SIDE, largest_k)
