@@ -6,6 +6,7 @@ compiled or interpreted (TRITON_INTERPRET=1), for the rest of the process.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -14,6 +15,9 @@ from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from . import cuda_peak
 from .triton_base import CALL_SECONDS, TritonLaunches, multiplication
 from .triton_support import geometry, missing_here
+
+GATHERED_PER_SECOND = 3e12
+"""Values of a large GPU that its threads gather one by one."""
 
 
 class TritonImplicitGemm(TritonLaunches):
@@ -60,9 +64,23 @@ class TritonImplicitGemm(TritonLaunches):
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
         """Estimates, not yet measured on a GPU: a third of the peak, less the padding of `tl.dot` to 16, and memory.
 
-        In the interpreter, which is for tests, next to nothing.
+        Few summed channels are gathered tap by tap, which takes longer than their products. In the interpreter, which
+        is for tests, next to nothing.
         """
         if problem.device == "cpu":
             return 1e-6
-        reached = 0.35 * min(1.0, min(problem.in_channels, problem.out_channels) / problem.groups / 16)
-        return cuda_peak.share_of_peak(problem, pass_, reached, call_seconds=CALL_SECONDS)
+        summed, columns = problem.in_channels // problem.groups, problem.out_channels // problem.groups
+        if pass_ == "grad_input":
+            summed, columns = columns, summed
+        gathered = 0.0
+        if summed < 16:
+            gathered = math.prod(problem.output_shape[2:]) * problem.batch * problem.reduction_length("forward")
+            summed *= math.prod(problem.kernel_size)
+        reached = 0.35 * _filled(summed) * _filled(columns)
+        waiting = problem.groups * gathered / GATHERED_PER_SECOND * cuda_peak.BYTES_PER_SECOND
+        return cuda_peak.share_of_peak(problem, pass_, reached, waiting, CALL_SECONDS)
+
+
+def _filled(size: int) -> float:
+    """Share in use of a side of a product that is rounded up to 16."""
+    return size / (-(-size // 16) * 16)
