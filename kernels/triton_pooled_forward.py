@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import Launch, block_sizes, ceil_div, launch_options
+from .triton_common import INTERPRETED, Launch, block_sizes, ceil_div, launch_options
 from .triton_pooled_common import (
     Triple,
     count_tiles,
@@ -28,6 +28,9 @@ from .triton_pooled_common import (
     window_voxels,
     within,
 )
+
+LEAST_POOLED = 64 if INTERPRETED else 1
+"""Pooled voxels in a block, however large their windows are."""
 
 
 def forward(
@@ -66,7 +69,7 @@ def forward(
     window_rows = triton.next_power_of_2(math.prod(window))
     rows = batch * math.prod(size_pooled) * window_rows
     blocks = block_sizes(rows, out_channels, channels * math.prod(kernel), pooled.element_size())
-    block_pooled = max(1, blocks["BLOCK_M"] // window_rows)
+    block_pooled = max(LEAST_POOLED, blocks["BLOCK_M"] // window_rows)
     tile = tile_of(batch, tuple(size_pooled), block_pooled)
     grid = count_tiles(batch, tuple(size_pooled), tile) * ceil_div(out_channels, blocks["BLOCK_N"]) * groups
     # Whether every row is a voxel, those of pooled voxels that do not exist aside.

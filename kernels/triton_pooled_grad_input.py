@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import Launch, block_sizes, ceil_div, launch_options
+from .triton_common import INTERPRETED, MIN_DOT_SIDE, Launch, block_sizes, ceil_div, launch_options
 from .triton_grad_input import phase_taps
 from .triton_pooled_common import (
     Triple,
@@ -27,6 +27,8 @@ from .triton_pooled_common import (
     tile_voxels,
     within,
 )
+
+FLAT_ALWAYS = INTERPRETED
 
 
 def grad_input(
@@ -53,7 +55,11 @@ def grad_input(
     # Every phase is launched with as many voxels as the largest, the one of residue 0.
     size_phase = tuple(ceil_div(extent, step) for extent, step in zip(size, stride, strict=True))
     phases = math.prod(stride)
-    blocks = block_sizes(batch * math.prod(size_phase), channels, out_channels, grad_x.element_size())
+    overlap = tuple(ceil_div(extent, step) for extent, step in zip(window, pool_stride, strict=True))
+    # A step of few output channels has several taps and windows; the interpreter has few and large steps.
+    flat = out_channels < MIN_DOT_SIDE or FLAT_ALWAYS
+    summed = out_channels * math.prod(overlap) * ceil_div(math.prod(kernel), phases) if flat else out_channels
+    blocks = block_sizes(batch * math.prod(size_phase), channels, summed, grad_x.element_size())
     tile = tile_of(batch, size_phase, blocks["BLOCK_M"])
     grid = count_tiles(batch, size_phase, tile) * ceil_div(channels, blocks["BLOCK_N"]) * phases * groups
     arguments = {
@@ -78,7 +84,8 @@ def grad_input(
         "WINDOW": window,
         "POOL_STRIDE": pool_stride,
         "POOL_PADDING": pool_padding,
-        "OVERLAP": tuple(ceil_div(extent, step) for extent, step in zip(window, pool_stride, strict=True)),
+        "OVERLAP": overlap,
+        "FLAT": flat,
         "CHANNELS_LAST": channels_last,
         "LONG": needs_long_offsets(grad, weight, grad_x),
         "WIDEN": widen,
@@ -113,6 +120,7 @@ def grad_input_max_pool_kernel(
     POOL_STRIDE: tl.constexpr,
     POOL_PADDING: tl.constexpr,
     OVERLAP: tl.constexpr,
+    FLAT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     LONG: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -153,20 +161,31 @@ def grad_input_max_pool_kernel(
     row = tl.arange(0, BLOCK_M)[:, None]  # (M, 1)
     n, d_quotient, h_quotient, w_quotient = tile_voxels(tile, row, depth_phase, height_phase, width_phase, TILE)
     voxel_valid = (n < batch) & (d_quotient < depth_phase) & (h_quotient < height_phase) & (w_quotient < width_phase)
-    c = block_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # (1, N)
-    o_lanes = tl.arange(0, BLOCK_K)  # (K,)
+    c = block_n * BLOCK_N + tl.arange(0, BLOCK_N)  # (N,)
+    lanes = tl.arange(0, BLOCK_K)[None, :]  # (1, K)
     first = n.to(tl.int64) * y_n + group * OUT_CHANNELS * y_c  # (M, 1)
     grad_rows = grad_ptr + first
     code_rows = code_ptr + first
-    weight_columns = weight_ptr + tl.cast(group * OUT_CHANNELS, tl.int64) * weight_o + c * weight_c  # (1, N)
+    weight_rows = weight_ptr + tl.cast(group * OUT_CHANNELS, tl.int64) * weight_o + c[:, None] * weight_c  # (N, 1)
+    c_valid = c[:, None] < CHANNELS
 
     total = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
-    blocks_k: tl.constexpr = (OUT_CHANNELS + BLOCK_K - 1) // BLOCK_K
+    taps = d_taps * h_taps * w_taps
     windows: tl.constexpr = OVERLAP[0] * OVERLAP[1] * OVERLAP[2]
-    for step in range(0, d_taps * h_taps * w_taps * (windows * blocks_k)):
-        o_first = step % blocks_k * BLOCK_K
-        before = step // blocks_k % windows
-        nth = step // (blocks_k * windows)
+    blocks_k: tl.constexpr = (OUT_CHANNELS + BLOCK_K - 1) // BLOCK_K
+    steps = (taps * (windows * OUT_CHANNELS) + BLOCK_K - 1) // BLOCK_K if FLAT else taps * (windows * blocks_k)
+    for step in range(0, steps):
+        if FLAT:
+            index = step * BLOCK_K + lanes
+            o = index % OUT_CHANNELS
+            before = index // OUT_CHANNELS % windows
+            nth = index // (OUT_CHANNELS * windows)
+            valid = nth < taps
+        else:
+            o = step % blocks_k * BLOCK_K + lanes
+            before = step // blocks_k % windows
+            nth = step // (blocks_k * windows)
+            valid = o < OUT_CHANNELS
         d_nth = nth // (h_taps * w_taps)
         h_nth = nth // w_taps % h_taps
         w_nth = nth % w_taps
@@ -187,25 +206,20 @@ def grad_input_max_pool_kernel(
         w_offset = w_out - r * POOL_STRIDE[2]
         met &= within(p, depth_pooled) & within(q, height_pooled) & within(r, width_pooled)
         met &= (d_offset < WINDOW[0]) & (h_offset < WINDOW[1]) & (w_offset < WINDOW[2])
-        offset = (d_offset * WINDOW[1] + h_offset) * WINDOW[2] + w_offset  # (M, 1)
-
-        o = o_first + o_lanes[None, :]  # (1, K)
+        offset = (d_offset * WINDOW[1] + h_offset) * WINDOW[2] + w_offset
         place = (p * y_d + q * y_h + r * y_w) + o * y_c  # (M, K)
-        valid = met & (o < OUT_CHANNELS)
-        code = tl.load(code_rows + place, mask=valid, other=255)  # NO_VOXEL
-        grad = tl.load(grad_rows + place, mask=valid, other=0.0)
+        code = tl.load(code_rows + place, mask=met & valid, other=255)  # NO_VOXEL
+        grad = tl.load(grad_rows + place, mask=met & valid, other=0.0)
         grad = tl.where(code.to(tl.int32) == offset, grad, 0.0).to(grad_ptr.dtype.element_ty)
         tap = (d_tap + d_nth * TAP_STEP[0]) * KERNEL[1] + h_tap + h_nth * TAP_STEP[1]
         tap = tap * KERNEL[2] + w_tap + w_nth * TAP_STEP[2]
-        o = o_first + o_lanes[:, None]  # (K, 1)
-        weight = tl.load(
-            weight_columns + (o * weight_o + tap * weight_t), mask=(o < OUT_CHANNELS) & (c < CHANNELS), other=0.0
-        )  # (K, N)
+        weight = tl.load(weight_rows + (o * weight_o + tap * weight_t), mask=c_valid & valid, other=0.0)  # (N, K)
         if WIDEN:
             grad = grad.to(tl.float32)
             weight = weight.to(tl.float32)
-        total = tl.dot(grad, weight, total, input_precision=PRECISION)
+        total = tl.dot(grad, tl.trans(weight), total, input_precision=PRECISION)
 
+    c = c[None, :]
     d = d_quotient * STRIDE[0] + d_residue
     h = h_quotient * STRIDE[1] + h_residue
     w = w_quotient * STRIDE[2] + w_residue

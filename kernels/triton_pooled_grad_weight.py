@@ -42,7 +42,7 @@ MIN_STEPS = 4
 VOXELS = {2: 128, 4: 64}
 """Voxels of windows in a block, by bytes of a value; as much shared memory for a block of 16-bit values."""
 
-LARGEST_VOXELS = dict.fromkeys(VOXELS, 1024) if INTERPRETED else VOXELS
+LARGEST_VOXELS = dict.fromkeys(VOXELS, 16384) if INTERPRETED else VOXELS
 
 PARTIALS = 32
 """Partial results that are added at once, each to its own sum; the sums are added at the end."""
@@ -246,7 +246,7 @@ def grad_weight_max_pool_kernel(
     tl.store(partial + weight_rows + index, total, mask=(o[:, None] < OUT_CHANNELS) & index_valid)
     if HAS_BIAS:
         bias = partial + tl.cast(GROUPS * OUT_CHANNELS, tl.int64) * columns + group * OUT_CHANNELS + o[None, :]
-        once = (tl.arange(0, 16)[:, None] == 0) & (block_n == 0) & o_valid
+        once = (tl.arange(0, 16)[:, None] + block_n == 0) & o_valid  # row 0 of block 0
         tl.store(tl.broadcast_to(bias, (16, BLOCK_M)), sums_of_columns(of_bias, block_rows), mask=once)
 
 
