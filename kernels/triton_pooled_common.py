@@ -117,3 +117,37 @@ def tap_place(tap, KERNEL: tl.constexpr, DILATION: tl.constexpr):
     h = tap // KERNEL[2] % KERNEL[1] * DILATION[1]
     w = tap % KERNEL[2] * DILATION[2]
     return d, h, w
+
+
+@triton.jit
+def taps_inside(rows, d, h, w, depth, height, width, KERNEL: tl.constexpr, DILATION: tl.constexpr):
+    """Of each of `rows` that counts, a bit for every tap of at most 32 whose voxel lies in the input.
+
+    (d, h, w) is the voxel of the first tap. Made once for a row, axis by axis: what a product then asks of a tap is two
+    instructions and not ten.
+    """
+    bits = taps_of_axis(rows.to(tl.int32), w, width, KERNEL[2], DILATION[2], 1)
+    bits = taps_of_axis(bits, h, height, KERNEL[1], DILATION[1], KERNEL[2])
+    return taps_of_axis(bits, d, depth, KERNEL[0], DILATION[0], KERNEL[1] * KERNEL[2])
+
+
+@triton.jit
+def taps_of_axis(bits, index, size, TAPS: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr):
+    """The WIDTH `bits` of the axes behind this one, for every tap of it that lies inside."""
+    result = tl.full(index.shape, 0, tl.int32)
+    for tap in tl.static_range(TAPS):
+        result |= tl.where(within(index + tap * STEP, size), bits << (tap * WIDTH), 0)
+    return result
+
+
+@triton.jit
+def tap_is_inside(
+    inside, tap, d, h, w, depth, height, width, KERNEL: tl.constexpr, DILATION: tl.constexpr, IN_BITS: tl.constexpr
+):
+    """Whether the voxel of a tap lies in the input; `inside` are bits of `taps_inside`, or which rows count."""
+    if IN_BITS:
+        inside = ((inside >> tap) & 1) != 0
+    else:
+        d_tap, h_tap, w_tap = tap_place(tap, KERNEL, DILATION)
+        inside &= within(d + d_tap, depth) & within(h + h_tap, height) & within(w + w_tap, width)
+    return inside

@@ -22,7 +22,9 @@ from .triton_pooled_common import (
     dense_strides,
     needs_long_offsets,
     tap_channel,
+    tap_is_inside,
     tap_place,
+    taps_inside,
     tile_of,
     tile_voxels,
     window_voxels,
@@ -214,6 +216,10 @@ def forward_max_pool_kernel(
     d_first = d * STRIDE[0] - padding[0]
     h_first = h * STRIDE[1] - padding[1]
     w_first = w * STRIDE[2] - padding[2]
+    in_bits: tl.constexpr = taps <= 32
+    inside = exists
+    if in_bits:
+        inside = taps_inside(exists, d_first, h_first, w_first, depth, height, width, KERNEL, DILATION)
     x_rows = x_ptr + n.to(tl.int64) * x_n + group * CHANNELS * x_c
     x_rows += d_first * x_d + h_first * x_h + w_first * x_w  # (M, 1)
     o = block_n * BLOCK_N + tl.arange(0, BLOCK_N)  # (N,)
@@ -225,12 +231,12 @@ def forward_max_pool_kernel(
         index = first + tl.arange(0, BLOCK_K)[None, :]  # (1, K)
         tap, c = tap_channel(index, first, CHANNELS, taps, CHANNELS_LAST, BLOCK_K)
         d_tap, h_tap, w_tap = tap_place(tap, KERNEL, DILATION)
-        inside = within(d_first + d_tap, depth) & within(h_first + h_tap, height) & within(w_first + w_tap, width)
+        read = tap_is_inside(
+            inside, tap, d_first, h_first, w_first, depth, height, width, KERNEL, DILATION, in_bits
+        )
         index_valid = index < summed
         x = tl.load(
-            x_rows + (d_tap * x_d + h_tap * x_h + w_tap * x_w + c * x_c),
-            mask=inside & exists & index_valid,
-            other=0.0,
+            x_rows + (d_tap * x_d + h_tap * x_h + w_tap * x_w + c * x_c), mask=read & index_valid, other=0.0
         )  # (M, K)
         weight = tl.load(weight_rows + index, mask=o_valid & index_valid, other=0.0)  # (N, K)
         if WIDEN:

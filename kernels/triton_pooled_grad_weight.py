@@ -19,14 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import INTERPRETED, MIN_DOT_SIDE, Launch, block_sizes, ceil_div, launch_options
+from .triton_common import INTERPRETED, MIN_DOT_SIDE, Launch, block_sizes, ceil_div, launch_options, power_of_2
 from .triton_pooled_common import (
     Triple,
     count_tiles,
     dense_strides,
     needs_long_offsets,
     tap_channel,
+    tap_is_inside,
     tap_place,
+    taps_inside,
     tile_of,
     tile_voxels,
     window_voxels,
@@ -39,10 +41,10 @@ PROGRAMS = 528
 MIN_STEPS = 4
 """Least blocks of voxels in one partial sum; below, writing the partials costs more than it gains."""
 
-VOXELS = {2: 128, 4: 64}
-"""Voxels of windows in a block, by bytes of a value; as much shared memory for a block of 16-bit values."""
+LARGEST_VOXELS = 16384 if INTERPRETED else 64
+"""Voxels of windows in a block; more addresses than for 64 x 64 values take more registers than there are."""
 
-LARGEST_VOXELS = dict.fromkeys(VOXELS, 16384) if INTERPRETED else VOXELS
+LARGEST_COLUMNS = 1024 if INTERPRETED else 64
 
 PARTIALS = 32
 """Partial results that are added at once, each to its own sum; the sums are added at the end."""
@@ -75,9 +77,8 @@ def grad_weight(
     columns = channels * math.prod(kernel)
     voxels = batch * math.prod(size) * window_rows
     blocks = block_sizes(out_channels, columns, voxels, grad_w.element_size())
-    most = LARGEST_VOXELS[grad_w.element_size()]
-    voxels_at_once = min(most, max(MIN_DOT_SIDE, triton.next_power_of_2(voxels)))
-    block_pooled = max(1, voxels_at_once // window_rows, MIN_DOT_SIDE // window_rows)
+    blocks["BLOCK_N"] = min(blocks["BLOCK_N"], LARGEST_COLUMNS)
+    block_pooled = max(1, power_of_2(voxels, MIN_DOT_SIDE, LARGEST_VOXELS) // window_rows)
     tile = tile_of(batch, size, block_pooled)
     steps = count_tiles(batch, size, tile)
     programs = ceil_div(out_channels, blocks["BLOCK_M"]) * ceil_div(columns, blocks["BLOCK_N"]) * groups
@@ -203,7 +204,8 @@ def grad_weight_max_pool_kernel(
     index_valid = index < columns
     tap, c = tap_channel(index, block_n * BLOCK_N, CHANNELS, taps, CHANNELS_LAST, BLOCK_N)
     d_tap, h_tap, w_tap = tap_place(tap, KERNEL, DILATION)
-    x_columns = x_ptr + ((group * CHANNELS + c) * x_c + d_tap * x_d + h_tap * x_h + w_tap * x_w)  # (1, N)
+    x_columns = (group * CHANNELS + c) * x_c + (d_tap * x_d + h_tap * x_h + w_tap * x_w)  # (1, N)
+    in_bits: tl.constexpr = taps <= 32
     y_columns = (group * OUT_CHANNELS + o[None, :]) * y_c  # (1, M)
     row = tl.arange(0, block_rows)[:, None]  # (K, 1)
     pooled_row = tl.arange(0, BLOCK_POOLED)[:, None]
@@ -228,12 +230,12 @@ def grad_weight_max_pool_kernel(
         d = d * STRIDE[0] - padding[0]
         h = h * STRIDE[1] - padding[1]
         w = w * STRIDE[2] - padding[2]
-        inside = within(d + d_tap, depth) & within(h + h_tap, height) & within(w + w_tap, width)
-        x = tl.load(
-            x_columns + n.to(tl.int64) * x_n + (d * x_d + h * x_h + w * x_w),
-            mask=inside & exists & index_valid,
-            other=0.0,
-        )  # (K, N)
+        inside = exists
+        if in_bits:
+            inside = taps_inside(exists, d, h, w, depth, height, width, KERNEL, DILATION)
+        read = tap_is_inside(inside, tap, d, h, w, depth, height, width, KERNEL, DILATION, in_bits)
+        x_rows = x_ptr + n.to(tl.int64) * x_n + (d * x_d + h * x_h + w * x_w)  # (K, 1)
+        x = tl.load(x_rows + x_columns, mask=read & index_valid, other=0.0)  # (K, N)
         if HAS_BIAS:
             of_bias += grad.to(tl.float32)
         if WIDEN:
