@@ -63,9 +63,7 @@ def tile_voxels(tile, rows, depth, height, width, TILE: tl.constexpr):
 
 
 @triton.jit
-def window_voxels(
-    offset, p, q, r, WINDOW: tl.constexpr, POOL_STRIDE: tl.constexpr, POOL_PADDING: tl.constexpr
-):
+def window_voxels(offset, p, q, r, WINDOW: tl.constexpr, POOL_STRIDE: tl.constexpr, POOL_PADDING: tl.constexpr):
     """(d, h, w) of the voxel at an offset, counted row by row, of the window of pooled voxel (p, q, r)."""
     d = p * POOL_STRIDE[0] - POOL_PADDING[0] + offset // (WINDOW[1] * WINDOW[2])
     h = q * POOL_STRIDE[1] - POOL_PADDING[1] + offset // WINDOW[2] % WINDOW[1]

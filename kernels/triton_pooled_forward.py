@@ -139,9 +139,7 @@ def activate(value, slope, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def halves(
-    windows, LEVEL: tl.constexpr, BLOCK_POOLED: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW_ROWS: tl.constexpr
-):
+def halves(windows, LEVEL: tl.constexpr, BLOCK_POOLED: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW_ROWS: tl.constexpr):
     """The first and the second of each pair of neighbours that are left of a window after LEVEL rounds."""
     return tl.split(tl.reshape(windows, (BLOCK_POOLED, BLOCK_N, WINDOW_ROWS >> (LEVEL + 1), 2)))
 
@@ -231,9 +229,7 @@ def forward_max_pool_kernel(
         index = first + tl.arange(0, BLOCK_K)[None, :]  # (1, K)
         tap, c = tap_channel(index, first, CHANNELS, taps, CHANNELS_LAST, BLOCK_K)
         d_tap, h_tap, w_tap = tap_place(tap, KERNEL, DILATION)
-        read = tap_is_inside(
-            inside, tap, d_first, h_first, w_first, depth, height, width, KERNEL, DILATION, in_bits
-        )
+        read = tap_is_inside(inside, tap, d_first, h_first, w_first, depth, height, width, KERNEL, DILATION, in_bits)
         index_valid = index < summed
         x = tl.load(
             x_rows + (d_tap * x_d + h_tap * x_h + w_tap * x_w + c * x_c), mask=read & index_valid, other=0.0
@@ -278,9 +274,7 @@ def forward_max_pool_kernel(
     if keeps:
         largest = tl.reshape(value, (BLOCK_POOLED, BLOCK_N))
 
-    n, p, q, r = tile_voxels(
-        tile, tl.arange(0, BLOCK_POOLED)[:, None], depth_pooled, height_pooled, width_pooled, TILE
-    )
+    n, p, q, r = tile_voxels(tile, tl.arange(0, BLOCK_POOLED)[:, None], depth_pooled, height_pooled, width_pooled, TILE)
     valid = (n < batch) & (p < depth_pooled) & (q < height_pooled) & (r < width_pooled) & (o < OUT_CHANNELS)
     place = n.to(tl.int64) * y_n + (p * y_d + q * y_h + r * y_w) + (group * OUT_CHANNELS + o) * y_c
     tl.store(pooled_ptr + place, largest.to(dtype), mask=valid)
