@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import ceil_div
+from .triton_common import ceil_div, is_inside
 
 Triple = tuple[int, int, int]
 Tile = tuple[int, int, int, int]
@@ -69,12 +69,6 @@ def window_voxels(offset, p, q, r, WINDOW: tl.constexpr, POOL_STRIDE: tl.constex
     h = q * POOL_STRIDE[1] - POOL_PADDING[1] + offset // WINDOW[2] % WINDOW[1]
     w = r * POOL_STRIDE[2] - POOL_PADDING[2] + offset % WINDOW[2]
     return d, h, w
-
-
-@triton.jit
-def within(index, size):
-    """0 <= index < size, as one comparison."""
-    return index.to(tl.uint32) < size
 
 
 @triton.jit
@@ -134,7 +128,7 @@ def taps_of_axis(bits, index, size, TAPS: tl.constexpr, STEP: tl.constexpr, WIDT
     """The WIDTH `bits` of the axes behind this one, for every tap of it that lies inside."""
     result = tl.full(index.shape, 0, tl.int32)
     for tap in tl.static_range(TAPS):
-        result |= tl.where(within(index + tap * STEP, size), bits << (tap * WIDTH), 0)
+        result |= tl.where(is_inside(index, tap * STEP, size), bits << (tap * WIDTH), 0)
     return result
 
 
@@ -147,5 +141,5 @@ def tap_is_inside(
         inside = ((inside >> tap) & 1) != 0
     else:
         d_tap, h_tap, w_tap = tap_place(tap, KERNEL, DILATION)
-        inside &= within(d + d_tap, depth) & within(h + h_tap, height) & within(w + w_tap, width)
+        inside &= is_inside(d, d_tap, depth) & is_inside(h, h_tap, height) & is_inside(w, w_tap, width)
     return inside

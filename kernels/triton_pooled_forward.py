@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import INTERPRETED, Launch, block_sizes, ceil_div, launch_options
+from .triton_blocks import Blocks
+from .triton_common import INTERPRETED, Launch, ceil_div, default_blocks, is_inside
 from .triton_pooled_common import (
     Triple,
     count_tiles,
@@ -28,7 +29,6 @@ from .triton_pooled_common import (
     tile_of,
     tile_voxels,
     window_voxels,
-    within,
 )
 
 LEAST_POOLED = 64 if INTERPRETED else 1
@@ -54,7 +54,8 @@ def forward(
     channels_last: bool,
     input_precision: str = "ieee",
     widen: bool = False,
-) -> Launch:
+    blocks: Blocks | None = None,
+) -> list[Launch]:
     """The launch that writes pooled values and, unless `code` is None, their codes, as `backends.base` defines them.
 
     Args:
@@ -64,16 +65,17 @@ def forward(
         channels_last: how all tensors but the bias are stored.
         input_precision: how `tl.dot` treats float32 operands, "ieee" or "tf32".
         widen: multiply in float32, for a dtype that `tl.dot` does not take where this runs.
+        blocks: how it is launched; m counts the rows of whole windows.
     """
     out_channels, channels, *kernel = weight.shape
     out_channels //= groups
     batch, _, *size_pooled = pooled.shape
     window_rows = triton.next_power_of_2(math.prod(window))
     rows = batch * math.prod(size_pooled) * window_rows
-    blocks = block_sizes(rows, out_channels, channels * math.prod(kernel), pooled.element_size())
-    block_pooled = max(LEAST_POOLED, blocks["BLOCK_M"] // window_rows)
+    blocks = blocks or default_blocks(rows, out_channels, channels * math.prod(kernel), pooled.element_size())
+    block_pooled = max(LEAST_POOLED, blocks.m // window_rows)
     tile = tile_of(batch, tuple(size_pooled), block_pooled)
-    grid = count_tiles(batch, tuple(size_pooled), tile) * ceil_div(out_channels, blocks["BLOCK_N"]) * groups
+    grid = count_tiles(batch, tuple(size_pooled), tile) * ceil_div(out_channels, blocks.n) * groups
     # Whether every row is a voxel, those of pooled voxels that do not exist aside.
     full = window_rows == math.prod(window) and all(
         padded == 0 and (pooled_axis - 1) * step + extent <= size
@@ -114,11 +116,10 @@ def forward(
         "BLOCK_POOLED": block_pooled,
         "WINDOW_ROWS": window_rows,
         "LEVELS": window_rows.bit_length() - 1,
-        "BLOCK_N": blocks["BLOCK_N"],
-        "BLOCK_K": blocks["BLOCK_K"],
+        "BLOCK_N": blocks.n,
+        "BLOCK_K": blocks.k,
     }
-    options = launch_options({**blocks, "BLOCK_M": block_pooled * window_rows})
-    return Launch(forward_max_pool_kernel, (grid,), arguments, options)
+    return [Launch(forward_max_pool_kernel, (grid,), arguments, blocks.options)]
 
 
 @triton.jit
@@ -209,7 +210,7 @@ def forward_max_pool_kernel(
     offset = row % WINDOW_ROWS
     n, p, q, r = tile_voxels(tile, row // WINDOW_ROWS, depth_pooled, height_pooled, width_pooled, TILE)
     d, h, w = window_voxels(offset, p, q, r, WINDOW, POOL_STRIDE, POOL_PADDING)
-    exists = (n < batch) & within(d, depth_out) & within(h, height_out) & within(w, width_out)
+    exists = (n < batch) & is_inside(d, 0, depth_out) & is_inside(h, 0, height_out) & is_inside(w, 0, width_out)
     exists &= offset < WINDOW[0] * WINDOW[1] * WINDOW[2]
     d_first = d * STRIDE[0] - padding[0]
     h_first = h * STRIDE[1] - padding[1]

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import INTERPRETED, MIN_DOT_SIDE, Launch, block_sizes, ceil_div, launch_options
+from .triton_blocks import Blocks
+from .triton_common import INTERPRETED, MIN_DOT_SIDE, Launch, ceil_div, default_blocks, is_inside
 from .triton_grad_input import phase_taps
 from .triton_pooled_common import (
     Triple,
@@ -25,7 +26,6 @@ from .triton_pooled_common import (
     needs_long_offsets,
     tile_of,
     tile_voxels,
-    within,
 )
 
 FLAT_ALWAYS = INTERPRETED
@@ -47,7 +47,8 @@ def grad_input(
     channels_last: bool,
     input_precision: str = "ieee",
     widen: bool = False,
-) -> Launch:
+    blocks: Blocks | None = None,
+) -> list[Launch]:
     """The launch that writes the gradient with respect to the input into grad_x; see `triton_pooled_forward`."""
     out_channels, channels, *kernel = weight.shape
     out_channels //= groups
@@ -59,9 +60,9 @@ def grad_input(
     # A step of few output channels has several taps and windows; the interpreter has few and large steps.
     flat = out_channels < MIN_DOT_SIDE or FLAT_ALWAYS
     summed = out_channels * math.prod(overlap) * ceil_div(math.prod(kernel), phases) if flat else out_channels
-    blocks = block_sizes(batch * math.prod(size_phase), channels, summed, grad_x.element_size())
-    tile = tile_of(batch, size_phase, blocks["BLOCK_M"])
-    grid = count_tiles(batch, size_phase, tile) * ceil_div(channels, blocks["BLOCK_N"]) * phases * groups
+    blocks = blocks or default_blocks(batch * math.prod(size_phase), channels, summed, grad_x.element_size())
+    tile = tile_of(batch, size_phase, blocks.m)
+    grid = count_tiles(batch, size_phase, tile) * ceil_div(channels, blocks.n) * phases * groups
     arguments = {
         "grad_ptr": grad,
         "code_ptr": code,
@@ -91,9 +92,11 @@ def grad_input(
         "WIDEN": widen,
         "PRECISION": input_precision,
         "TILE": tile,
-        **blocks,
+        "BLOCK_M": blocks.m,
+        "BLOCK_N": blocks.n,
+        "BLOCK_K": blocks.k,
     }
-    return Launch(grad_input_max_pool_kernel, (grid,), arguments, launch_options(blocks))
+    return [Launch(grad_input_max_pool_kernel, (grid,), arguments, blocks.options)]
 
 
 @triton.jit
@@ -193,7 +196,12 @@ def grad_input_max_pool_kernel(
         d_out = d_quotient + (d_shift - d_nth * OUTPUT_STEP[0])
         h_out = h_quotient + (h_shift - h_nth * OUTPUT_STEP[1])
         w_out = w_quotient + (w_shift - w_nth * OUTPUT_STEP[2])
-        met = voxel_valid & within(d_out, depth_out) & within(h_out, height_out) & within(w_out, width_out)
+        met = (
+            voxel_valid
+            & is_inside(d_out, 0, depth_out)
+            & is_inside(h_out, 0, height_out)
+            & is_inside(w_out, 0, width_out)
+        )
         d_out += POOL_PADDING[0]
         h_out += POOL_PADDING[1]
         w_out += POOL_PADDING[2]
@@ -204,7 +212,7 @@ def grad_input_max_pool_kernel(
         d_offset = d_out - p * POOL_STRIDE[0]
         h_offset = h_out - q * POOL_STRIDE[1]
         w_offset = w_out - r * POOL_STRIDE[2]
-        met &= within(p, depth_pooled) & within(q, height_pooled) & within(r, width_pooled)
+        met &= is_inside(p, 0, depth_pooled) & is_inside(q, 0, height_pooled) & is_inside(r, 0, width_pooled)
         met &= (d_offset < WINDOW[0]) & (h_offset < WINDOW[1]) & (w_offset < WINDOW[2])
         offset = (d_offset * WINDOW[1] + h_offset) * WINDOW[2] + w_offset
         place = (p * y_d + q * y_h + r * y_w) + o * y_c  # (M, K)

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import INTERPRETED, MIN_DOT_SIDE, Launch, block_sizes, ceil_div, launch_options, power_of_2
+from .triton_blocks import Blocks
+from .triton_common import INTERPRETED, MIN_DOT_SIDE, Launch, ceil_div, default_blocks, is_inside, power_of_2
 from .triton_pooled_common import (
     Triple,
     count_tiles,
@@ -32,7 +33,6 @@ from .triton_pooled_common import (
     tile_of,
     tile_voxels,
     window_voxels,
-    within,
 )
 
 PROGRAMS = 528
@@ -67,7 +67,8 @@ def grad_weight(
     channels_last: bool,
     input_precision: str = "ieee",
     widen: bool = False,
-) -> tuple[Launch, Launch]:
+    blocks: Blocks | None = None,
+) -> list[Launch]:
     """The launches that write both gradients, that of the bias unless it is None; see `triton_pooled_forward`."""
     out_channels, channels, *kernel = grad_w.shape
     out_channels //= groups
@@ -76,12 +77,14 @@ def grad_weight(
     window_rows = triton.next_power_of_2(math.prod(window))
     columns = channels * math.prod(kernel)
     voxels = batch * math.prod(size) * window_rows
-    blocks = block_sizes(out_channels, columns, voxels, grad_w.element_size())
-    blocks["BLOCK_N"] = min(blocks["BLOCK_N"], LARGEST_COLUMNS)
-    block_pooled = max(1, power_of_2(voxels, MIN_DOT_SIDE, LARGEST_VOXELS) // window_rows)
+    if blocks is None:
+        sides = default_blocks(out_channels, columns, voxels, grad_w.element_size())
+        rows = power_of_2(voxels, MIN_DOT_SIDE, LARGEST_VOXELS)
+        blocks = Blocks(sides.m, min(sides.n, LARGEST_COLUMNS), rows, warps=8, stages=3)
+    block_pooled = max(1, blocks.k // window_rows)
     tile = tile_of(batch, size, block_pooled)
     steps = count_tiles(batch, size, tile)
-    programs = ceil_div(out_channels, blocks["BLOCK_M"]) * ceil_div(columns, blocks["BLOCK_N"]) * groups
+    programs = ceil_div(out_channels, blocks.m) * ceil_div(columns, blocks.n) * groups
     steps_per_split = min(steps, max(MIN_STEPS, ceil_div(steps * programs, PROGRAMS)))
     splits = ceil_div(steps, steps_per_split)
     results = grad_w.numel() + (0 if grad_b is None else grad_b.numel())
@@ -117,10 +120,10 @@ def grad_weight(
         "TILE": tile,
         "BLOCK_POOLED": block_pooled,
         "WINDOW_ROWS": window_rows,
-        "BLOCK_M": blocks["BLOCK_M"],
-        "BLOCK_N": blocks["BLOCK_N"],
+        "BLOCK_M": blocks.m,
+        "BLOCK_N": blocks.n,
     }
-    multiply = Launch(grad_weight_max_pool_kernel, (programs * splits,), arguments, launch_options(blocks))
+    multiply = Launch(grad_weight_max_pool_kernel, (programs * splits,), arguments, blocks.options)
     block = min(1024, triton.next_power_of_2(results)) if INTERPRETED else 32
     arguments = {
         "partials_ptr": partials,
@@ -134,7 +137,7 @@ def grad_weight(
         "BLOCK": max(MIN_DOT_SIDE, block),
     }
     grid = (ceil_div(results, arguments["BLOCK"]),)
-    return multiply, Launch(add_weight_and_bias_kernel, grid, arguments, {"num_warps": 4})
+    return [multiply, Launch(add_weight_and_bias_kernel, grid, arguments, {"num_warps": 4})]
 
 
 @triton.jit
@@ -226,7 +229,7 @@ def grad_weight_max_pool_kernel(
 
         n, p, q, r = tile_voxels(tile, row // WINDOW_ROWS, depth_pooled, height_pooled, width_pooled, TILE)
         d, h, w = window_voxels(row % WINDOW_ROWS, p, q, r, WINDOW, POOL_STRIDE, POOL_PADDING)
-        exists = (n < batch) & within(d, depth_out) & within(h, height_out) & within(w, width_out)
+        exists = (n < batch) & is_inside(d, 0, depth_out) & is_inside(h, 0, height_out) & is_inside(w, 0, width_out)
         d = d * STRIDE[0] - padding[0]
         h = h * STRIDE[1] - padding[1]
         w = w * STRIDE[2] - padding[2]

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from . import cuda_peak
-from .triton_base import CALL_SECONDS, TritonLaunches, multiplication
+from .triton_base import CALL_SECONDS, multiplication
+from .triton_pooled import PooledLaunches, pooled_configurations, share_of_products_needed
 from .triton_support import geometry, missing_here
 
 
-class TritonImplicitGemm(TritonLaunches):
-    """Implicit GEMM whose threads compute addresses and masks: any sizes, strides, dilations and groups."""
+class TritonImplicitGemm(PooledLaunches):
+    """Implicit GEMM whose threads compute addresses and masks: any sizes, strides, dilations, groups and pools."""
 
     name: ClassVar[str] = "triton.implicit_gemm"
 
@@ -40,6 +41,8 @@ class TritonImplicitGemm(TritonLaunches):
 
         if problem.device == "cpu":
             return ()
+        if problem.pool is not None:
+            return pooled_configurations(problem, pass_)
         columns = problem.in_channels if pass_ == "grad_input" else problem.out_channels
         if pass_ == "grad_weight":
             cuts = [(64, 128, 32, 4, 3), (64, 64, 64, 4, 3), (128, 128, 32, 8, 3), (64, 128, 64, 8, 3)]
@@ -65,4 +68,5 @@ class TritonImplicitGemm(TritonLaunches):
         if problem.device == "cpu":
             return 1e-6
         reached = 0.35 * min(1.0, min(problem.in_channels, problem.out_channels) / problem.groups / 16)
+        reached *= share_of_products_needed(problem, pass_)
         return cuda_peak.share_of_peak(problem, pass_, reached, call_seconds=CALL_SECONDS)
