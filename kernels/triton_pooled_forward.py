@@ -90,7 +90,6 @@ def forward(
         "pooled_ptr": pooled,
         "code_ptr": pooled if code is None else code,
         "batch": batch,
-        "slope": negative_slope,
         "size": tuple(x.shape[2:]),
         "size_out": output_size,
         "size_pooled": tuple(size_pooled),
@@ -105,6 +104,7 @@ def forward(
         "POOL_STRIDE": pool_stride,
         "POOL_PADDING": pool_padding,
         "ACTIVATION": activation,
+        "SLOPE": negative_slope,
         "FULL": full,
         "HAS_BIAS": bias is not None,
         "HAS_CODE": code is not None,
@@ -123,12 +123,12 @@ def forward(
 
 
 @triton.jit
-def activate(value, slope, ACTIVATION: tl.constexpr):
+def activate(value, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     """The activation of float32 values, NaN kept."""
     if ACTIVATION == "relu":
         value = tl.where(value <= 0, 0.0, value)
     elif ACTIVATION == "leaky_relu":
-        value = tl.where(value > 0, value, value * slope)
+        value = tl.where(value > 0, value, value * SLOPE)
     elif ACTIVATION == "silu":
         value = value / (1 + tl.exp(-value))
     elif ACTIVATION == "gelu":
@@ -159,7 +159,6 @@ def forward_max_pool_kernel(
     pooled_ptr,
     code_ptr,
     batch,
-    slope,
     size,
     size_out,
     size_pooled,
@@ -174,6 +173,7 @@ def forward_max_pool_kernel(
     POOL_STRIDE: tl.constexpr,
     POOL_PADDING: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
     FULL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CODE: tl.constexpr,
@@ -248,7 +248,7 @@ def forward_max_pool_kernel(
     # Rounded where the plain passes round, so that the same values tie.
     dtype: tl.constexpr = pooled_ptr.dtype.element_ty
     value = total.to(dtype).to(tl.float32)
-    largest = activate(value, slope, ACTIVATION).to(dtype).to(tl.float32)
+    largest = activate(value, ACTIVATION, SLOPE).to(dtype).to(tl.float32)
     code = offset if FULL else tl.where(exists, offset, -1)
     code = tl.broadcast_to(code, (block_rows, BLOCK_N))
     largest = by_window(largest, BLOCK_POOLED, BLOCK_N, WINDOW_ROWS)

@@ -33,6 +33,7 @@ from .cpp_fused.checks import (
 from .cpp_fused.kernels import Fused
 from .cpp_fused.problems import parse, plain
 from .fused_operator.calls import ours, theirs
+from .hopper import compile_on
 
 pytest.importorskip("triton")
 
@@ -273,3 +274,42 @@ def test_without_codes_the_values_are_the_same(fused, operands):
     alone = BACKEND.max_pool(problem, *args)
     assert torch.equal(alone, value)
     assert alone.is_contiguous(memory_format=MEMORY_FORMAT["ndhwc"])
+
+
+COMPILE = """
+from pyvolconv.backends.base import MEMORY_FORMAT
+from pyvolconv.backends.triton_implicit_gemm import TritonImplicitGemm
+from pyvolconv.kernels import triton_common
+from pyvolconv.problem import PASSES, ConvProblem
+
+triton_common.Launch.compile = lambda launch: print(
+    launch.kernel.__name__, (code := compiled(launch)).metadata.shared, "mma" in code.asm["ptx"], len(code.asm["cubin"])
+)
+for text in sys.argv[1:]:
+    problem = ConvProblem.parse(text)
+    for pass_ in PASSES:
+        ways = TritonImplicitGemm().configurations(problem, pass_) if text == sys.argv[1] else ()
+        for configuration in ("", *ways):
+            TritonImplicitGemm().configured(configuration).prepare(problem, pass_)
+"""
+
+HOPPER = (
+    "cuda-float32-ncdhw-n32ic24oc32-i8x8x15-k3-p1-bias-relu-pool2",
+    "cuda-float32-ndhwc-n32ic1oc16-i29x30x60-k3-p1-bias-relu-pool2",
+    "cuda-float16-ncdhw-n32ic16oc24-i15x15x30-k3-p1-bias-gelu-pool2",
+    "cuda-bfloat16-ndhwc-n2g2ic6oc10-i9x10x11-k5-s2x1x1-p2-leaky_relu-pool3s2p1",
+)
+
+
+@pytest.mark.slow
+def test_every_configuration_compiles_for_hopper_without_a_gpu(tmp_path):
+    """Products on tensor cores, and no more shared memory than a multiprocessor has."""
+    lines = compile_on(COMPILE, HOPPER, tmp_path)
+    kernels = ["forward_max_pool_kernel", "grad_input_max_pool_kernel", "grad_weight_max_pool_kernel"]
+    assert {name for name, *_ in lines} == {*kernels, "add_weight_and_bias_kernel"}
+    ways = sum(len(BACKEND.configurations(ConvProblem.parse(HOPPER[0]), pass_)) for pass_ in PASSES)
+    assert sum(name in kernels for name, *_ in lines) == ways + len(HOPPER) * len(PASSES)
+    for name, shared_bytes, on_tensor_cores, code_bytes in lines:
+        assert int(shared_bytes) <= 227 * 1024, name
+        assert int(code_bytes) > 0
+        assert name not in kernels or on_tensor_cores == "True"
