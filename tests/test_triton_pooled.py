@@ -122,11 +122,11 @@ def test_offsets_of_64_bits(fused, monkeypatch, operands, reference):
 
 
 def test_a_sample_of_more_than_2_to_the_31_values(fused):
-    """Memory that nobody touches does not exist: strides of the convolution leave 12 voxels to read."""
+    """Memory that nobody touches does not exist: strides of the convolution leave 27 voxels to look at."""
     if DEVICE == "cuda":
         pytest.skip("in the interpreter only, a GPU would have to hold all 13 GB")
     side = 33000
-    problem = parse(f"n1ic1oc2-i3x{side}x{side}-k1-s1x{side // 2}x{side // 2}-pool2x1x2", "ncdhw")
+    problem = parse(f"n1ic1oc2-i3x{side}x{side}-k1-s1x{side // 2}x{side // 2}-pool3x1x2", "ncdhw")
     x = torch.empty(problem.input_shape)
     assert x.numel() > 2**31
     voxels = x[:, :, :, :: side // 2, :: side // 2]
@@ -210,6 +210,19 @@ def test_half_precision_keeps_float32_sums(
         assert_within_bound(of_weight, plain(problem), "grad_weight", [dense, x], accuracy)
         total = dense.double().sum((0, 2, 3, 4))
         assert torch.allclose(of_bias.double(), total, rtol=torch.finfo(of_bias.dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("epilogue", "shift"), [("pool2ceil", 2048.0), ("silu-pool2", -21.0), ("leaky_relu(0.9)-pool1", -2048.0)]
+)
+def test_values_are_rounded_before_they_compete(fused, epilogue, shift):
+    """As torch's passes one by one: 2,049 is 2,048 in float16, and silu of -21 and of -22 are both zero."""
+    problem = parse(f"n2ic1oc1-i5x6x9-k1-bias-{epilogue}", "ncdhw", "float16")
+    x, weight = torch.randint(-3, 4, problem.input_shape).half(), torch.ones(problem.weight_shape).half()
+    value, code = fused.forward(problem, x, weight, torch.tensor([shift]).half())
+    want_value, want_code = expected(problem, x + shift)
+    assert torch.equal(value, want_value)
+    assert torch.equal(code, want_code)
 
 
 def test_the_gradient_of_the_bias_is_summed_in_float32(fused):
