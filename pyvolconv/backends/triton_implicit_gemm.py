@@ -13,15 +13,16 @@ from torch import Tensor
 
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from . import cuda_peak
-from .triton_base import CALL_SECONDS, TritonLaunches, multiplication
+from .triton_base import CALL_SECONDS, multiplication
+from .triton_pooled import PooledLaunches, pooled_configurations, share_of_products_needed
 from .triton_support import geometry, missing_here
 
 GATHERED_PER_SECOND = 3e12
 """Values of a large GPU that its threads gather one by one."""
 
 
-class TritonImplicitGemm(TritonLaunches):
-    """Implicit GEMM whose threads compute addresses and masks: any sizes, strides, dilations and groups."""
+class TritonImplicitGemm(PooledLaunches):
+    """Implicit GEMM whose threads compute addresses and masks: any sizes, strides, dilations, groups and pools."""
 
     name: ClassVar[str] = "triton.implicit_gemm"
 
@@ -44,6 +45,8 @@ class TritonImplicitGemm(TritonLaunches):
 
         if problem.device == "cpu":
             return ()
+        if problem.pool is not None:
+            return pooled_configurations(problem, pass_)
         columns = problem.in_channels if pass_ == "grad_input" else problem.out_channels
         if pass_ == "grad_weight":
             cuts = [(64, 128, 32, 4, 3), (64, 64, 64, 4, 3), (128, 128, 32, 8, 3), (64, 128, 64, 8, 3)]
@@ -76,7 +79,7 @@ class TritonImplicitGemm(TritonLaunches):
         if summed < 16:
             gathered = math.prod(problem.output_shape[2:]) * problem.batch * problem.reduction_length("forward")
             summed *= math.prod(problem.kernel_size)
-        reached = 0.35 * _filled(summed) * _filled(columns)
+        reached = 0.35 * _filled(summed) * _filled(columns) * share_of_products_needed(problem, pass_)
         waiting = problem.groups * gathered / GATHERED_PER_SECOND * cuda_peak.BYTES_PER_SECOND
         return cuda_peak.share_of_peak(problem, pass_, reached, waiting, CALL_SECONDS)
 
