@@ -123,9 +123,15 @@ def add_partials(partials: Tensor, total: Tensor, epilogue: Epilogue = NO_EPILOG
         "splits": partials.shape[0],
         "values": total.numel(),
         **epilogue.arguments(total),
+        "TOGETHER": power_of_2(partials.shape[0], 1, 8),
         "BLOCK": block,
     }
     return Launch(add_partials_kernel, (ceil_div(total.numel(), block),), arguments, {"num_warps": 4})
+
+
+@triton.jit
+def add(left, right):
+    return left + right
 
 
 @triton.jit
@@ -138,12 +144,19 @@ def add_partials_kernel(
     negative_slope,
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.full((BLOCK,), 0.0, tl.float32)
-    for split in range(0, splits):
-        total += tl.load(partials_ptr + tl.cast(split, tl.int64) * values + index, mask=index < values, other=0.0)
+    for first in range(0, splits, TOGETHER):
+        split = first + tl.arange(0, TOGETHER)[:, None]
+        partials = tl.load(
+            partials_ptr + split.to(tl.int64) * values + index[None, :],
+            mask=(split < splits) & (index < values)[None, :],
+            other=0.0,
+        )
+        total += tl.reduce(partials, 0, add)
     total = apply_epilogue(total, residual_ptr + index, index < values, negative_slope, HAS_RESIDUAL, ACTIVATION)
     tl.store(total_ptr + index, total.to(total_ptr.dtype.element_ty), mask=index < values)
 

@@ -232,7 +232,7 @@ def forward_max_pool_kernel(
     # Rounded where the plain passes round, so that the same values tie.
     dtype: tl.constexpr = pooled_ptr.dtype.element_ty
     value = total.to(dtype).to(tl.float32)
-    largest = activate(value, ACTIVATION, SLOPE).to(dtype).to(tl.float32)
+    largest = activate(value, SLOPE, ACTIVATION).to(dtype).to(tl.float32)
     code = offset if FULL else tl.where(exists, offset, -1)
     code = tl.broadcast_to(code, (block_rows, BLOCK_N))
     largest = by_window(largest, BLOCK_POOLED, BLOCK_N, WINDOW_ROWS)
