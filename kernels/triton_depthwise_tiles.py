@@ -1,0 +1,83 @@
+"""How depthwise and small-group passes are cut into programs: what a lane, a thread and a program compute."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .triton_common import INTERPRETED, ceil_div, power_of_2
+
+Triple = tuple[int, int, int]
+
+PROGRAMS = 528
+"""Programs wanted: four for each multiprocessor of the largest Hopper GPU."""
+
+WARPS = 4
+
+TILES: tuple[tuple[int, int], ...] = ((1, 1),) if INTERPRETED else ((4, 4), (4, 2), (2, 2), (1, 2), (1, 1))
+"""(height, width) of the outputs that a lane computes at a time, what is best for long problems first.
+
+With 3 x 3 x 3 taps a lane loads and converts (height + 2) * (width + 2) values for height * width outputs. In the
+interpreter an operation takes as long for many lanes as for few.
+"""
+
+LEAST_DEPTH = 8
+"""Least outputs along the depth in one program: each walk starts with the planes of the taps before it."""
+
+LARGEST_WALK = 128
+"""Most taps whose sums are carried along the depth; the body of the walk is unrolled over taps and outputs."""
+
+LARGEST_BODY = 2048
+"""Most multiplications of one lane in the body of a loop, which is unrolled."""
+
+HELD_WEIGHTS = 64
+"""Most weights that a thread keeps in registers; of larger kernels it loads them again for each plane."""
+
+LARGEST_LANES = 4096 if INTERPRETED else None
+
+
+class Tiles(NamedTuple):
+    """What a program computes.
+
+    Attributes:
+        height, width: outputs of a lane in one plane.
+        depth: outputs of a lane along the depth, one plane after the other.
+        lanes: lanes of a program.
+        walk: whether sums (of grad_weight: gradients) are carried from plane to plane, so that each plane of the
+            source is loaded once; else once for each tap along the depth.
+        hold: whether the weights stay in registers.
+    """
+
+    height: int
+    width: int
+    depth: int
+    lanes: int
+    walk: bool
+    hold: bool
+
+
+def tiles(
+    batch: int, channels: int, size: Sequence[int], taps: Sequence[int], summed: int, channels_last: bool, can_walk: bool
+) -> Tiles:
+    """The tiles of a pass with `channels` results (N, channels, *size) that sum over taps and `summed` channels.
+
+    The largest tile that leaves `PROGRAMS` programs. Along channels, which lie side by side in channels_last_3d, a
+    thread has two lanes, so that a warp loads whole cache lines, unless their weights need too many registers.
+    """
+    count = math.prod(taps)
+    walk = can_walk and count <= LARGEST_WALK
+    lanes_per_thread = 2 if channels_last and count <= HELD_WEIGHTS // 2 else 1
+    hold = summed == 1 and count * lanes_per_thread <= HELD_WEIGHTS
+    body = (count if walk else count // taps[0]) * lanes_per_thread
+    for height, width in TILES:
+        columns = channels * ceil_div(size[1], height) * ceil_div(size[2], width)
+        lanes = LARGEST_LANES or 32 * WARPS * lanes_per_thread
+        lanes = power_of_2(columns, 32, lanes)
+        blocks = batch * ceil_div(columns, lanes)
+        chunks = min(ceil_div(PROGRAMS, blocks), ceil_div(size[0], LEAST_DEPTH))
+        fits = height <= size[1] and width <= size[2] and body * height * width <= LARGEST_BODY
+        chosen = Tiles(height, width, ceil_div(size[0], chunks), lanes, walk, hold)
+        if fits and blocks * chunks >= PROGRAMS:
+            return chosen
+    return chosen
