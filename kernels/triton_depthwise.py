@@ -203,11 +203,14 @@ def load_weights(
     GRADIENT: tl.constexpr,
 ):
     """A tuple of WALK x TAPS[1] x TAPS[2] weights of each lane, from tap `taps_first` on."""
+    # An element of a tuple that was handed on is no constexpr until it has a name.
+    TAPS_H: tl.constexpr = TAPS[1]
+    TAPS_W: tl.constexpr = TAPS[2]
     weights = ()
     d_first, h_first, w_first = taps_first
     for d_nth in tl.static_range(WALK):
-        for h_nth in tl.static_range(TAPS[1]):
-            for w_nth in tl.static_range(TAPS[2]):
+        for h_nth in tl.static_range(TAPS_H):
+            for w_nth in tl.static_range(TAPS_W):
                 d = d_first + d_nth * TAP_STEP[0]
                 h = h_first + h_nth * TAP_STEP[1]
                 w = w_first + w_nth * TAP_STEP[2]
@@ -240,10 +243,14 @@ def add_plane(
     WIDTH: tl.constexpr,
 ):
     """`totals`, WALK x HEIGHT x WIDTH tensors, plus the products of one plane of the source, row by row."""
-    for row in tl.static_range((HEIGHT - 1) * MOVE[1] + TAPS[1]):
+    TAPS_H: tl.constexpr = TAPS[1]
+    TAPS_W: tl.constexpr = TAPS[2]
+    MOVE_H: tl.constexpr = MOVE[1]
+    MOVE_W: tl.constexpr = MOVE[2]
+    for row in tl.static_range((HEIGHT - 1) * MOVE_H + TAPS_H):
         h_valid = (h_first + row * SPREAD[1]).to(tl.uint32) < height
         values = ()
-        for column in tl.static_range((WIDTH - 1) * MOVE[2] + TAPS[2]):
+        for column in tl.static_range((WIDTH - 1) * MOVE_W + TAPS_W):
             valid = h_valid & ((w_first + column * SPREAD[2]).to(tl.uint32) < width)
             value = tl.load(
                 plane + row * SPREAD[1] * source_h + column * SPREAD[2] * SOURCE_W, mask=valid, other=0.0
@@ -254,10 +261,10 @@ def add_plane(
             for i in tl.static_range(HEIGHT):
                 for j in tl.static_range(WIDTH):
                     total = totals[(d_nth * HEIGHT + i) * WIDTH + j]
-                    if row >= i * MOVE[1] and row < i * MOVE[1] + TAPS[1]:
-                        for w_nth in tl.static_range(TAPS[2]):
-                            weight = weights[(d_nth * TAPS[1] + row - i * MOVE[1]) * TAPS[2] + w_nth]
-                            total = tl.fma(values[j * MOVE[2] + w_nth], weight, total)
+                    if row >= i * MOVE_H and row < i * MOVE_H + TAPS_H:
+                        for w_nth in tl.static_range(TAPS_W):
+                            weight = weights[(d_nth * TAPS_H + row - i * MOVE_H) * TAPS_W + w_nth]
+                            total = tl.fma(values[j * MOVE_W + w_nth], weight, total)
                     sums = sums + (total,)
         totals = sums
     return totals

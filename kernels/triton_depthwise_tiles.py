@@ -36,6 +36,15 @@ HELD_WEIGHTS = 64
 
 LARGEST_LANES = 4096 if INTERPRETED else None
 
+LARGEST_SUMS = 96
+"""Most sums that a lane of grad_weight keeps, one for each tap."""
+
+LARGEST_STATE = 150
+"""Most values that a thread of grad_weight keeps in registers, sums and gradients."""
+
+LARGEST_LANES_OF_GRADIENT = 64 if INTERPRETED else None
+"""The interpreter adds lanes up one by one."""
+
 
 class Tiles(NamedTuple):
     """What a program computes.
@@ -78,6 +87,56 @@ def tiles(
         chunks = min(ceil_div(PROGRAMS, blocks), ceil_div(size[0], LEAST_DEPTH))
         fits = height <= size[1] and width <= size[2] and body * height * width <= LARGEST_BODY
         chosen = Tiles(height, width, ceil_div(size[0], chunks), lanes, walk, hold)
+        if fits and blocks * chunks >= PROGRAMS:
+            return chosen
+    return chosen
+
+
+class GradientTiles(NamedTuple):
+    """What a program of grad_weight computes.
+
+    Attributes:
+        height, width, depth, walk: as in `Tiles`, of the gradients.
+        positions, channels: lanes of a program.
+        programs: programs wanted in all.
+    """
+
+    height: int
+    width: int
+    depth: int
+    positions: int
+    channels: int
+    walk: bool
+    programs: int
+
+
+def gradient_tiles(
+    batch: int,
+    out_channels: int,
+    channels: int,
+    size: Sequence[int],
+    taps: Sequence[int],
+    channels_last: bool,
+    can_walk: bool,
+) -> GradientTiles:
+    """The tiles of the gradient with respect to a weight (out_channels, channels, *taps), from outputs of a size."""
+    walk = can_walk and math.prod(taps) <= LARGEST_SUMS
+    count = math.prod(taps) if walk else taps[1] * taps[2]
+    repeats = channels if walk else channels * taps[0]
+    lanes_per_thread = 2 if channels_last and count <= HELD_WEIGHTS // 2 else 1
+    lanes = LARGEST_LANES_OF_GRADIENT or 32 * WARPS * lanes_per_thread
+    block = power_of_2(out_channels, 1, 32 * lanes_per_thread) if channels_last else 1
+    programs = ceil_div(out_channels, block) * repeats
+    for height, width in TILES:
+        positions = batch * ceil_div(size[1], height) * ceil_div(size[2], width)
+        block_positions = power_of_2(positions, 1, max(1, lanes // block))
+        blocks = programs * ceil_div(positions, block_positions)
+        chunks = min(ceil_div(PROGRAMS, blocks), ceil_div(size[0], LEAST_DEPTH))
+        registers = (count + (taps[0] if walk else 1) * height * width) * lanes_per_thread
+        chosen = GradientTiles(
+            height, width, ceil_div(size[0], chunks), block_positions, block, walk, PROGRAMS
+        )
+        fits = height <= size[1] and width <= size[2] and registers <= LARGEST_STATE
         if fits and blocks * chunks >= PROGRAMS:
             return chosen
     return chosen
