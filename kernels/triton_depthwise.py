@@ -7,7 +7,8 @@ A lane computes a small tile, height x width, of the outputs of one channel and 
 plane of the source once, for all outputs of the tile and for all taps along the depth, whose sums it carries from plane to
 plane; where a stride along the depth is in the way, once for each of these taps. Lanes are counted over (tile row,
 tile column, channel) in channels_last_3d and over (channel, tile row, tile column) in contiguous tensors, so that
-neighbours read what lies side by side whatever the sizes are.
+neighbours read what lies side by side whatever the sizes are. In a contiguous tensor whose rows allow it, the outputs of
+a lane that lie side by side (SIDE_BY_SIDE) are stored together.
 
 Both passes gather. Along an axis, output o = residue + RESULT_STEP * q meets source voxel q * MOVE + ... through tap
 
@@ -157,6 +158,9 @@ def _launch(
         "GRADIENT": GRADIENT,
         "HAS_BIAS": bias is not None,
         "CHANNELS_LAST": channels_last,
+        "SIDE_BY_SIDE": apart[2] * result_step[2] == result.stride(4) == 1
+        and tile.width in (2, 4)
+        and all(step % tile.width == 0 for step in result.stride()[:4]),
         "WALK": taps[0] if tile.walk else 1,
         "HOLD": tile.hold and (tile.walk or taps[0] == 1),
         "HEIGHT": tile.height,
@@ -303,6 +307,7 @@ def depthwise_kernel(
     GRADIENT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr,
     WALK: tl.constexpr,
     HOLD: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -315,8 +320,15 @@ def depthwise_kernel(
     result_n, result_c, result_d, result_h = result_strides
     by_group, by_result, by_summed, by_tap = weight_steps
     d_tiles, h_tiles, w_tiles = counts
+    if SIDE_BY_SIDE:
+        # Only says so to the compiler.
+        result_n = result_n // WIDTH * WIDTH
+        result_c = result_c // WIDTH * WIDTH
+        result_d = result_d // WIDTH * WIDTH
+        result_h = result_h // WIDTH * WIDTH
     PLANE: tl.constexpr = HEIGHT * WIDTH
     AHEAD: tl.constexpr = WALK - 1
+    W_STEP: tl.constexpr = APART[2] * RESULT_STEP[2]
 
     program = tl.program_id(0)
     lane = program % blocks * LANES + tl.arange(0, LANES)  # (L,)
@@ -437,9 +449,23 @@ def depthwise_kernel(
             for i in tl.static_range(HEIGHT):
                 row = plane + i * APART[1] * RESULT_STEP[1] * tl.cast(result_h, tl.int64)
                 row_valid = lane_valid & (h + i * APART[1] * RESULT_STEP[1] < height_result)
-                for j in tl.static_range(WIDTH):
+                if not SIDE_BY_SIDE:
+                    for j in tl.static_range(WIDTH):
+                        tl.store(
+                            row + j * W_STEP * RESULT_W,
+                            totals[(AHEAD * HEIGHT + i) * WIDTH + j].to(result_ptr.dtype.element_ty),
+                            mask=row_valid & (w + j * W_STEP < width_result),
+                        )
+                else:
+                    if WIDTH == 2:
+                        side_by_side = tl.join(totals[(AHEAD * HEIGHT + i) * WIDTH], totals[(AHEAD * HEIGHT + i) * WIDTH + 1])
+                    else:
+                        even = tl.join(totals[(AHEAD * HEIGHT + i) * WIDTH], totals[(AHEAD * HEIGHT + i) * WIDTH + 2])
+                        odd = tl.join(totals[(AHEAD * HEIGHT + i) * WIDTH + 1], totals[(AHEAD * HEIGHT + i) * WIDTH + 3])
+                        side_by_side = tl.reshape(tl.join(even, odd), (LANES, WIDTH))
+                    j = tl.arange(0, WIDTH)[None, :]
                     tl.store(
-                        row + j * APART[2] * RESULT_STEP[2] * RESULT_W,
-                        totals[(AHEAD * HEIGHT + i) * WIDTH + j].to(result_ptr.dtype.element_ty),
-                        mask=row_valid & (w + j * APART[2] * RESULT_STEP[2] < width_result),
+                        row[:, None] + j,
+                        side_by_side.to(result_ptr.dtype.element_ty),
+                        mask=row_valid[:, None] & (w[:, None] + j < width_result),
                     )

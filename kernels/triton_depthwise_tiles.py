@@ -98,7 +98,6 @@ class GradientTiles(NamedTuple):
     Attributes:
         height, width, depth, walk: as in `Tiles`, of the gradients.
         positions, channels: lanes of a program.
-        programs: programs wanted in all.
     """
 
     height: int
@@ -107,7 +106,6 @@ class GradientTiles(NamedTuple):
     positions: int
     channels: int
     walk: bool
-    programs: int
 
 
 def gradient_tiles(
@@ -133,9 +131,7 @@ def gradient_tiles(
         blocks = programs * ceil_div(positions, block_positions)
         chunks = min(ceil_div(PROGRAMS, blocks), ceil_div(size[0], LEAST_DEPTH))
         registers = (count + (taps[0] if walk else 1) * height * width) * lanes_per_thread
-        chosen = GradientTiles(
-            height, width, ceil_div(size[0], chunks), block_positions, block, walk, PROGRAMS
-        )
+        chosen = GradientTiles(height, width, ceil_div(size[0], chunks), block_positions, block, walk)
         fits = height <= size[1] and width <= size[2] and registers <= LARGEST_STATE
         if fits and blocks * chunks >= PROGRAMS:
             return chosen

@@ -128,7 +128,7 @@ def _cells(fixture: str) -> Iterator[tuple[Backend, ConvProblem, Pass, list[pyte
     for backend in REGISTRY:
         for number, problem in enumerate(_problems(fixture)):
             marks = [pytest.mark.gpu] if problem.device == "cuda" else []
-            if backend.name == "triton" and problem.device == "cpu":
+            if backend.family == "triton" and problem.device == "cpu":
                 if not _is_interpreted(number, problem, fixture):
                     continue
                 if not _is_small(problem):

@@ -85,7 +85,7 @@ def test_same_bits_for_every_run_and_thread_count(backend, float32_problem, pass
     threads(1)
     first = run_pass(backend, float32_problem, pass_, args)
     # Torch's threads are not those of a GPU, and the interpreter has one.
-    for count in (2,) if backend.name == "triton" else (1, 2, 3):
+    for count in (2,) if backend.family == "triton" else (1, 2, 3):
         threads(count)
         again = run_pass(backend, float32_problem, pass_, args)
         assert torch.equal(again, first), f"other bits with {count} threads"

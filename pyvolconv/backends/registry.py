@@ -16,9 +16,11 @@ from .cpp_winograd import CppWinograd
 from .im2col import Im2colBackend
 from .numba import NumbaBackend
 from .triton import TritonBackend
+from .triton_depthwise import TritonDepthwise
 
 REGISTRY: tuple[Backend, ...] = (
     TritonBackend(),
+    TritonDepthwise(),
     CppDirect(),
     CppWinograd(),
     CppFirstLayer(),

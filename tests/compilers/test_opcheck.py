@@ -15,7 +15,7 @@ from pyvolconv import fused_ops, ops
 
 from .models import FORMATS
 
-BACKENDS = [backend for backend in pyvolconv.backends() if backend.name not in ("triton", "numba")]
+BACKENDS = [backend for backend in pyvolconv.backends() if backend.family not in ("triton", "numba")]
 GEOMETRY = ([1, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1, 1], 1)
 POOL = ([2, 2, 2], [2, 2, 2], [0, 0, 0], True)
 CHANNELS = {"cpp.first_layer": (1, 16)}
