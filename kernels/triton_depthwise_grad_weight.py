@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .triton_common import Launch, ceil_div, power_of_2, weight_strides
 from .triton_depthwise import first_output
-from .triton_depthwise_tiles import PROGRAMS, WARPS, Triple, gradient_tiles
+from . import triton_depthwise_tiles as rules
+from .triton_depthwise_tiles import WARPS, Triple, gradient_tiles
 
 
 def grad_weight(
@@ -51,7 +52,7 @@ def grad_weight(
     parts = 1 if tile.walk else kernel[0]
     programs = ceil_div(out_channels, tile.channels) * channels * parts
     runs = blocks * counts[0]
-    splits = ceil_div(runs, max(1, runs * programs // PROGRAMS))
+    splits = ceil_div(runs, max(1, runs * programs // rules.PROGRAMS))
     weights = grad_w.numel()
     partials = torch.empty(splits, weights, dtype=torch.float32, device=grad_w.device)
     arguments: dict[str, Any] = {

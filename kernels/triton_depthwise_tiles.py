@@ -10,8 +10,8 @@ from .triton_common import INTERPRETED, ceil_div, power_of_2
 
 Triple = tuple[int, int, int]
 
-PROGRAMS = 528
-"""Programs wanted: four for each multiprocessor of the largest Hopper GPU."""
+PROGRAMS = 2 if INTERPRETED else 528
+"""Programs wanted: four for each multiprocessor of the largest Hopper GPU. The interpreter runs one after the other."""
 
 WARPS = 4
 
@@ -42,7 +42,7 @@ LARGEST_SUMS = 96
 LARGEST_STATE = 150
 """Most values that a thread of grad_weight keeps in registers, sums and gradients."""
 
-LARGEST_LANES_OF_GRADIENT = 64 if INTERPRETED else None
+LARGEST_LANES_OF_GRADIENT = 32 if INTERPRETED else None
 """The interpreter adds lanes up one by one."""
 
 

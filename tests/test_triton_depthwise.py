@@ -20,13 +20,13 @@ BACKEND = TritonDepthwise()
 PROBLEM = ConvProblem.parse("cpu-float32-ncdhw-n1g2ic2oc2-i4-k3")
 TILES = [(2, 4), (4, 2), (2, 1)]
 MANY_PROGRAMS = (
-    "n2g5ic5oc5-i5x7x9-k3-p1-bias",  # tiles that reach over the ends
-    "n1g6ic6oc6-i6x4x8-k3x2x3-p1x0+1x2-d2x1x3",  # taps of a tile that are apart
+    "n2g3ic3oc3-i4x5x7-k3-p1-bias",  # tiles that reach over the ends
+    "n1g3ic3oc3-i6x4x8-k3x2x3-p1x0+1x2-d2x1x3",  # taps of a tile that are apart
     "n1g2ic2oc2-i7x8x9-k3-s2x2x1-p1-d1x2x1-bias",  # strides: a plane for each tap, and phases
     "n1g2ic2oc2-i6x5x7-k3x2x2-s3x1x2-p2+1x0x1-d2x1x3",  # with and without a common factor with the dilation
     "n1g3ic3oc9-i4x5x6-k2-p1",  # a channel multiplier
-    "n2g3ic6oc12-i3x4x5-k3x1x3-s1x2x3-p1x0x2-bias",  # small groups
-    "n1g3ic3oc3-i6x5x4-k6x5x5-p3x2x2",  # too many taps to carry sums from plane to plane
+    "n2g2ic4oc6-i3x4x5-k2x1x3-s1x2x3-p1x0x2-bias",  # small groups
+    "n1g2ic2oc2-i4x4x3-k5x6x5-p2x3x2",  # too many taps to carry sums from plane to plane
 )
 
 
@@ -34,10 +34,11 @@ MANY_PROGRAMS = (
 def few_lanes(monkeypatch):
     from pyvolconv.kernels import triton_depthwise_tiles as rules
 
-    def use(tile):
+    def use(tile, programs=12):
+        monkeypatch.setattr(rules, "PROGRAMS", programs)
         monkeypatch.setattr(rules, "TILES", (tile,))
         monkeypatch.setattr(rules, "LARGEST_LANES", 32)
-        monkeypatch.setattr(rules, "LARGEST_LANES_OF_GRADIENT", 4)
+        monkeypatch.setattr(rules, "LARGEST_LANES_OF_GRADIENT", 8)
         monkeypatch.setattr(rules, "LEAST_DEPTH", 2)
 
     return use
@@ -100,8 +101,8 @@ def test_partial_sums_are_split_by_the_problem_and_added_in_order(
     """Many programs for one channel, more partial sums than are added at a time, and the same bits again."""
     from pyvolconv.kernels.triton_depthwise_grad_weight import grad_weight
 
-    problem = on_this_machine("cpu-float32-ndhwc-n2g2ic2oc2-i4x9x10-k1x2x2")
-    few_lanes((1, 1))
+    problem = on_this_machine("cpu-float32-ndhwc-n2g2ic2oc2-i2x13x14-k1x1x2")
+    few_lanes((1, 1), programs=528)
     require(BACKEND, problem, "grad_weight")
     args = [arg.to(problem.device) for arg in operands(problem, "grad_weight")]
     multiply, add = grad_weight(
@@ -134,6 +135,7 @@ def test_offsets_are_64_bit():
 def test_tiles_are_large_where_enough_programs_remain(monkeypatch):
     from pyvolconv.kernels import triton_depthwise_tiles as rules
 
+    monkeypatch.setattr(rules, "PROGRAMS", 528)
     monkeypatch.setattr(rules, "TILES", ((4, 4), (2, 2), (1, 1)))
     monkeypatch.setattr(rules, "LARGEST_LANES", None)
     monkeypatch.setattr(rules, "LARGEST_LANES_OF_GRADIENT", None)
