@@ -256,9 +256,7 @@ def add_plane(
         values = ()
         for column in tl.static_range((WIDTH - 1) * MOVE_W + TAPS_W):
             valid = h_valid & ((w_first + column * SPREAD[2]).to(tl.uint32) < width)
-            value = tl.load(
-                plane + row * SPREAD[1] * source_h + column * SPREAD[2] * SOURCE_W, mask=valid, other=0.0
-            )
+            value = tl.load(plane + row * SPREAD[1] * source_h + column * SPREAD[2] * SOURCE_W, mask=valid, other=0.0)
             values = values + (value.to(tl.float32),)
         sums = ()
         for d_nth in tl.static_range(WALK):
@@ -384,11 +382,7 @@ def depthwise_kernel(
     h = h_output * RESULT_STEP[1] + h_residue
     w = w_output * RESULT_STEP[2] + w_residue
     result_columns = (
-        result_ptr
-        + n * result_n
-        + c.to(tl.int64) * result_c
-        + h.to(tl.int64) * result_h
-        + w.to(tl.int64) * RESULT_W
+        result_ptr + n * result_n + c.to(tl.int64) * result_c + h.to(tl.int64) * result_h + w.to(tl.int64) * RESULT_W
     )
     start = tl.full((LANES,), 0.0, tl.float32)
     if HAS_BIAS:
@@ -458,10 +452,14 @@ def depthwise_kernel(
                         )
                 else:
                     if WIDTH == 2:
-                        side_by_side = tl.join(totals[(AHEAD * HEIGHT + i) * WIDTH], totals[(AHEAD * HEIGHT + i) * WIDTH + 1])
+                        side_by_side = tl.join(
+                            totals[(AHEAD * HEIGHT + i) * WIDTH], totals[(AHEAD * HEIGHT + i) * WIDTH + 1]
+                        )
                     else:
                         even = tl.join(totals[(AHEAD * HEIGHT + i) * WIDTH], totals[(AHEAD * HEIGHT + i) * WIDTH + 2])
-                        odd = tl.join(totals[(AHEAD * HEIGHT + i) * WIDTH + 1], totals[(AHEAD * HEIGHT + i) * WIDTH + 3])
+                        odd = tl.join(
+                            totals[(AHEAD * HEIGHT + i) * WIDTH + 1], totals[(AHEAD * HEIGHT + i) * WIDTH + 3]
+                        )
                         side_by_side = tl.reshape(tl.join(even, odd), (LANES, WIDTH))
                     j = tl.arange(0, WIDTH)[None, :]
                     tl.store(

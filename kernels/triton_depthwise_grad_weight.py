@@ -234,10 +234,7 @@ def depthwise_grad_weight_kernel(
         d_first = d_output * STRIDE[0] - padding[0] + part * SPREAD[0]
         w_first = w_output * STRIDE[2] - padding[2]
         x_tiles = (
-            x_columns
-            + n * x_n
-            + (h_output * STRIDE[1] - padding[1]).to(tl.int64) * x_h
-            + w_first.to(tl.int64) * X_W
+            x_columns + n * x_n + (h_output * STRIDE[1] - padding[1]).to(tl.int64) * x_h + w_first.to(tl.int64) * X_W
         )
         grad_output_tiles = (
             grad_output_columns
@@ -307,6 +304,4 @@ def add_rows_kernel(partials_ptr, grad_w_ptr, splits, weights, ROWS: tl.constexp
             mask=(first + row < splits) & (index[None, :] < weights),
             other=0.0,
         )
-    tl.store(
-        grad_w_ptr + index, tl.reduce(total, 0, plus).to(grad_w_ptr.dtype.element_ty), mask=index < weights
-    )
+    tl.store(grad_w_ptr + index, tl.reduce(total, 0, plus).to(grad_w_ptr.dtype.element_ty), mask=index < weights)

@@ -39,8 +39,8 @@ LARGEST_LANES = 4096 if INTERPRETED else None
 LARGEST_SUMS = 96
 """Most sums that a lane of grad_weight keeps, one for each tap."""
 
-LARGEST_STATE = 150
-"""Most values that a thread of grad_weight keeps in registers, sums and gradients."""
+LARGEST_STATE = 128
+"""Most values that a thread keeps in registers from plane to plane: sums, and weights or gradients."""
 
 LARGEST_LANES_OF_GRADIENT = 32 if INTERPRETED else None
 """The interpreter adds lanes up one by one."""
@@ -67,7 +67,13 @@ class Tiles(NamedTuple):
 
 
 def tiles(
-    batch: int, channels: int, size: Sequence[int], taps: Sequence[int], summed: int, channels_last: bool, can_walk: bool
+    batch: int,
+    channels: int,
+    size: Sequence[int],
+    taps: Sequence[int],
+    summed: int,
+    channels_last: bool,
+    can_walk: bool,
 ) -> Tiles:
     """The tiles of a pass with `channels` results (N, channels, *size) that sum over taps and `summed` channels.
 
@@ -85,7 +91,9 @@ def tiles(
         lanes = power_of_2(columns, 32, lanes)
         blocks = batch * ceil_div(columns, lanes)
         chunks = min(ceil_div(PROGRAMS, blocks), ceil_div(size[0], LEAST_DEPTH))
+        state = ((taps[0] if walk else 1) * height * width + (count if hold else 0)) * lanes_per_thread
         fits = height <= size[1] and width <= size[2] and body * height * width <= LARGEST_BODY
+        fits = fits and state <= LARGEST_STATE
         chosen = Tiles(height, width, ceil_div(size[0], chunks), lanes, walk, hold)
         if fits and blocks * chunks >= PROGRAMS:
             return chosen
@@ -130,9 +138,9 @@ def gradient_tiles(
         block_positions = power_of_2(positions, 1, max(1, lanes // block))
         blocks = programs * ceil_div(positions, block_positions)
         chunks = min(ceil_div(PROGRAMS, blocks), ceil_div(size[0], LEAST_DEPTH))
-        registers = (count + (taps[0] if walk else 1) * height * width) * lanes_per_thread
+        state = ((taps[0] if walk else 1) * height * width + count) * lanes_per_thread
         chosen = GradientTiles(height, width, ceil_div(size[0], chunks), block_positions, block, walk)
-        fits = height <= size[1] and width <= size[2] and registers <= LARGEST_STATE
+        fits = height <= size[1] and width <= size[2] and state <= LARGEST_STATE
         if fits and blocks * chunks >= PROGRAMS:
             return chosen
     return chosen
