@@ -1,8 +1,9 @@
 """Gradient with respect to the weight of depthwise and small-group convolution: every lane sums all taps of a channel.
 
 A lane takes the outputs of one channel in a tile, height x width, and walks along the depth: it loads a plane of the
-input once, and multiplies it with the gradients of the outputs that it meets through all taps, which it keeps from plane to
-plane. One sum for each tap stays in registers until the end of the program, when the lanes of a channel are added up.
+input once, and multiplies it with the gradients of the outputs that it meets through all taps, which it keeps from
+plane to plane. One sum for each tap stays in registers until the end of the program, when the lanes of a channel are
+added up.
 
 A program covers a run of (tiles of all samples, part of the depth). The sums of each program are float32 partial
 results, which a second kernel adds up in an order that follows from the problem alone. Where a stride along the depth
@@ -10,6 +11,7 @@ is in the way, or there are too many taps, a program has the taps of one plane o
 """
 
 # ruff: noqa: ANN001, ANN201 (Triton reads annotations of kernels: an argument without one is a run-time value)
+# ruff: noqa: RUF005 (nor does it know tuples with a star)
 
 from __future__ import annotations
 
@@ -21,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import Launch, ceil_div, power_of_2, weight_strides
-from .triton_depthwise import first_output
 from . import triton_depthwise_tiles as rules
+from .triton_common import Launch, ceil_div, power_of_2, weight_strides
+from .triton_depthwise_kernel import first_output
 from .triton_depthwise_tiles import WARPS, Triple, gradient_tiles
 
 
@@ -88,7 +90,7 @@ def grad_weight(
         "BLOCK_C": tile.channels,
     }
     multiply = Launch(depthwise_grad_weight_kernel, (programs * splits,), arguments, {"num_warps": WARPS})
-    block = 32
+    block = power_of_2(weights, 1, 32)
     arguments = {
         "partials_ptr": partials,
         "grad_w_ptr": grad_w,
@@ -205,7 +207,7 @@ def depthwise_grad_weight_kernel(
     grad_output_n, grad_output_c, grad_output_d, grad_output_h = grad_output_strides
     x_n, x_c, x_d, x_h = x_strides
     by_output, by_channel, by_tap = weight_strides
-    d_tiles, h_tiles, w_tiles = counts
+    _, h_tiles, w_tiles = counts
     PLANE: tl.constexpr = HEIGHT * WIDTH
     AHEAD: tl.constexpr = WALK - 1
     PARTS: tl.constexpr = KERNEL[0] // WALK
