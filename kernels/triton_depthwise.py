@@ -148,7 +148,7 @@ def _launch(
         "CHANNELS_LAST": channels_last,
         "SIDE_BY_SIDE": apart[2] * result_step[2] == result.stride(4) == 1
         and tile.width in (2, 4)
-        and all(step % tile.width == 0 for step in result.stride()[:4]),
+        and result.shape[4] % tile.width == 0,
         "WALK": taps[0] if tile.walk else 1,
         "HOLD": tile.hold and (tile.walk or taps[0] == 1),
         "HEIGHT": tile.height,

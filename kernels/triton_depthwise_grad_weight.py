@@ -67,7 +67,6 @@ def grad_weight(
         "steps": tile.depth,
         "runs_of_split": ceil_div(runs, splits),
         "weights": weights,
-        "out_channels": out_channels,
         "size": tuple(x.shape[2:]),
         "size_out": tuple(size),
         "padding": padding,
@@ -79,6 +78,7 @@ def grad_weight(
         "SPREAD": dilation,
         "APART": apart,
         "MOVE": move,
+        "OUT_CHANNELS": out_channels,
         "CHANNELS": channels,
         "RESULTS": out_channels // groups,
         "X_W": x.stride(4),
@@ -180,7 +180,6 @@ def depthwise_grad_weight_kernel(
     steps,
     runs_of_split,
     weights,
-    out_channels,
     size,
     size_out,
     padding,
@@ -192,6 +191,7 @@ def depthwise_grad_weight_kernel(
     SPREAD: tl.constexpr,
     APART: tl.constexpr,
     MOVE: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     RESULTS: tl.constexpr,
     X_W: tl.constexpr,
@@ -212,7 +212,7 @@ def depthwise_grad_weight_kernel(
     AHEAD: tl.constexpr = WALK - 1
     PARTS: tl.constexpr = KERNEL[0] // WALK
 
-    blocks_c = (out_channels + BLOCK_C - 1) // BLOCK_C
+    blocks_c = (OUT_CHANNELS + BLOCK_C - 1) // BLOCK_C
     program = tl.program_id(0)
     o = program % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)  # (C,)
     channel = program // blocks_c % CHANNELS
@@ -245,7 +245,7 @@ def depthwise_grad_weight_kernel(
             + w_output.to(tl.int64) * GRAD_OUTPUT_W
         )
         # A row that is far from all others stands for lanes that are none.
-        lane_valid = (position < positions) & (o_column < out_channels)
+        lane_valid = (position < positions) & (o_column < OUT_CHANNELS)
         h_first = tl.where(lane_valid, h_output * STRIDE[1] - padding[1], -(2**30))
         h_output = tl.where(lane_valid, h_output, -(2**30))
 
@@ -292,7 +292,7 @@ def depthwise_grad_weight_kernel(
     first_tap = part * KERNEL[1] * KERNEL[2]
     for tap in tl.static_range(WALK * KERNEL[1] * KERNEL[2]):
         total = tl.reduce(totals[tap], 0, plus)
-        tl.store(partial + (first_tap + tap) * by_tap, total, mask=o < out_channels)
+        tl.store(partial + (first_tap + tap) * by_tap, total, mask=o < OUT_CHANNELS)
 
 
 @triton.jit

@@ -195,13 +195,12 @@ def depthwise_kernel(
         w_before, w_tap = gradient_axis(
             w_residue, padding[2], KERNEL[2], STRIDE[2], DILATION[2], TAP_STEP[2], SPREAD[2], TAPS[2]
         )
-        TOWARDS: tl.constexpr = (-TAP_STEP[0], -TAP_STEP[1], -TAP_STEP[2])
     else:
         d_before, h_before, w_before = padding
         d_tap = 0
         h_tap = 0
         w_tap = 0
-        TOWARDS: tl.constexpr = TAP_STEP
+    TOWARDS: tl.constexpr = (-TAP_STEP[0], -TAP_STEP[1], -TAP_STEP[2]) if GRADIENT else TAP_STEP
 
     d_output = first_output(d_tile, steps, APART[0])
     h_output = first_output(tile // w_tiles, HEIGHT, APART[1])  # (L,)
@@ -301,9 +300,9 @@ def depthwise_kernel(
                             totals[(AHEAD * HEIGHT + i) * WIDTH + 1], totals[(AHEAD * HEIGHT + i) * WIDTH + 3]
                         )
                         side_by_side = tl.reshape(tl.join(even, odd), (LANES, WIDTH))
-                    j = tl.arange(0, WIDTH)[None, :]
+                    # A row ends with a tile, so that one mask stands for all outputs of a lane.
                     tl.store(
-                        row[:, None] + j,
+                        row[:, None] + tl.arange(0, WIDTH)[None, :],
                         side_by_side.to(result_ptr.dtype.element_ty),
-                        mask=row_valid[:, None] & (w[:, None] + j < width_result),
+                        mask=(row_valid & (w < width_result))[:, None],
                     )
