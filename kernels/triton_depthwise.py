@@ -108,7 +108,8 @@ def _launch(
     size = _each(ceil_div, result.shape[2:], result_step)
     summed, results = source.shape[1] // groups, result.shape[1] // groups
     channels_last = result.stride(1) == 1 and result.shape[1] > 1
-    tile = tiles(result.shape[0], result.shape[1], size, taps, summed, channels_last, can_walk=move[0] == 1)
+    phases = result.shape[0] * math.prod(result_step)
+    tile = tiles(phases, result.shape[1], size, taps, summed, channels_last, can_walk=move[0] == 1)
     counts = tuple(
         ceil_div(extent, step * count) * step
         for extent, step, count in zip(size, apart, (tile.depth, tile.height, tile.width), strict=True)
@@ -155,7 +156,7 @@ def _launch(
         "WIDTH": tile.width,
         "LANES": tile.lanes,
     }
-    grid = blocks * counts[0] * result.shape[0] * math.prod(result_step)
+    grid = blocks * counts[0] * phases
     return Launch(depthwise_kernel, (grid,), arguments, {"num_warps": WARPS})
 
 

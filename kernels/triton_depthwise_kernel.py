@@ -290,6 +290,7 @@ def depthwise_kernel(
                             mask=row_valid & (w + j * W_STEP < width_result),
                         )
                 else:
+                    # A row ends with a tile: no output of one is beyond its end.
                     if WIDTH == 2:
                         side_by_side = tl.join(
                             totals[(AHEAD * HEIGHT + i) * WIDTH], totals[(AHEAD * HEIGHT + i) * WIDTH + 1]
@@ -300,9 +301,8 @@ def depthwise_kernel(
                             totals[(AHEAD * HEIGHT + i) * WIDTH + 1], totals[(AHEAD * HEIGHT + i) * WIDTH + 3]
                         )
                         side_by_side = tl.reshape(tl.join(even, odd), (LANES, WIDTH))
-                    # A row ends with a tile, so that one mask stands for all outputs of a lane.
                     tl.store(
                         row[:, None] + tl.arange(0, WIDTH)[None, :],
                         side_by_side.to(result_ptr.dtype.element_ty),
-                        mask=(row_valid & (w < width_result))[:, None],
+                        mask=row_valid[:, None],
                     )
