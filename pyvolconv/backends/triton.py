@@ -19,7 +19,7 @@ from .triton_support import device_of, geometry, interpreter_asked, missing_here
 class TritonBackend(Backend):
     """Implicit GEMM with float32 sums; bitwise reproducible in all three passes."""
 
-    name: ClassVar[str] = "triton"
+    name: ClassVar[str] = "triton.implicit_gemm"
     family: ClassVar[str] = "triton"
 
     def unsupported_reasons(self, problem: ConvProblem, pass_: Pass) -> list[str]:
