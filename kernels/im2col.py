@@ -74,14 +74,6 @@ def grad_input(
     grad_output: Tensor, weight: Tensor, stride: Triple, padding: Triple, dilation: Triple, groups: int, grad_x: Tensor
 ) -> None:
     """Write the gradient with respect to the input into grad_x."""
-    if (
-        weight.shape[2:] == grad_x.shape[2:]
-        and math.prod(grad_output.shape[2:]) == 1
-        and groups == 1
-        and not any(padding)
-    ):
-        _grad_of_one_window(grad_output, weight, grad_x)
-        return
     # (G, C_out / G, C_in / G, taps) -> (G, C_in / G, C_out / G, taps): input channels are what comes out.
     weight = weight.unflatten(0, (groups, -1)).transpose(1, 2)
     for residues in itertools.product(*map(range, stride)):
@@ -102,13 +94,6 @@ def grad_input(
             continue
         used_weight = weight[:, :, :, taps[0]][:, :, :, :, taps[1]][:, :, :, :, :, taps[2]]
         _convolve(grad_output, used_weight, None, axes, voxels)
-
-
-def _grad_of_one_window(grad_output: Tensor, weight: Tensor, grad_x: Tensor) -> None:
-    """grad_x where the window is the whole input: (N, C_out) times (C_out, C_in * taps)."""
-    last = grad_x.is_contiguous(memory_format=torch.channels_last_3d)
-    target, factor = (tensor.movedim(1, -1) if last else tensor for tensor in (grad_x, weight))
-    target.copy_((grad_output.flatten(1) @ factor.flatten(1)).view(target.shape))
 
 
 def grad_weight(

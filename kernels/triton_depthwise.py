@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .triton_common import Launch, ceil_div, weight_strides
 from .triton_depthwise_kernel import depthwise_kernel
-from .triton_depthwise_tiles import WARPS, Triple, tiles
+from .triton_depthwise_tiles import WARPS, Cut, Triple, tiles
 
 
 def forward(
@@ -32,7 +32,8 @@ def forward(
     dilation: Triple,
     groups: int,
     y: Tensor,
-) -> Launch:
+    cut: Cut | None = None,
+) -> list[Launch]:
     """The launch that writes the convolution of x with weight, plus bias, into y."""
     out_channels, _, depth, height, width = weight.shape
     by_output, by_channel, by_tap = weight_strides(weight)
@@ -42,6 +43,7 @@ def forward(
         bias=bias,
         result=y,
         padding=padding,
+        cut=cut,
         weight_steps=(by_output * (out_channels // groups), by_output, by_channel, by_tap),
         groups=groups,
         KERNEL=(depth, height, width),
@@ -59,7 +61,8 @@ def grad_input(
     dilation: Triple,
     groups: int,
     grad_x: Tensor,
-) -> Launch:
+    cut: Cut | None = None,
+) -> list[Launch]:
     """The launch that writes the gradient with respect to the input into grad_x."""
     out_channels, _, depth, height, width = weight.shape
     by_output, by_channel, by_tap = weight_strides(weight)
@@ -69,6 +72,7 @@ def grad_input(
         bias=None,
         result=grad_x,
         padding=padding,
+        cut=cut,
         weight_steps=(by_output * (out_channels // groups), by_channel, by_output, by_tap),
         groups=groups,
         KERNEL=(depth, height, width),
@@ -84,13 +88,14 @@ def _launch(
     bias: Tensor | None,
     result: Tensor,
     padding: Triple,
+    cut: Cut | None,
     weight_steps: tuple[int, int, int, int],
     groups: int,
     KERNEL: Triple,
     STRIDE: Triple,
     DILATION: Triple,
     GRADIENT: bool,
-) -> Launch:
+) -> list[Launch]:
     common = _each(math.gcd, STRIDE, DILATION)
     if GRADIENT:
         tap_step = _each(_quotient, STRIDE, common)
@@ -109,7 +114,7 @@ def _launch(
     summed, results = source.shape[1] // groups, result.shape[1] // groups
     channels_last = result.stride(1) == 1 and result.shape[1] > 1
     phases = result.shape[0] * math.prod(result_step)
-    tile = tiles(phases, result.shape[1], size, taps, summed, channels_last, can_walk=move[0] == 1)
+    tile = tiles(phases, result.shape[1], size, taps, summed, channels_last, move[0] == 1, cut)
     counts = tuple(
         ceil_div(extent, step * count) * step
         for extent, step, count in zip(size, apart, (tile.depth, tile.height, tile.width), strict=True)
@@ -157,7 +162,7 @@ def _launch(
         "LANES": tile.lanes,
     }
     grid = blocks * counts[0] * phases
-    return Launch(depthwise_kernel, (grid,), arguments, {"num_warps": WARPS})
+    return [Launch(depthwise_kernel, (grid,), arguments, {"num_warps": WARPS})]
 
 
 def _each(function: Any, first: Any, second: Any) -> Triple:

@@ -26,7 +26,7 @@ from torch import Tensor
 from . import triton_depthwise_tiles as rules
 from .triton_common import Launch, ceil_div, power_of_2, weight_strides
 from .triton_depthwise_kernel import first_output
-from .triton_depthwise_tiles import WARPS, Triple, gradient_tiles
+from .triton_depthwise_tiles import WARPS, Cut, Triple, gradient_tiles
 
 
 def grad_weight(
@@ -37,14 +37,15 @@ def grad_weight(
     dilation: Triple,
     groups: int,
     grad_w: Tensor,
-) -> tuple[Launch, Launch]:
+    cut: Cut | None = None,
+) -> list[Launch]:
     """The launches that write the gradient with respect to the weight into grad_w."""
     out_channels, channels, *kernel = grad_w.shape
     apart = tuple(e // math.gcd(s, e) for s, e in zip(stride, dilation, strict=True))
     move = tuple(s // math.gcd(s, e) for s, e in zip(stride, dilation, strict=True))
     size = grad_output.shape[2:]
     channels_last = grad_output.stride(1) == 1 and out_channels > 1
-    tile = gradient_tiles(x.shape[0], out_channels, channels, size, kernel, channels_last, can_walk=move[0] == 1)
+    tile = gradient_tiles(x.shape[0], out_channels, channels, size, kernel, channels_last, move[0] == 1, cut)
     counts = tuple(
         ceil_div(extent, step * count) * step
         for extent, step, count in zip(size, apart, (tile.depth, tile.height, tile.width), strict=True)
@@ -100,7 +101,7 @@ def grad_weight(
         "BLOCK": block,
     }
     add = Launch(add_rows_kernel, (ceil_div(weights, block),), arguments, {"num_warps": WARPS})
-    return multiply, add
+    return [multiply, add]
 
 
 @triton.jit

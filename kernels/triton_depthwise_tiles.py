@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,9 @@ TILES: tuple[tuple[int, int], ...] = ((1, 1),) if INTERPRETED else ((4, 4), (4, 
 With 3 x 3 x 3 taps a lane loads and converts (height + 2) * (width + 2) values for height * width outputs. In the
 interpreter an operation takes as long for many lanes as for few.
 """
+
+TIMED_TILES = ((4, 4), (4, 2), (2, 4), (8, 2), (2, 2))
+"""What tuning tries."""
 
 LEAST_DEPTH = 8
 """Least outputs along the depth in one program: each walk starts with the planes of the taps before it."""
@@ -44,6 +48,48 @@ LARGEST_STATE = 128
 
 LARGEST_LANES_OF_GRADIENT = 32 if INTERPRETED else None
 """The interpreter adds lanes up one by one."""
+
+_PATTERN = re.compile(r"h(\d+)w(\d+)d(\d+)", re.ASCII)
+
+
+class Cut(NamedTuple):
+    """The outputs of a lane, as a value with a short text form: what tuning tries and remembers.
+
+    Attributes:
+        height, width: in one plane, at a time.
+        depth: planes, one after the other.
+
+    Example:
+        >>> str(Cut(4, 2, 15))
+        'h4w2d15'
+        >>> Cut.parse("h4w2d15")
+        Cut(height=4, width=2, depth=15)
+    """
+
+    height: int
+    width: int
+    depth: int
+
+    def __str__(self) -> str:
+        return f"h{self.height}w{self.width}d{self.depth}"
+
+    @classmethod
+    def parse(cls, text: str) -> Cut:
+        """The cut that `str(cut)` wrote.
+
+        Raises:
+            ValueError: the text is not of that form, or an extent is zero.
+        """
+        match = _PATTERN.fullmatch(text)
+        if match is None or "0" in match.groups():
+            raise ValueError(f"{text!r} names no outputs of a lane; expected a form like 'h4w2d15'")
+        return cls(*map(int, match.groups()))
+
+
+def cuts(depth: int) -> list[Cut]:
+    """What is worth timing: tiles of different sizes, the whole depth at a time and short parts of it."""
+    parts = {depth, ceil_div(depth, ceil_div(depth, LEAST_DEPTH))}
+    return [Cut(height, width, part) for height, width in TIMED_TILES for part in sorted(parts, reverse=True)]
 
 
 class Tiles(NamedTuple):
@@ -74,18 +120,20 @@ def tiles(
     summed: int,
     channels_last: bool,
     can_walk: bool,
+    cut: Cut | None = None,
 ) -> Tiles:
     """The tiles of a pass with `channels` results (N, channels, *size) that sum over taps and `summed` channels.
 
-    The largest tile that leaves `PROGRAMS` programs. Along channels, which lie side by side in channels_last_3d, a
-    thread has two lanes, so that a warp loads whole cache lines, unless their weights need too many registers.
+    The largest tile that leaves `PROGRAMS` programs, unless `cut` says which. Along channels, which lie side by side in
+    channels_last_3d, a thread has two lanes, so that a warp loads whole cache lines, unless their weights need too many
+    registers.
     """
     count = math.prod(taps)
     walk = can_walk and count <= LARGEST_WALK
     lanes_per_thread = 2 if channels_last and count <= HELD_WEIGHTS // 2 else 1
     hold = summed == 1 and count * lanes_per_thread <= HELD_WEIGHTS
     body = (count if walk else count // taps[0]) * lanes_per_thread
-    for height, width in TILES:
+    for height, width in TILES if cut is None else [(cut.height, cut.width)]:
         columns = channels * ceil_div(size[1], height) * ceil_div(size[2], width)
         lanes = LARGEST_LANES or 32 * WARPS * lanes_per_thread
         lanes = power_of_2(columns, 32, lanes)
@@ -94,7 +142,8 @@ def tiles(
         state = ((taps[0] if walk else 1) * height * width + (count if hold else 0)) * lanes_per_thread
         fits = height <= size[1] and width <= size[2] and body * height * width <= LARGEST_BODY
         fits = fits and state <= LARGEST_STATE
-        chosen = Tiles(height, width, ceil_div(size[0], chunks), lanes, walk, hold)
+        depth = ceil_div(size[0], chunks) if cut is None else cut.depth
+        chosen = Tiles(height, width, depth, lanes, walk, hold)
         if fits and blocks * chunks >= PROGRAMS:
             return chosen
     return chosen
@@ -124,6 +173,7 @@ def gradient_tiles(
     taps: Sequence[int],
     channels_last: bool,
     can_walk: bool,
+    cut: Cut | None = None,
 ) -> GradientTiles:
     """The tiles of the gradient with respect to a weight (out_channels, channels, *taps), from outputs of a size."""
     walk = can_walk and math.prod(taps) <= LARGEST_SUMS
@@ -133,13 +183,14 @@ def gradient_tiles(
     lanes = LARGEST_LANES_OF_GRADIENT or 32 * WARPS * lanes_per_thread
     block = power_of_2(out_channels, 1, 32 * lanes_per_thread) if channels_last else 1
     programs = ceil_div(out_channels, block) * repeats
-    for height, width in TILES:
+    for height, width in TILES if cut is None else [(cut.height, cut.width)]:
         positions = batch * ceil_div(size[1], height) * ceil_div(size[2], width)
         block_positions = power_of_2(positions, 1, max(1, lanes // block))
         blocks = programs * ceil_div(positions, block_positions)
         chunks = min(ceil_div(PROGRAMS, blocks), ceil_div(size[0], LEAST_DEPTH))
         state = ((taps[0] if walk else 1) * height * width + count) * lanes_per_thread
-        chosen = GradientTiles(height, width, ceil_div(size[0], chunks), block_positions, block, walk)
+        depth = ceil_div(size[0], chunks) if cut is None else cut.depth
+        chosen = GradientTiles(height, width, depth, block_positions, block, walk)
         fits = height <= size[1] and width <= size[2] and state <= LARGEST_STATE
         if fits and blocks * chunks >= PROGRAMS:
             return chosen

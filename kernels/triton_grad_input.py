@@ -19,16 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_blocks import Blocks
 from .triton_common import (
     MIN_DOT_SIDE,
     Launch,
-    block_sizes,
     ceil_div,
-    launch_options,
+    columns,
+    default_blocks,
+    is_inside,
+    offset_dtype,
+    rows,
     split_voxel,
     tap_and_channel,
     tap_steps,
-    weight_strides,
+    voxels_adjacent,
+    weight_matrix,
 )
 
 Triple = tuple[int, int, int]
@@ -44,7 +49,8 @@ def grad_input(
     grad_x: Tensor,
     input_precision: str = "ieee",
     widen: bool = False,
-) -> Launch:
+    blocks: Blocks | None = None,
+) -> list[Launch]:
     """The launch that writes the gradient with respect to the input into grad_x; see `forward` for the rest."""
     out_channels, channels, *kernel = weight.shape
     out_channels //= groups
@@ -54,11 +60,11 @@ def grad_input(
     phases = math.prod(stride)
     flat = out_channels < MIN_DOT_SIDE
     summed = out_channels * ceil_div(math.prod(kernel), phases) if flat else out_channels
-    blocks = block_sizes(voxels, channels, summed, grad_x.element_size())
-    grid = ceil_div(voxels, blocks["BLOCK_M"]) * ceil_div(channels, blocks["BLOCK_N"]) * phases * groups
+    blocks = blocks or default_blocks(voxels, channels, summed, grad_x.element_size())
+    grid = ceil_div(voxels, blocks.m) * ceil_div(channels, blocks.n) * phases * groups
     arguments = {
         "grad_output_ptr": grad_output,
-        "weight_ptr": weight,
+        "weight_ptr": weight_matrix(weight),
         "grad_x_ptr": grad_x,
         "voxels": voxels,
         "channels": channels,
@@ -68,19 +74,23 @@ def grad_input(
         "size_out": tuple(grad_output.shape[2:]),
         "padding": padding,
         "grad_output_strides": grad_output.stride(),
-        "weight_strides": weight_strides(weight),
         "grad_x_strides": grad_x.stride(),
         "KERNEL": tuple(kernel),
         "STRIDE": stride,
         "DILATION": dilation,
         "TAP_STEP": tuple(s // math.gcd(s, e) for s, e in zip(stride, dilation, strict=True)),
         "OUTPUT_STEP": tuple(e // math.gcd(s, e) for s, e in zip(stride, dilation, strict=True)),
+        "OFFSET": offset_dtype(grad_output, grad_x),
+        "CHANNELS_LAST": grad_x.stride(1) == 1,
+        "VOXELS_ADJACENT": voxels_adjacent(grad_output, out_channels),
         "FLAT": flat,
         "WIDEN": widen,
         "PRECISION": input_precision,
-        **blocks,
+        "BLOCK_M": blocks.m,
+        "BLOCK_N": blocks.n,
+        "BLOCK_K": blocks.k,
     }
-    return Launch(grad_input_kernel, (grid,), arguments, launch_options(blocks))
+    return [Launch(grad_input_kernel, (grid,), arguments, blocks.options)]
 
 
 @triton.jit
@@ -108,13 +118,15 @@ def grad_input_kernel(
     size_out,
     padding,
     grad_output_strides,
-    weight_strides,
     grad_x_strides,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     DILATION: tl.constexpr,
     TAP_STEP: tl.constexpr,
     OUTPUT_STEP: tl.constexpr,
+    OFFSET: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    VOXELS_ADJACENT: tl.constexpr,
     FLAT: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -126,17 +138,17 @@ def grad_input_kernel(
     depth_phase, height_phase, width_phase = size_phase
     depth_out, height_out, width_out = size_out
     grad_output_n, grad_output_c, grad_output_d, grad_output_h, grad_output_w = grad_output_strides
-    weight_o, weight_c, weight_t = weight_strides
     grad_x_n, grad_x_c, grad_x_d, grad_x_h, grad_x_w = grad_x_strides
 
     blocks_n = (channels + BLOCK_N - 1) // BLOCK_N
     blocks_m = (voxels + BLOCK_M - 1) // BLOCK_M
     phases = STRIDE[0] * STRIDE[1] * STRIDE[2]
+    all_taps = KERNEL[0] * KERNEL[1] * KERNEL[2]
     program = tl.program_id(0)
     block_n = program % blocks_n
     block_m = program // blocks_n % blocks_m
     phase = program // blocks_n // blocks_m % phases
-    group = (program // blocks_n // blocks_m // phases).to(tl.int64)
+    group = (program // blocks_n // blocks_m // phases).to(OFFSET)
 
     d_residue = phase // (STRIDE[1] * STRIDE[2])
     h_residue = phase // STRIDE[2] % STRIDE[1]
@@ -145,50 +157,72 @@ def grad_input_kernel(
     h_tap, h_taps, h_shift = phase_taps(h_residue + padding[1], KERNEL[1], STRIDE[1], DILATION[1], TAP_STEP[1])
     w_tap, w_taps, w_shift = phase_taps(w_residue + padding[2], KERNEL[2], STRIDE[2], DILATION[2], TAP_STEP[2])
 
-    voxel = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # (M, 1), counted inside the phase
+    # Voxels are counted inside the phase.
+    voxel = block_m.to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
     n, d_quotient, h_quotient, w_quotient = split_voxel(voxel, depth_phase, height_phase, width_phase)
-    c = (block_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)  # (N,)
-    grad_output_rows = grad_output_ptr + n * grad_output_n + group * out_channels * grad_output_c  # (M, 1)
-    weight_rows = weight_ptr + group * out_channels * weight_o + c[:, None] * weight_c  # (N, 1)
-
     voxel_valid = voxel < voxels
-    c_valid = c[:, None] < channels
+    d_first = d_quotient + d_shift
+    h_first = h_quotient + h_shift
+    w_first = w_quotient + w_shift
+    grad_output_rows = n.to(OFFSET) * grad_output_n + d_first.to(OFFSET) * grad_output_d
+    grad_output_rows += h_first.to(OFFSET) * grad_output_h + w_first.to(OFFSET) * grad_output_w
+    grad_output_rows = grad_output_ptr + group * out_channels * grad_output_c + grad_output_rows  # (M,)
+    c = block_n * BLOCK_N + tl.arange(0, BLOCK_N)  # (N,)
+    c_valid = c < channels
+    weight_columns = weight_ptr + group * out_channels * (channels * all_taps) + c  # (N,)
 
     total = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     taps = d_taps * h_taps * w_taps
     for step in range(0, tap_steps(out_channels, taps, BLOCK_K, FLAT)):
-        nth, o, o_valid = tap_and_channel(step, out_channels, taps, BLOCK_K, FLAT)  # (1, K)
+        nth, o, o_valid = tap_and_channel(step, out_channels, taps, BLOCK_K, FLAT)  # (K,)
         d_nth = nth // (h_taps * w_taps)
         h_nth = nth // w_taps % h_taps
         w_nth = nth % w_taps
-        d_out = d_quotient + d_shift - d_nth * OUTPUT_STEP[0]
-        h_out = h_quotient + h_shift - h_nth * OUTPUT_STEP[1]
-        w_out = w_quotient + w_shift - w_nth * OUTPUT_STEP[2]
-        inside = (d_out >= 0) & (d_out < depth_out) & (h_out >= 0) & (h_out < height_out)
-        inside &= (w_out >= 0) & (w_out < width_out)
-        grad_output = tl.load(
-            grad_output_rows
-            + d_out * grad_output_d
-            + h_out * grad_output_h
-            + w_out * grad_output_w
-            + o * grad_output_c,
-            mask=inside & voxel_valid & o_valid,
-            other=0.0,
-        )  # (M, K)
+        d_back = d_nth * -OUTPUT_STEP[0]
+        h_back = h_nth * -OUTPUT_STEP[1]
+        w_back = w_nth * -OUTPUT_STEP[2]
+        back = d_back.to(OFFSET) * grad_output_d + h_back.to(OFFSET) * grad_output_h
+        back = back + w_back.to(OFFSET) * grad_output_w + o.to(OFFSET) * grad_output_c  # (K,)
+        if not VOXELS_ADJACENT:
+            grad_output = tl.load(
+                grad_output_rows[:, None] + back[None, :],
+                mask=is_inside(d_first[:, None], columns(d_back, FLAT), depth_out)
+                & is_inside(h_first[:, None], columns(h_back, FLAT), height_out)
+                & is_inside(w_first[:, None], columns(w_back, FLAT), width_out)
+                & voxel_valid[:, None]
+                & o_valid[None, :],
+                other=0.0,
+            )
+        else:
+            grad_output = tl.load(
+                grad_output_rows[None, :] + back[:, None],
+                mask=is_inside(d_first[None, :], rows(d_back, FLAT), depth_out)
+                & is_inside(h_first[None, :], rows(h_back, FLAT), height_out)
+                & is_inside(w_first[None, :], rows(w_back, FLAT), width_out)
+                & voxel_valid[None, :]
+                & o_valid[:, None],
+                other=0.0,
+            ).T
         tap = (d_tap + d_nth * TAP_STEP[0]) * KERNEL[1] + h_tap + h_nth * TAP_STEP[1]
         tap = tap * KERNEL[2] + w_tap + w_nth * TAP_STEP[2]
-        weight = tl.load(weight_rows + o * weight_o + tap * weight_t, mask=c_valid & o_valid, other=0.0)  # (N, K)
+        weight_shift = o.to(OFFSET) * (channels * all_taps) + tap * channels  # (K,)
+        weight = tl.load(
+            weight_columns[None, :] + weight_shift[:, None], mask=o_valid[:, None] & c_valid[None, :], other=0.0
+        )
         if WIDEN:
             grad_output = grad_output.to(tl.float32)
             weight = weight.to(tl.float32)
-        total = tl.dot(grad_output, tl.trans(weight), total, input_precision=PRECISION)
+        total = tl.dot(grad_output, weight, total, input_precision=PRECISION)
 
-    c = c[None, :]
     d = d_quotient * STRIDE[0] + d_residue
     h = h_quotient * STRIDE[1] + h_residue
     w = w_quotient * STRIDE[2] + w_residue
-    tl.store(
-        grad_x_ptr + n * grad_x_n + d * grad_x_d + h * grad_x_h + w * grad_x_w + (group * channels + c) * grad_x_c,
-        total.to(grad_x_ptr.dtype.element_ty),
-        mask=voxel_valid & (d < depth) & (h < height) & (w < width) & (c < channels),
-    )
+    valid = voxel_valid & (d < depth) & (h < height) & (w < width)
+    grad_x_rows = n.to(OFFSET) * grad_x_n + d.to(OFFSET) * grad_x_d + h.to(OFFSET) * grad_x_h
+    grad_x_rows = grad_x_ptr + grad_x_rows + w.to(OFFSET) * grad_x_w
+    grad_x_columns = (group * channels + c) * grad_x_c
+    total = total.to(grad_x_ptr.dtype.element_ty)
+    if CHANNELS_LAST:
+        tl.store(grad_x_rows[:, None] + grad_x_columns[None, :], total, mask=valid[:, None] & c_valid[None, :])
+    else:
+        tl.store(grad_x_rows[None, :] + grad_x_columns[:, None], total.T, mask=valid[None, :] & c_valid[:, None])

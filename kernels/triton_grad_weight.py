@@ -16,22 +16,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_blocks import Blocks
 from .triton_common import (
     MIN_DOT_SIDE,
+    PROGRAMS,
     Launch,
-    block_sizes,
+    add_partials,
     ceil_div,
-    launch_options,
+    columns,
+    default_blocks,
+    is_inside,
+    offset_dtype,
+    rows,
     split_voxel,
     tap_and_channel,
     tap_steps,
+    voxels_adjacent,
     weight_strides,
 )
 
 Triple = tuple[int, int, int]
-
-PROGRAMS = 264
-"""Programs wanted in all: two for each multiprocessor of the largest Hopper GPU."""
 
 MIN_STEPS = 8
 """Least blocks of voxels in one partial sum; below, writing the partials costs more than it gains."""
@@ -47,7 +51,8 @@ def grad_weight(
     grad_w: Tensor,
     input_precision: str = "ieee",
     widen: bool = False,
-) -> tuple[Launch, Launch]:
+    blocks: Blocks | None = None,
+) -> list[Launch]:
     """The launches that write the gradient with respect to the weight into grad_w; see `forward` for the rest."""
     out_channels, channels, *kernel = grad_w.shape
     out_channels //= groups
@@ -55,10 +60,10 @@ def grad_weight(
     voxels = grad_output.shape[0] * math.prod(grad_output.shape[2:])
     flat = channels < MIN_DOT_SIDE
     columns, repeats = (channels * taps, 1) if flat else (channels, taps)
-    blocks = block_sizes(out_channels, columns, voxels, grad_w.element_size())
-    blocks_n = ceil_div(columns, blocks["BLOCK_N"]) * repeats
-    programs = ceil_div(out_channels, blocks["BLOCK_M"]) * blocks_n * groups
-    steps = ceil_div(voxels, blocks["BLOCK_K"])
+    blocks = blocks or default_blocks(out_channels, columns, voxels, grad_w.element_size())
+    blocks_n = ceil_div(columns, blocks.n) * repeats
+    programs = ceil_div(out_channels, blocks.m) * blocks_n * groups
+    steps = ceil_div(voxels, blocks.k)
     steps_per_split = min(steps, max(MIN_STEPS, ceil_div(steps * programs, PROGRAMS)))
     splits = ceil_div(steps, steps_per_split)
     partials = torch.empty(splits, grad_w.numel(), dtype=torch.float32, device=grad_w.device)
@@ -81,22 +86,18 @@ def grad_weight(
         "KERNEL": tuple(kernel),
         "STRIDE": stride,
         "DILATION": dilation,
+        "OFFSET": offset_dtype(grad_output, x),
+        "CHANNELS_LAST": x.stride(1) == 1,
+        "VOXELS_ADJACENT": voxels_adjacent(x, channels),
         "FLAT": flat,
         "WIDEN": widen,
         "PRECISION": input_precision,
-        **blocks,
+        "BLOCK_M": blocks.m,
+        "BLOCK_N": blocks.n,
+        "BLOCK_K": blocks.k,
     }
-    multiply = Launch(grad_weight_kernel, (programs * splits,), arguments, launch_options(blocks))
-    block = 256
-    arguments = {
-        "partials_ptr": partials,
-        "grad_w_ptr": grad_w,
-        "splits": splits,
-        "weights": grad_w.numel(),
-        "BLOCK": block,
-    }
-    add = Launch(add_partials_kernel, (ceil_div(grad_w.numel(), block),), arguments, {"num_warps": 4})
-    return multiply, add
+    multiply = Launch(grad_weight_kernel, (programs * splits,), arguments, blocks.options)
+    return [multiply, add_partials(partials, grad_w)]
 
 
 @triton.jit
@@ -119,6 +120,9 @@ def grad_weight_kernel(
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     DILATION: tl.constexpr,
+    OFFSET: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    VOXELS_ADJACENT: tl.constexpr,
     FLAT: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -139,56 +143,71 @@ def grad_weight_kernel(
     block_n = program % blocks_n
     block_m = program // blocks_n % blocks_m
     split = program // blocks_n // blocks_m % splits
-    group = (program // blocks_n // blocks_m // splits).to(tl.int64)
+    group = (program // blocks_n // blocks_m // splits).to(OFFSET)
 
-    o = (block_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)  # (M,)
-    tap, c, c_valid = tap_and_channel(block_n, channels, taps, BLOCK_N, FLAT)  # (1, N)
-    d_first = tap // (KERNEL[1] * KERNEL[2]) * DILATION[0] - padding[0]
-    h_first = tap // KERNEL[2] % KERNEL[1] * DILATION[1] - padding[1]
-    w_first = tap % KERNEL[2] * DILATION[2] - padding[2]
-    grad_output_columns = grad_output_ptr + (group * out_channels + o[None, :]) * grad_output_c  # (1, M)
-    x_columns = x_ptr + (group * channels + c) * x_c  # (1, N)
-
-    o_valid = o[None, :] < out_channels
+    o = block_m * BLOCK_M + tl.arange(0, BLOCK_M)  # (M,)
+    o_valid = o < out_channels
+    tap, c, c_valid = tap_and_channel(block_n, channels, taps, BLOCK_N, FLAT)  # (N,)
+    d_shift = tap // (KERNEL[1] * KERNEL[2]) * DILATION[0] - padding[0]
+    h_shift = tap // KERNEL[2] % KERNEL[1] * DILATION[1] - padding[1]
+    w_shift = tap % KERNEL[2] * DILATION[2] - padding[2]
+    grad_output_shift = (group * out_channels + o) * grad_output_c  # (M,)
+    x_shift = d_shift.to(OFFSET) * x_d + h_shift.to(OFFSET) * x_h + w_shift.to(OFFSET) * x_w
+    x_shift = x_shift + (group * channels + c) * x_c  # (N,)
 
     total = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
-    first_voxel = split.to(tl.int64) * steps_per_split * BLOCK_K
+    first_step = split * steps_per_split
     for step in range(0, steps_per_split):
-        voxel = first_voxel + step * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]  # (K, 1)
-        voxel_valid = voxel < voxels
+        voxel = (first_step + step).to(OFFSET) * BLOCK_K + tl.arange(0, BLOCK_K)
+        voxel_valid = voxel < voxels  # (K,)
         n, d, h, w = split_voxel(voxel, depth_out, height_out, width_out)
-        grad_output = tl.load(
-            grad_output_columns + n * grad_output_n + d * grad_output_d + h * grad_output_h + w * grad_output_w,
-            mask=voxel_valid & o_valid,
-            other=0.0,
-        )  # (K, M)
-        d_in = d * STRIDE[0] + d_first
-        h_in = h * STRIDE[1] + h_first
-        w_in = w * STRIDE[2] + w_first
-        inside = (d_in >= 0) & (d_in < depth) & (h_in >= 0) & (h_in < height) & (w_in >= 0) & (w_in < width)
-        x = tl.load(
-            x_columns + n * x_n + d_in * x_d + h_in * x_h + w_in * x_w,
-            mask=inside & voxel_valid & c_valid,
-            other=0.0,
-        )  # (K, N)
+        grad_output_rows = n.to(OFFSET) * grad_output_n + d.to(OFFSET) * grad_output_d
+        grad_output_rows += h.to(OFFSET) * grad_output_h + w.to(OFFSET) * grad_output_w
+        d_first = d * STRIDE[0]
+        h_first = h * STRIDE[1]
+        w_first = w * STRIDE[2]
+        x_rows = n.to(OFFSET) * x_n + d_first.to(OFFSET) * x_d + h_first.to(OFFSET) * x_h
+        x_rows += w_first.to(OFFSET) * x_w
+        if CHANNELS_LAST:
+            grad_output = tl.load(
+                grad_output_ptr + grad_output_rows[:, None] + grad_output_shift[None, :],
+                mask=voxel_valid[:, None] & o_valid[None, :],
+                other=0.0,
+            ).T
+        else:
+            grad_output = tl.load(
+                grad_output_ptr + grad_output_rows[None, :] + grad_output_shift[:, None],
+                mask=voxel_valid[None, :] & o_valid[:, None],
+                other=0.0,
+            )
+        if VOXELS_ADJACENT:
+            x = tl.load(
+                x_ptr + x_rows[None, :] + x_shift[:, None],
+                mask=is_inside(d_first[None, :], rows(d_shift, FLAT), depth)
+                & is_inside(h_first[None, :], rows(h_shift, FLAT), height)
+                & is_inside(w_first[None, :], rows(w_shift, FLAT), width)
+                & voxel_valid[None, :]
+                & c_valid[:, None],
+                other=0.0,
+            ).T
+        else:
+            x = tl.load(
+                x_ptr + x_rows[:, None] + x_shift[None, :],
+                mask=is_inside(d_first[:, None], columns(d_shift, FLAT), depth)
+                & is_inside(h_first[:, None], columns(h_shift, FLAT), height)
+                & is_inside(w_first[:, None], columns(w_shift, FLAT), width)
+                & voxel_valid[:, None]
+                & c_valid[None, :],
+                other=0.0,
+            )
         if WIDEN:
             grad_output = grad_output.to(tl.float32)
             x = x.to(tl.float32)
-        total = tl.dot(tl.trans(grad_output), x, total, input_precision=PRECISION)
+        total = tl.dot(grad_output, x, total, input_precision=PRECISION)
 
-    o = o[:, None]
     partial = partials_ptr + split.to(tl.int64) * weights
+    partial_rows = (group * out_channels + o) * weight_o
+    partial_columns = c * weight_c + tap * weight_t
     tl.store(
-        partial + (group * out_channels + o) * weight_o + c * weight_c + tap * weight_t,
-        total,
-        mask=(o < out_channels) & c_valid,
+        partial + partial_rows[:, None] + partial_columns[None, :], total, mask=o_valid[:, None] & c_valid[None, :]
     )
-
-
-@triton.jit
-def add_partials_kernel(partials_ptr, grad_w_ptr, splits, weights, BLOCK: tl.constexpr):
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.full((BLOCK,), 0.0, tl.float32)
-    for split in range(0, splits):
-        total += tl.load(partials_ptr + tl.cast(split, tl.int64) * weights + index, mask=index < weights, other=0.0)
-    tl.store(grad_w_ptr + index, total.to(grad_w_ptr.dtype.element_ty), mask=index < weights)

@@ -7,6 +7,9 @@ those timed, a tuned pass is never slower than torch's but for noise.
 A pass fused with a pool competes with the same pass put together from torch's convolution, activation and pooling.
 Where that wins, the plain passes in it are tuned too.
 
+A backend that can launch its kernels in several ways is timed in each of them (`candidates`), and those that do not run
+here are left out with a warning.
+
 While other processes keep cores busy that the threads of this one need, times are uncertain. They are used in this
 process, where nothing better is known, but not kept for later ones, and a warning says so.
 """
@@ -22,15 +25,20 @@ from typing import Protocol
 import torch
 
 from . import dispatch, tuned
-from .candidates import Step, steps_of
+from .candidates import Step, competitors, prepare, steps_of
 from .cost import busy
 from .cost.timing import now
+from .errors import BackendError
 from .problem import ConvProblem, Pass
 
 SECONDS = 60.0
 """Longest time that one call of `tune` spends, but for the pass in work at its end."""
 SECONDS_PER_PASS = 1.0
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 60
+MOST_QUEUED, QUEUED_SECONDS, LONGEST_QUEUED_SECONDS = 20, 2e-3, 0.2
+"""Calls in a row on a GPU: at most so many, about so long for the fastest, and no longer for the slowest."""
+HOPELESS_RATIO, HOPELESS_SECONDS = 10.0, 0.1
+"""What takes so many times as long as the fastest and longer than that, in its first call too, is not run again."""
 
 
 class Measure(Protocol):
@@ -46,7 +54,7 @@ class Tuned:
 
     Attributes:
         problem, pass_: what was timed.
-        milliseconds: backend name -> median time; "aten" is torch.
+        milliseconds: backend name, or "name@configuration" -> median time; "aten" is torch.
         expected: what the cost model takes without times.
         reused: whether the times were known before.
         kept: False where they were measured just now on a busy machine, and hold in this process only.
@@ -66,7 +74,7 @@ class Tuned:
 
     @property
     def winner(self) -> str:
-        """The fastest backend; "aten" with a pool means that the pass is put together from plain ones."""
+        """The fastest, with its configuration; "aten" with a pool: the pass is put together from plain ones."""
         return min(self.milliseconds, key=self.milliseconds.__getitem__)
 
     @property
@@ -167,7 +175,9 @@ def _time_all(
 def _remember(found: Sequence[Tuned], before: busy.Sample | None, even_if_busy: bool) -> list[Tuned]:
     """Have the dispatcher use the new times, and keep them for later processes if they are worth it."""
     new = {(one.problem, one.pass_): one.milliseconds for one in found if not one.reused}
-    load = busy.disturbance(before, busy.sample(), torch.get_num_threads()) if new else None
+    # Where a GPU computes, this process needs one core, to start it.
+    threads = torch.get_num_threads() if any(problem.device == "cpu" for problem, _ in new) else 1
+    load = busy.disturbance(before, busy.sample(), threads) if new else None
     keep = load is None or even_if_busy
     tuned.remember(new, keep=keep)
     dispatch.forget_choices()
@@ -195,12 +205,31 @@ def time_pass(
     name = expected.name if expected else "aten"
     if known:
         return Tuned(problem, pass_, dict(known), name, reused=True)
-    steps = steps_of(problem, pass_, able, expected)
+    competing = competitors(problem, pass_, able, expected)
+    prepare(competing, problem, pass_)
+    steps = steps_of(problem, pass_, competing)
     if not steps:
         return None
     with torch.no_grad():
-        times = (measure or measure_alternating)(steps, seconds)
+        _leave_out_failing(steps, [one.label for one in competing if one.configuration])
+        times = (measure or (measure_queued if problem.device == "cuda" else measure_alternating))(steps, seconds)
     return Tuned(problem, pass_, {backend: _rounded(1e3 * time) for backend, time in times.items()}, name, reused=False)
+
+
+def _leave_out_failing(steps: dict[str, Step], configured: Sequence[str]) -> None:
+    """Run configurations once and drop those that fail; a backend that fails in its own choice is an error."""
+    for label in configured:
+        if (error := _failure(steps[label])) is not None:
+            del steps[label]
+            dispatch.logger.warning("a configuration is left out of tuning: %s", str(error).splitlines()[0])
+
+
+def _failure(step: Step) -> BackendError | None:
+    try:
+        step()
+    except BackendError as error:
+        return error
+    return None
 
 
 def measure_alternating(
@@ -208,8 +237,8 @@ def measure_alternating(
 ) -> dict[str, float]:
     """Median seconds of each step, one call of each per round, every second round in reverse.
 
-    The first call of each is not counted. A step that was twice as slow as the fastest in two rounds is left out of
-    further ones.
+    The first call of each is not counted. A step that was twice as slow as the fastest in two rounds, or hopelessly
+    slower in its first call and in one round, is left out of further ones.
 
     Args:
         steps: name -> callable.
@@ -217,8 +246,11 @@ def measure_alternating(
         clock: returns seconds; by default a monotonic clock that waits for a CUDA device in use.
     """
     clock = clock or now
-    for step in steps.values():
+    first: dict[str, float] = {}
+    for name, step in steps.items():
+        start = clock()
         step()
+        first[name] = clock() - start
     taken: dict[str, list[float]] = {name: [] for name in steps}
     running = list(steps)
     begin = clock()
@@ -228,13 +260,43 @@ def measure_alternating(
             steps[name]()
             taken[name].append(clock() - start)
         running.reverse()
+        # Least times: an interruption may double one call, hardly two.
+        best = min(map(min, taken.values()))
         if done > 1:
-            # Least times: an interruption may double one call, hardly two.
-            best = min(map(min, taken.values()))
             running = [name for name in running if min(taken[name]) <= 2 * best]
+        else:
+            limit = max(HOPELESS_RATIO * best, HOPELESS_SECONDS)
+            running = [name for name in running if min(first[name], *taken[name]) <= limit]
         if done >= FEWEST_ROUNDS and clock() - begin > seconds:
             break
     return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def measure_queued(
+    steps: Mapping[str, Step], seconds: float, clock: Callable[[], float] | None = None
+) -> dict[str, float]:
+    """As `measure_alternating`, for a device that works on while the host queues: several calls make one step.
+
+    One call alone would be timed with what the host needs to start it and to see its end, the same for everybody.
+    """
+    clock = clock or now
+    once = []
+    for step in steps.values():
+        step()
+        start = clock()
+        step()
+        once.append(clock() - start)
+    calls = max(1, int(min(MOST_QUEUED, QUEUED_SECONDS / min(once), LONGEST_QUEUED_SECONDS / max(once))))
+
+    def several(step: Step) -> Step:
+        def run() -> None:
+            for _ in range(calls):
+                step()
+
+        return run
+
+    times = measure_alternating({name: several(step) for name, step in steps.items()}, seconds, clock)
+    return {name: time / calls for name, time in times.items()}
 
 
 def _rounded(value: float) -> float:

@@ -1,12 +1,18 @@
 """Who competes for a pass of a problem, each on the same random tensors: what `autotune` times.
 
+A backend that can launch its kernels in several ways (`Backend.configurations`) competes in each of them, as
+"name@configuration" beside "name", which is the way that it takes untuned.
+
 A pass fused with a pool has one more candidate, "aten": the pass put together from torch's convolution, activation and
 pooling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,11 +26,14 @@ from .problem import ConvProblem, Pass
 HOPELESS = 100.0
 """A backend that the cost model expects to take this many times as long as its favourite is not timed."""
 
+MOST_CONFIGURATIONS = 8
+"""Of one backend for one pass, beside its own choice."""
+
 Step = Callable[[], object]
 
 
-def steps_of(problem: ConvProblem, pass_: Pass, able: list[Backend], expected: Backend | None) -> dict[str, Step]:
-    """Backend name -> the pass on random tensors, for those worth timing.
+def competitors(problem: ConvProblem, pass_: Pass, able: Sequence[Backend], expected: Backend | None) -> list[Backend]:
+    """The backends worth timing, each followed by its configurations.
 
     Args:
         problem, pass_: what to run.
@@ -34,6 +43,43 @@ def steps_of(problem: ConvProblem, pass_: Pass, able: list[Backend], expected: B
     if expected is not None:
         least = expected.expected_efficiency(problem, pass_) / HOPELESS
         able = [one for one in able if not one.ours or one.expected_efficiency(problem, pass_) >= least]
+    return [
+        competitor
+        for backend in able
+        for competitor in (
+            backend,
+            *map(backend.configured, backend.configurations(problem, pass_)[:MOST_CONFIGURATIONS]),
+        )
+    ]
+
+
+def prepare(backends: Sequence[Backend], problem: ConvProblem, pass_: Pass) -> None:
+    """Have what the backends compile at a first call compiled, several at a time.
+
+    Threads are enough: compilers let go of the interpreter's lock for most of their time. Who cannot be compiled says
+    so again when it runs.
+    """
+    todo = [backend for backend in backends if type(backend).prepare is not Backend.prepare]
+    if not todo:
+        return
+    device = torch.cuda.current_device() if problem.device == "cuda" else None
+
+    def work(backend: Backend) -> None:
+        with nullcontext() if device is None else torch.cuda.device(device):
+            backend.prepare(problem, pass_)
+
+    with ThreadPoolExecutor(min(len(todo), os.cpu_count() or 1)) as pool:
+        for backend in todo:
+            pool.submit(work, backend)
+
+
+def steps_of(problem: ConvProblem, pass_: Pass, backends: Sequence[Backend]) -> dict[str, Step]:
+    """Label of a backend -> the pass on random tensors, the same for all.
+
+    Args:
+        problem, pass_: what to run.
+        backends: who can.
+    """
     generator = torch.Generator(problem.device).manual_seed(0)
 
     def draw(shape: tuple[int, ...]) -> Tensor:
@@ -58,7 +104,8 @@ def steps_of(problem: ConvProblem, pass_: Pass, able: list[Backend], expected: B
             other = weight if pass_ == "grad_input" else draw(problem.input_shape)
             operands = (draw(problem.output_shape), other)
         return {
-            backend.name: _bound(dispatch.run, getattr(backend, pass_), problem, pass_, *operands) for backend in able
+            backend.label: _bound(dispatch.run, getattr(backend, pass_), problem, pass_, *operands)
+            for backend in backends
         }
     x = draw(problem.input_shape)
     geometry = (
@@ -84,7 +131,9 @@ def steps_of(problem: ConvProblem, pass_: Pass, able: list[Backend], expected: B
             sizes = (problem.kernel_size, problem.bias, *geometry, *pool)
             together = _bound(conv3d_max_pool_grad_weight, *fused, *sizes)
     method = f"{pass_}_max_pool"
-    steps = {backend.name: _bound(dispatch.run, getattr(backend, method), problem, pass_, *fused) for backend in able}
+    steps = {
+        backend.label: _bound(dispatch.run, getattr(backend, method), problem, pass_, *fused) for backend in backends
+    }
     peers = [backend for backend in dispatch.able_backends(problem.without_epilogue(), pass_) if not backend.ours]
     return steps | {peer.name: _forced(peer.name, together) for peer in peers}
 

@@ -72,7 +72,9 @@ def compare(
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Train for at most this many epochs, but without a time limit.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Samples per step; 32, or 8 with --quick.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Samples per step; 32, or 8 with --quick on the CPU.")
+    ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Of Adam; 2.2e-5, which the digits were set for, or 1e-3 with --data.")
     ] = None,
@@ -101,7 +103,7 @@ def compare(
         seed=seed,
         learning_rate=learning_rate,
         epochs=epochs,
-        batch_size=batch_size or (8 if quick else 32),
+        batch_size=batch_size or (8 if quick and device is Device.cpu else 32),
         bidirectional=bidirectional,
         device=device.value,
         resume=resume,
@@ -156,7 +158,9 @@ def profile(
     backend: Annotated[str | None, typer.Option(help="Force this path; torch itself when left out.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per training step.")] = 32,
     layout: Annotated[LayoutOption, typer.Option(help="Memory order of activations and weights.")] = LayoutOption.ncdhw,
-    keep_pages: Annotated[bool, typer.Option(help="Let the C allocator keep freed pages between steps.")] = False,
+    keep_pages: Annotated[
+        bool, typer.Option(help="Let the C allocator keep freed pages between steps; on a GPU, torch's always does.")
+    ] = False,
     threads: Threads = None,
     device: Annotated[Device, typer.Option(help="Where the network runs.")] = Device.cpu,
     seed: Seed = 0,
@@ -193,6 +197,7 @@ def tune(
     even_if_busy: Annotated[
         bool, typer.Option("--even-if-busy", help="Keep times also if other processes kept cores busy meanwhile.")
     ] = False,
+    device: Annotated[Device, typer.Option(help="Where the model runs.")] = Device.cpu,
     threads: Threads = None,
 ) -> None:
     """Time every convolution of a model in every backend, torch included, and keep the fastest for later runs."""
@@ -201,7 +206,7 @@ def tune(
     from .dispatch import set_precision
     from .tune_model import find_model, parse_inputs, print_tuned, tune_model
 
-    _prepare(threads, Device.cpu)
+    _prepare(threads, device)
     console = Console()
     if high:
         set_precision("high")
@@ -213,6 +218,7 @@ def tune(
             dtype=dtype,
             channels_last=channels_last,
             inference=inference,
+            device=device.value,
             seconds=seconds,
             again=again,
             even_if_busy=even_if_busy,

@@ -23,7 +23,13 @@ import torch
 from .backends.base import Backend
 from .backends.registry import REGISTRY, select
 from .errors import UnsupportedProblemError, failure
-from .precision import Precision, convolves_float32_in_bfloat16, multiplies_float32_in_bfloat16, store_precision
+from .precision import (
+    Precision,
+    convolves_float32_in_bfloat16,
+    cuda_switches,
+    multiplies_float32_in_bfloat16,
+    store_precision,
+)
 from .problem import ConvProblem, Pass
 from .tuned import milliseconds
 
@@ -108,8 +114,11 @@ def choose_or_none(problem: ConvProblem, pass_: Pass) -> Backend | None:
     """
     for asked in _listeners:
         asked.add((problem, pass_))
-    narrow = (convolves_float32_in_bfloat16(), multiplies_float32_in_bfloat16())
-    return _choose(problem, pass_, forced_backend(), torch.get_num_threads(), narrow)
+    if problem.device == "cuda":
+        switches = cuda_switches()
+    else:
+        switches = (convolves_float32_in_bfloat16(), multiplies_float32_in_bfloat16())
+    return _choose(problem, pass_, forced_backend(), torch.get_num_threads(), switches)
 
 
 def run(method: Callable[..., Result], problem: ConvProblem, pass_: Pass, *operands: Any) -> Result:
@@ -123,13 +132,13 @@ def run(method: Callable[..., Result], problem: ConvProblem, pass_: Pass, *opera
         return method(problem, *operands)
     except Exception as reason:
         backend: Backend = method.__self__  # type: ignore[attr-defined]
-        name = backend.name
         if not backend.ours:
             if hasattr(reason, "add_note"):
-                reason.add_note(f"{pass_} of {problem}: backend {name!r}")
+                reason.add_note(f"{pass_} of {problem}: backend {backend.name!r}")
             raise
-        able = [other for other, refused in _reasons(REGISTRY, problem, pass_).items() if other != name and not refused]
-        raise failure(problem, pass_, name, reason, able) from reason
+        reasons = _reasons(REGISTRY, problem, pass_)
+        able = [other for other, refused in reasons.items() if other != backend.name and not refused]
+        raise failure(problem, pass_, backend.label, reason, able) from reason
 
 
 @contextmanager
@@ -153,6 +162,17 @@ def able_backends(problem: ConvProblem, pass_: Pass) -> list[Backend]:
 def expected_fastest(problem: ConvProblem, pass_: Pass, able: Sequence[Backend]) -> Backend:
     """What the cost model takes among backends that can run the pass."""
     return max(able, key=lambda candidate: candidate.expected_efficiency(problem, pass_))
+
+
+def fastest(problem: ConvProblem, pass_: Pass, able: Sequence[Backend]) -> Backend:
+    """The one of several backends that was measured to be fastest, in its configuration; where none was, as expected.
+
+    Args:
+        problem, pass_: what is to run.
+        able: one or more backends that can.
+    """
+    measured = _measured_fastest(problem, pass_, able)
+    return expected_fastest(problem, pass_, able) if measured is None else measured
 
 
 def forget_choices() -> None:
@@ -202,27 +222,39 @@ def _reasons(candidates: Iterable[Backend], problem: ConvProblem, pass_: Pass) -
 
 @lru_cache(maxsize=4096)
 def _choose(
-    problem: ConvProblem, pass_: Pass, forced: str | None, threads: int, narrow: tuple[bool, bool]
+    problem: ConvProblem, pass_: Pass, forced: str | None, threads: int, switches: tuple[object, ...]
 ) -> Backend | None:
-    # `threads` and `narrow` are part of the key only: of measured times, and of what backends are able to and expect.
+    # `threads` and `switches` are part of the key only: of measured times, and of what backends are able to and expect.
     candidates = _candidates(forced)
     reasons = _reasons(candidates, problem, pass_)
     able = [backend for backend in candidates if not reasons[backend.name]]
     if not able:
         return None
-    times = milliseconds(problem, pass_)
-    timed = [backend for backend in able if backend.name in times]
-    if timed:
-        backend = min(timed, key=lambda candidate: times[candidate.name])
-        if not forced and problem.pool is not None and _peer_time(times) < times[backend.name]:
+    measured = _measured_fastest(problem, pass_, able)
+    if measured is not None and not forced and problem.pool is not None:
+        times = milliseconds(problem, pass_)
+        if _peer_time(times) < times[measured.label]:
             return None
-    else:
-        backend = expected_fastest(problem, pass_, able)
+    backend = expected_fastest(problem, pass_, able) if measured is None else measured
     if not forced and not backend.ours:
         refused = "; ".join(f"{name}: {several[0]}" for name, several in reasons.items() if several)
-        why = "measured to be faster" if timed else refused or "expected to be faster"
+        why = "measured to be faster" if measured is not None else refused or "expected to be faster"
         logger.warning("%s of %s runs in ATen (%s)", pass_, problem, why)
     return backend
+
+
+def _measured_fastest(problem: ConvProblem, pass_: Pass, able: Sequence[Backend]) -> Backend | None:
+    """By the times that are known; None where there are none of these backends and of configurations that they have."""
+    times = milliseconds(problem, pass_)
+    timed = [backend for backend in able if backend.name in times]
+    if any("@" in label for label in times):
+        timed += [
+            backend.configured(configuration)
+            for backend in able
+            for configuration in backend.configurations(problem, pass_)
+            if f"{backend.name}@{configuration}" in times
+        ]
+    return min(timed, key=lambda candidate: times[candidate.label], default=None)
 
 
 def _peer_time(times: Mapping[str, float]) -> float:

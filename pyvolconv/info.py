@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from . import tuned
+from .cost.gpu import gpu_facts
 from .cost.machine import openmp_runtimes, versions
 from .dispatch import ENVIRONMENT_VARIABLE, backends, use_backend
 from .host import processor
@@ -45,7 +46,10 @@ class BackendInfo:
 
 
 def installation() -> dict[str, str]:
-    """Versions, processor, instruction set, threads, OpenMP, GPU, cache location, forced backend: label to value."""
+    """Versions, processor, instruction set, threads, OpenMP, GPU, cache location, forced backend: label to value.
+
+    Of a GPU also its compute capability, multiprocessors, memory, TMA, driver, CUDA, cuDNN and Triton.
+    """
     return {
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "platform": platform.platform(),
@@ -53,7 +57,7 @@ def installation() -> dict[str, str]:
         "instruction set": _isa(),
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads or OMP_NUM_THREADS changes it)",
         "OpenMP": openmp_runtimes(),
-        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
+        **(gpu_facts() if torch.cuda.is_available() else {"GPU": "none that torch can use"}),
         "cache": _tuned(),
         "forced backend": _forced(),
     }
@@ -90,7 +94,8 @@ def _ability(refuse: Callable[[ConvProblem, Pass], list[str]], device: str) -> t
 def _tuned() -> str:
     place = tuned.location()
     try:
-        problems = f"{tuned.count()} problems for these threads, precision and versions"
+        where = f" on the CPU, {tuned.count('cuda')} on the GPU," if torch.cuda.is_available() else ""
+        problems = f"{tuned.count()} problems{where} for these threads, precision and versions"
     except ValueError as error:
         return f"not known: {error}"
     return f"{problems}, kept in {place}" if place else f"{problems}; {tuned.OFF_VARIABLE} is set, so none are kept"

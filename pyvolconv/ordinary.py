@@ -3,7 +3,8 @@
 An operator call lets autograd, autocast, the transforms of torch.func, modes (FLOP counters, fake tensors), tracers and
 so on step in, each through Python: about 30 us in all, where a tiny convolution takes one. Who would step in follows
 from two sets of dispatch keys, those of the tensors and those of the thread. A call is ordinary when both are what they
-are for dense tensors of the CPU in a fresh thread; then nobody but autograd steps in, and the caller can do its part.
+are for dense tensors of the CPU or of CUDA in a fresh thread; then nobody but autograd steps in, and the caller can do
+its part.
 """
 
 from __future__ import annotations
@@ -39,24 +40,36 @@ def is_ordinary(*tensors: Tensor | None) -> bool:
         return False
     if (_included().raw_repr(), _excluded().raw_repr()) not in _of_threads:
         return False
-    for tensor in tensors:  # noqa: SIM110 - a generator would take as long as all the rest
-        if tensor is not None and _keys_of(tensor).raw_repr() not in _of_tensors:
+    for tensor in tensors:
+        if tensor is not None and _keys_of(tensor).raw_repr() not in _of_tensors and not _is_first_on_cuda(tensor):
             return False
     return True
 
 
-def _observe() -> None:
-    _of_tensors.add(_keys_of(torch.empty(0, device="cpu")).raw_repr())
-    _of_threads.add((_included().raw_repr(), _excluded().raw_repr()))
+def _is_first_on_cuda(tensor: Tensor) -> bool:
+    """Whether the keys are those of dense CUDA tensors, which are not looked at before there is one."""
+    global _knows_cuda
+    # A tensor that is only said to be on CUDA is no reason to start it.
+    if _knows_cuda or not tensor.is_cuda or not torch.cuda.is_initialized():
+        return False
+    _in_fresh_thread("cuda")
+    _knows_cuda = True
+    return _keys_of(tensor).raw_repr() in _of_tensors
 
 
-def _observe_fresh_thread() -> None:
-    _observe()
-    with torch.inference_mode():
-        _observe()
+def _observe(device: str) -> None:
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            _of_tensors.add(_keys_of(torch.empty(0, device=device)).raw_repr())
+            _of_threads.add((_included().raw_repr(), _excluded().raw_repr()))
 
 
-# Whoever imports this may be inside of a mode.
-_observer = threading.Thread(target=_observe_fresh_thread)
-_observer.start()
-_observer.join()
+def _in_fresh_thread(device: str) -> None:
+    # Whoever asks may be inside of a mode.
+    observer = threading.Thread(target=_observe, args=(device,))
+    observer.start()
+    observer.join()
+
+
+_knows_cuda = False
+_in_fresh_thread("cpu")

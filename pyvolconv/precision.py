@@ -7,7 +7,9 @@ measured errors.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -62,3 +64,62 @@ def convolves_float32_in_bfloat16() -> bool:
         False
     """
     return _fp32_precision("mkldnn", "conv") == "bf16" if _fp32_precision is not None else False
+
+
+def float32_arithmetic(device: str, operation: Literal["conv", "matmul"]) -> str:
+    """In what the user lets torch compute float32: "ieee", "tf32" or "bf16", by `torch.backends` and its defaults.
+
+    Example:
+        >>> float32_arithmetic("cuda", "conv"), float32_arithmetic("cuda", "matmul")
+        ('tf32', 'ieee')
+    """
+    if _fp32_precision is None:
+        return "ieee"
+    precision: str = _fp32_precision("cuda" if device == "cuda" else "mkldnn", operation)
+    return precision if precision in ("tf32", "bf16") else "ieee"
+
+
+def must_be_deterministic() -> bool:
+    """Whether torch raises an error where the same bits are not certain: `torch.use_deterministic_algorithms(True)`.
+
+    Example:
+        >>> must_be_deterministic()
+        False
+    """
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def cuda_switches() -> tuple[object, ...]:
+    """Those of torch's settings that decide which backends can run on CUDA, and how fast.
+
+    Example:
+        >>> cuda_switches()
+        ('tf32', 'ieee', False, False)
+    """
+    return (
+        float32_arithmetic("cuda", "conv"),
+        float32_arithmetic("cuda", "matmul"),
+        torch.backends.cuda.matmul.allow_fp16_accumulation,
+        must_be_deterministic(),
+    )
+
+
+@contextmanager
+def use_tf32(allowed: bool) -> Iterator[None]:
+    """Let CUDA convolutions of float32, torch's own and ours, round their operands to TF32 inside the block, or not.
+
+    The setting is the process's, as torch's is: backward passes that run in other threads meanwhile follow it too.
+
+    Example:
+        >>> with use_tf32(False):
+        ...     float32_arithmetic("cuda", "conv")
+        'ieee'
+    """
+    # By the newer of torch's two interfaces: the older covers recurrent layers too, and they do not mix.
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = conv.fp32_precision
+    conv.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before

@@ -1,8 +1,8 @@
 """The short way of a call that is made again and again: its arguments are checked and its problem is made once.
 
-A call whose operands have the shapes, strides and dtypes of an earlier one, and whose other arguments are the same, is
-the same convolution. Where it is ordinary (`ordinary.is_ordinary`) and its operands are dense, nothing is left to do
-but to ask the dispatcher who computes, and, where something is differentiated, to make the autograd node.
+A call whose operands have the shapes, strides, dtypes and devices of an earlier one, and whose other arguments are the
+same, is the same convolution. Where it is ordinary (`ordinary.is_ordinary`) and its operands are dense, nothing is left
+to do but to ask the dispatcher who computes, and, where something is differentiated, to make the autograd node.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def remembered(
 
     Args:
         calls: what was made before.
-        make: its result may depend on shapes, strides and dtypes of the operands, and on `rest`.
+        make: its result may depend on shapes, strides, dtypes and devices of the operands, and on `rest`.
         input, weight, bias: operands, bias or None; anything else gives None.
         rest: numbers, strings, None, and tuples of ints; anything else gives None.
     """
@@ -115,7 +115,8 @@ def remembered(
             return None
     key = (
         (input.shape, input.stride(), input.dtype, weight.shape, weight.stride(), weight.dtype),
-        None if bias is None else (bias.shape, bias.stride(), bias.dtype),
+        (input.get_device(), weight.get_device()),
+        None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.get_device()),
         kinds,
         rest,
     )

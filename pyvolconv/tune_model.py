@@ -104,6 +104,7 @@ def tune_model(
     dtype: str = "float32",
     channels_last: bool = False,
     inference: bool = False,
+    device: str = "cpu",
     seconds: float,
     again: bool = False,
     even_if_busy: bool = False,
@@ -117,6 +118,7 @@ def tune_model(
         dtype: of parameters and inputs.
         channels_last: whether parameters and 5-D inputs are in channels_last_3d.
         inference: the forward pass alone, without gradients.
+        device: "cpu" or "cuda", where the model is put.
         seconds: bound on the timing.
         again: time passes whose times are known, too.
         even_if_busy: keep the times of a busy machine, too.
@@ -128,10 +130,10 @@ def tune_model(
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     memory_format = torch.channels_last_3d if channels_last else torch.contiguous_format
-    model = accelerate(model.to(getattr(torch, dtype)).train(not inference))
+    model = accelerate(model.to(device, getattr(torch, dtype)).train(not inference))
     model = model.to(memory_format=memory_format)  # type: ignore[call-overload]
     with torch.no_grad() if inference else nullcontext(), console.status("running the model") as status:
-        examples = tuple(_example(shape, dtype, memory_format) for shape in shapes)
+        examples = tuple(_example(shape, dtype, memory_format).to(device) for shape in shapes)
         try:
             _, asked = forward_and_backward(model, examples)
         except (TypeError, RuntimeError) as error:

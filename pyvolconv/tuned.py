@@ -22,8 +22,14 @@ import torch
 
 from . import tuned_file
 from .backends.cpp import load_extension
+from .backends.sources import sources_digest
 from .host import processor, version
-from .precision import convolves_float32_in_bfloat16, get_precision, multiplies_float32_in_bfloat16
+from .precision import (
+    convolves_float32_in_bfloat16,
+    float32_arithmetic,
+    get_precision,
+    multiplies_float32_in_bfloat16,
+)
 from .problem import ConvProblem, Pass
 from .tuned_file import Setting, Table
 
@@ -38,9 +44,10 @@ _write_error: str | None = None
 
 
 def milliseconds(problem: ConvProblem, pass_: Pass) -> Mapping[str, float]:
-    """Backend name -> median time that was measured for a pass of a problem under the present setting; empty if none.
+    """Name of a backend, or "name@configuration" -> median time that was measured for a pass under the present setting.
 
-    Of a problem with a pool, "aten" is the pass put together from torch's convolution and torch's pooling.
+    Empty where nothing was. Of a problem with a pool, "aten" is the pass put together from torch's convolution and
+    torch's pooling.
     """
     tables = _loaded()
     if not tables:
@@ -87,9 +94,9 @@ def write_error() -> str | None:
     return _write_error
 
 
-def count() -> int:
-    """How many problems have times that hold here and now, on the CPU."""
-    return len(_loaded().get(current_setting("cpu"), {}))
+def count(device: str = "cpu") -> int:
+    """How many problems have times that hold here and now, on "cpu" or "cuda"."""
+    return len(_loaded().get(current_setting(device), {}))
 
 
 def forget() -> None:
@@ -102,16 +109,23 @@ def forget() -> None:
 def current_setting(device: str) -> Setting:
     """What times measured now on "cpu" or "cuda" depend on."""
     extension, _ = load_extension()
+    if device == "cuda":
+        conv, matmul = (float32_arithmetic(device, operation) for operation in ("conv", "matmul"))
+        precision = f"{get_precision()}, float32 in {conv}, its products in {matmul}"
+    else:
+        precision = (
+            get_precision()
+            + (", float32 in bfloat16" if convolves_float32_in_bfloat16() else "")
+            + (", its products in bfloat16" if multiplies_float32_in_bfloat16() else "")
+        )
     return Setting(
         processor=torch.cuda.get_device_name() if device == "cuda" else _processor(),
         isa="none" if extension is None else extension.current_isa(),
         threads=torch.get_num_threads(),
-        precision=get_precision()
-        + (", float32 in bfloat16" if convolves_float32_in_bfloat16() else "")
-        + (", its products in bfloat16" if multiplies_float32_in_bfloat16() else ""),
+        precision=precision,
         pyvolconv=_version(),
         torch=str(torch.__version__),
-        extension=_digest(),
+        extension=sources_digest() if device == "cuda" else _digest(),
     )
 
 
@@ -132,13 +146,15 @@ def _read() -> dict[Setting, Table]:
     except (OSError, ValueError) as error:
         _complain(f"the tuned choices in {path} cannot be read and are left out ({error})")
         return {}
-    here = current_setting("cpu")
-    of_this_processor = [setting for setting in tables if setting.processor == here.processor]
-    if of_this_processor and not any(setting.has_builds_of(here) for setting in of_this_processor):
-        _complain(
-            f"the tuned choices in {path} were measured with another build or version of pyvolconv or torch and are "
-            "left out; `pyvolconv tune` or accelerate(model, example) measures again"
-        )
+    # A GPU's name is not asked for before the process uses it: that would keep it from being forked.
+    for device in ("cpu", "cuda") if torch.cuda.is_initialized() else ("cpu",):
+        here = current_setting(device)
+        of_this_processor = [setting for setting in tables if setting.processor == here.processor]
+        if of_this_processor and not any(setting.has_builds_of(here) for setting in of_this_processor):
+            _complain(
+                f"the tuned choices in {path} were measured with another build or version of pyvolconv or torch and "
+                "are left out; `pyvolconv tune` or accelerate(model, example) measures again"
+            )
     return tables
 
 

@@ -4,6 +4,8 @@
      "measured": [{"setting": {"processor": "...", "isa": "avx2", "threads": 2, ...},
                    "milliseconds": {PROBLEM: {PASS: {BACKEND: 1.25, ...}, ...}, ...}}, ...]}
 
+BACKEND is a name, or "name@configuration" where its kernels were launched in another way than the backend's own.
+
 Writers take turns by a lock on a file beside it; each reads what is there, adds to it, and replaces the file as a
 whole. So nobody's times are lost, and a reader, who needs no lock, never sees half of a file.
 """
@@ -38,9 +40,9 @@ class Setting:
         processor: model name of the processor, or of the GPU where that computes.
         isa: the instruction set that the compiled kernels use.
         threads: of `torch.get_num_threads()`.
-        precision: of `pyvolconv.set_precision`, and whether float32 may be computed in bfloat16.
+        precision: of `pyvolconv.set_precision`, and whether float32 may be computed in bfloat16 or, on a GPU, in TF32.
         pyvolconv, torch: versions.
-        extension: digest of the compiled kernels.
+        extension: digest of the compiled kernels; on a GPU, of the sources of those in Python.
     """
 
     processor: str

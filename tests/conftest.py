@@ -24,7 +24,10 @@ from torch import Tensor
 # Nothing that this machine's user has tuned decides here, and no test leaves anything behind.
 os.environ["PYVOLCONV_NO_CACHE"] = "1"
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    # Without it torch refuses matrix products while `poisoned` has it compute the same bits every time.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+else:
     # Triton reads this when it is imported: its kernels then run on the CPU, slowly and exactly as written.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

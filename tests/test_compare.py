@@ -20,6 +20,7 @@ from pyvolconv.cost.profiler import profile_step
 from pyvolconv.cost.results import PathTiming
 from pyvolconv.problem import PASSES, ConvProblem
 from pyvolconv.train.compare import _Comparison
+from pyvolconv.train.lineup import lineup
 from pyvolconv.train.models import build
 from pyvolconv.train.npz import load_npz
 from pyvolconv.train.paths import our_paths
@@ -168,7 +169,7 @@ def test_a_slow_path_gets_fewer_samples(batch):
 def test_fused_paths_of_a_family_come_with_dense_and_with_sparse_backward():
     problem = ConvProblem.parse("cpu-float32-ncdhw-n2ic16oc24-i5x6x7-k3-p1-bias")
     needs = [(problem, pass_) for pass_ in PASSES]
-    specs = _Comparison._paths({"cpp": ["ncdhw", "ndhwc"], "numba": ["ncdhw"]}, needs)
+    specs = lineup({"cpp": ["ncdhw", "ndhwc"], "numba": ["ncdhw"]}, needs, "cpu")
     assert [(several[0].path, len(several)) for several in specs] == [
         ("torch contiguous", 1),
         ("torch channels_last_3d", 1),
@@ -205,7 +206,7 @@ def test_trying_ends_with_its_time_and_says_what_was_left_out(volumes, monkeypat
     data = load_npz(volumes)
     x, y = comparison._batch(data)
     layouts = ["ncdhw", "ndhwc"]
-    specs = comparison._paths(dict.fromkeys(("im2col", "cpp", "numba"), layouts), [])
+    specs = lineup(dict.fromkeys(("im2col", "cpp", "numba"), layouts), [], "cpu")
     found = comparison._candidates(data, x, y, specs)
     assert [one.spec.path for one in found][:3] == ["torch contiguous", "torch channels_last_3d", "im2col"]
     assert found[-1].spec.path == "LSTM"
@@ -219,7 +220,7 @@ def test_trying_never_leaves_out_a_peer(volumes):
     comparison = _Comparison(Settings(data=volumes, batch_size=4), Console(quiet=True))
     comparison.budget = replace(FULL, trying=0.0)
     data = load_npz(volumes)
-    found = comparison._candidates(data, *comparison._batch(data), comparison._paths({"im2col": ["ncdhw"]}, []))
+    found = comparison._candidates(data, *comparison._batch(data), lineup({"im2col": ["ncdhw"]}, [], "cpu"))
     assert [one.spec.path for one in found] == ["torch contiguous", "torch channels_last_3d", "LSTM"]
     assert list(comparison.result.unavailable) == ["im2col"]
 

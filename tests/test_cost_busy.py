@@ -1,6 +1,8 @@
 """What other processes took of the machine: from counters made up here, and from the system's own."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,11 @@ def test_the_systems_counters_grow():
     assert after.own > before.own
     assert after.busy >= before.busy
     assert 0 <= Load.between(before, after).others <= after.cores
+
+
+@pytest.mark.skipif(not STAT.exists(), reason="no /proc/stat")
+def test_programs_that_this_process_ran_are_its_own():
+    before = sample()
+    burn = "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", burn], check=True)
+    assert sample().own - before.own >= 0.45

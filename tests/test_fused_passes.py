@@ -31,6 +31,13 @@ PROBLEMS = (
     "n1ic2oc3-i7x8x9-k3-p1-relu-pool5x7x7s1p2x3x3",  # a window of 245 voxels
     "n1ic2oc3-i4x4x33-k3-p1-bias-relu-pool2x2x3s2x2x3ceil",
 )
+INTERPRETED = {
+    "n2ic16oc24-i5x6x7-k3-p1-bias-relu-pool2ceil": "ncdhw",
+    "n2g2ic8oc12-i5x4x6-k3-p1-bias-silu-pool2x1x3s1x2x1p1x0x1ceil": "ndhwc",
+    "n1ic3oc5-i9x9x13-k2x3x3-s1x2x1-p1x2x3-d2x1x3-relu-pool2s3": "ncdhw",
+    "n1ic17oc33-i4x3x6-k3-p1+0x1x0+1-relu-pool1x2x2": "ndhwc",
+}
+"""What Triton's slow interpreter gets here, and in which layout; test_triton_pooled has more for it."""
 BACKENDS = tuple(backend for backend in REGISTRY if backend.has_max_pool)
 PASSES = ("forward", "grad_input", "grad_weight")
 STEEPEST = 1.13
@@ -43,6 +50,7 @@ def cases(dtypes=("float32", "float64")):
             backend, ConvProblem.parse(f"cpu-{dtype}-{layout}-{text}"), id=f"{backend.name}-{dtype}-{layout}-{text}"
         )
         for backend, dtype, layout, text in itertools.product(BACKENDS, dtypes, LAYOUTS, PROBLEMS)
+        if backend.family != "triton" or (dtype == "float32" and INTERPRETED.get(text) == layout)
     ]
 
 

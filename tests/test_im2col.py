@@ -10,7 +10,6 @@ import torch
 from pyvolconv.backends.base import MEMORY_FORMAT
 from pyvolconv.backends.im2col import Im2colBackend
 from pyvolconv.backends.registry import select
-from pyvolconv.dispatch import choose
 from pyvolconv.kernels import im2col
 from pyvolconv.problem import LAYOUTS, PASSES, ConvProblem
 
@@ -104,7 +103,7 @@ def test_declared_accuracy_follows_the_switch_of_matmul():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("text", ["n5ic3oc7-i2x4x5-k2x4x5-s2x4x5", "n2ic3oc4-i2-k2-p0+1", "n0ic3oc4-i2-k2"])
 def test_a_window_that_is_the_whole_input(text, layout):
-    """One matrix product in each pass, but for padding at the end, which makes several windows."""
+    """One window in each sample, but for padding at the end, which makes several."""
     problem = ConvProblem.parse(f"cpu-float64-{layout}-{text}")
     x, w, grad = (
         torch.randn(shape, dtype=torch.float64).contiguous(memory_format=MEMORY_FORMAT[layout])
@@ -115,15 +114,3 @@ def test_a_window_that_is_the_whole_input(text, layout):
         result, expected = (getattr(backend, pass_)(problem, *operands) for backend in (ours, torchs))
         torch.testing.assert_close(result, expected)
         assert result.is_contiguous(memory_format=MEMORY_FORMAT[layout])
-
-
-def test_narrow_matrix_products_are_not_taken_for_convolutions():
-    problem = ConvProblem.parse("cpu-float32-ncdhw-n64ic3oc96-i8-k8")
-    assert choose(problem, "forward").name == "im2col"
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        assert choose(problem, "forward").name != "im2col"
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert choose(problem, "forward").name == "im2col"

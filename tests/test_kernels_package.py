@@ -32,7 +32,7 @@ def test_importing_the_package_and_the_backends_compiles_nothing():
     """Neither Numba nor any kernel; Triton itself is imported by torch.utils.flop_counter."""
     code = """
 import sys
-import pyvolconv, pyvolconv.kernels, pyvolconv.backends.numba, pyvolconv.backends.im2col, pyvolconv.backends.triton
+import pyvolconv, pyvolconv.kernels, pyvolconv.backends.numba, pyvolconv.backends.im2col, pyvolconv.backends.triton_tma
 print([name for name in sys.modules if name == "numba" or name.startswith("pyvolconv.kernels.")])
 """
     result = run_python(code)

@@ -327,3 +327,26 @@ def test_problem_keeps_no_hash_of_another_process():
         check=True,
     )
     assert done.stdout.strip() == b"True"
+
+
+def test_a_tensor_said_to_be_on_cuda_is_not_ordinary_and_starts_nothing():
+    initialised = torch.cuda.is_initialized()
+    with FakeTensorMode():
+        said = torch.empty(2, 3, 5, 6, 7, device="cuda" if torch.cuda.is_available() else "meta")
+        assert not is_ordinary(said)
+    assert torch.cuda.is_initialized() == initialised
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_ordinary_on_cuda(function, x, w):
+    x, w = x.cuda(), w.cuda()
+    assert is_ordinary(x, w)
+    assert short(function, x, w)
+    with pytest.raises(RuntimeError, match="device"):
+        function(x, w.cpu())
+    with Watch() as watch:
+        function(x, w)
+    assert any("pyvolconv" in name for name in watch.seen)
+    with torch.autocast("cuda"):
+        assert not is_ordinary(x)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyvolconv.backends.triton import TritonBackend
+from pyvolconv.backends.triton_implicit_gemm import TritonImplicitGemm
 from pyvolconv.problem import PASSES, ConvProblem
 
 from .hopper import compile_on
 
 pytest.importorskip("triton")
 
-BACKEND = TritonBackend()
+BACKEND = TritonImplicitGemm()
 SMALL_BLOCKS = {2: (32, 16, 16), 4: (32, 16, 16)}
 PROBLEM = ConvProblem.parse("cpu-float32-ncdhw-n1ic2oc3-i4-k3")
 MANY_BLOCKS = (
@@ -102,7 +102,8 @@ def test_offsets_are_64_bit():
     x.copy_(torch.randint(-3, 4, problem.input_shape))
     weight = torch.randint(-3, 4, problem.weight_shape).float()
     y = torch.empty(problem.output_shape)
-    forward(x, weight, None, (1, 1, 1), (0, 0, 0), (1, 1, 1), 1, y).run()
+    (launch,) = forward(x, weight, None, (1, 1, 1), (0, 0, 0), (1, 1, 1), 1, y)
+    launch.run()
     assert torch.equal(y, torch.nn.functional.conv3d(x.contiguous(), weight))
 
 
@@ -171,8 +172,8 @@ def compile_all(dtype, channels, out_channels, stride, groups, layout, precision
     bias = torch.empty(out_channels, dtype=dtype, device="meta")
     geometry = (stride, (1, 1, 1), (1, 1, 1), groups)
     launches = [
-        forward(x, weight, bias, *geometry, y, precision),
-        grad_input(y, weight, *geometry, x, precision),
+        *forward(x, weight, bias, *geometry, y, precision),
+        *grad_input(y, weight, *geometry, x, precision),
         *grad_weight(y, x, *geometry, weight, precision),
     ]
     for launch in launches:

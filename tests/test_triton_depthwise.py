@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pyvolconv.backends import cuda_peak
 from pyvolconv.backends.triton_depthwise import TritonDepthwise
 from pyvolconv.problem import PASSES, ConvProblem
 
@@ -71,7 +72,7 @@ def test_outputs_of_a_lane_are_stored_together(few_lanes, require, poisoned, ope
     few_lanes((1, width))
     require(BACKEND, problem, "forward")
     args = [arg.to(problem.device) for arg in operands(problem, "forward", integers=True)]
-    launch = forward(*args, (1, 1, 1), (1, 1, 1), (1, 1, 1), 3, args[0].new_empty(problem.output_shape))
+    (launch,) = forward(*args, (1, 1, 1), (1, 1, 1), (1, 1, 1), 3, args[0].new_empty(problem.output_shape))
     assert launch.arguments["SIDE_BY_SIDE"]
     assert launch.grid[0] > 1
     assert torch.equal(run_pass(BACKEND, problem, "forward", args).cpu().double(), reference(problem, "forward", args))
@@ -127,7 +128,7 @@ def test_offsets_are_64_bit():
     x.copy_(torch.randint(-3, 4, problem.input_shape))
     weight = torch.randint(-3, 4, problem.weight_shape).half()
     y = torch.empty(problem.output_shape, dtype=torch.float16)
-    forward(x, weight, None, (1, 1, 1), (0, 0, 0), (1, 1, 1), 2, y).run()
+    forward(x, weight, None, (1, 1, 1), (0, 0, 0), (1, 1, 1), 2, y)[0].run()
     assert torch.equal(y, torch.nn.functional.conv3d(x.contiguous(), weight, groups=2))
 
 
@@ -170,19 +171,43 @@ def test_says_what_it_cannot_run(monkeypatch):
 
 
 def test_expects_what_memory_or_multiplication_allow(pass_):
-    """Few taps: bytes; many: multiplications outside of tensor cores. Above the other backend of this family."""
-    from pyvolconv.backends.triton import TritonBackend
+    """Few taps: bytes; many: multiplications outside of tensor cores."""
+    from pyvolconv.backends.triton_implicit_gemm import TritonImplicitGemm
 
-    few = ConvProblem.parse("cuda-float16-ndhwc-n1g64ic64oc64-i15x75x315-k1x1x3-p0x0x1")
+    few = ConvProblem.parse("cuda-float16-ndhwc-n8g64ic64oc64-i15x75x315-k1x1x3-p0x0x1")
     many = few.with_(kernel_size=(5, 5, 5), padding=((2, 2),) * 3)
     for problem in (few, many):
         expected = BACKEND.expected_efficiency(problem, pass_)
-        seconds = problem.flops(pass_) / (expected * 790e12)
-        assert seconds >= problem.min_bytes(pass_) / 4.3e12
-        assert expected < 67e12 / 790e12
+        seconds = problem.flops(pass_) / (expected * cuda_peak.PEAK["float16"])
+        assert seconds >= problem.min_bytes(pass_) / cuda_peak.BYTES_PER_SECOND
+        assert expected < 67e12 / cuda_peak.PEAK["float16"]
+        assert expected > TritonImplicitGemm().expected_efficiency(problem, pass_)
     assert BACKEND.expected_efficiency(many, pass_) > BACKEND.expected_efficiency(few, pass_)
     on_cpu = few.with_(device="cpu")
-    assert 1e-4 > BACKEND.expected_efficiency(on_cpu, pass_) > TritonBackend().expected_efficiency(on_cpu, pass_)
+    assert 1e-4 > BACKEND.expected_efficiency(on_cpu, pass_) > TritonImplicitGemm().expected_efficiency(on_cpu, pass_)
+
+
+def test_configurations_compute_the_same(require, operands, run_pass, reference, pass_):
+    """Every one that tuning tries on a GPU, also where it is too large for the problem."""
+    problem = on_this_machine("cpu-float32-ndhwc-n1g2ic2oc2-i10x3x4-k2x1x2-s1x1x2-p0x0x1")
+    require(BACKEND, problem, pass_)
+    args = [arg.to(problem.device) for arg in operands(problem, pass_, integers=True)]
+    configurations = BACKEND.configurations(problem.with_(device="cuda"), pass_)
+    assert "h4w2d5" in configurations
+    for configuration in configurations:
+        got = run_pass(BACKEND.configured(configuration), problem, pass_, args)
+        assert torch.equal(got.cpu().double(), reference(problem, pass_, args)), configuration
+
+
+def test_cuts_as_text():
+    from pyvolconv.kernels.triton_depthwise_tiles import Cut, cuts
+
+    for cut in [*cuts(15), Cut(1, 1, 1)]:
+        assert Cut.parse(str(cut)) == cut
+    assert {cut.depth for cut in cuts(15)} == {15, 8}
+    for text in ("", "h4w2", "h4w2d15 ", "h0w2d15", "m4n2k15"):
+        with pytest.raises(ValueError, match=r"names no outputs of a lane; expected a form like 'h4w2d15'"):
+            Cut.parse(text)
 
 
 COMPILE = """
@@ -198,8 +223,8 @@ def compile_all(dtype, channels, out_channels, kernel, stride, groups, layout):
     bias = torch.empty(out_channels, dtype=dtype, device="meta")
     geometry = (stride, tuple(taps // 2 for taps in kernel), (1, 1, 1), groups)
     for launch in [
-        forward(x, weight, bias, *geometry, y),
-        grad_input(y, weight, *geometry, x),
+        *forward(x, weight, bias, *geometry, y),
+        *grad_input(y, weight, *geometry, x),
         *grad_weight(y, x, *geometry, weight),
     ]:
         code = compiled(launch)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..problem import ConvProblem, Pass
+from . import aten_on_cuda
 from .aten_efficiency import call_overhead, share_of_peak
 from .base import MEMORY_FORMAT, Accuracy, Backend, empty
 
@@ -83,6 +84,8 @@ class AtenBackend(Backend):
         return Accuracy(constant=2.0, accumulate_dtype=problem.dtype, bitwise_reproducible=False)
 
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
+        if problem.device == "cuda":
+            return aten_on_cuda.expected_share(problem, pass_)
         return 1 / (1 / share_of_peak(problem, pass_) + call_overhead(problem, pass_))
 
 

@@ -2,6 +2,7 @@
 
 The numbers are fitted to measurements (docs/performance.md). On the CPU float32 and bfloat16 run in oneDNN, unless
 torch leaves it alone; float64 and grouped gradients in im2col or a loop, float16 in a scalar loop without AVX512_FP16.
+On CUDA the model is that of `aten_on_cuda.py`.
 """
 
 from __future__ import annotations
@@ -51,11 +52,12 @@ def _float32(problem: ConvProblem, pass_: Pass) -> float:
     With 16 channels and more they run at 0.93 of peak (ncdhw 0.9), channels rounded up to whole vectors of 16, and
     leave out taps that lie in the padding; memory takes the time of 12 FLOPs for each byte to be moved, of 5 where a
     product needs no window. Touching windows are slower, in ncdhw much. Where two wide FMAs start per cycle, a byte
-    takes the time of 2.5 times as many FLOPs, and large kernels from few channels reach 0.7.
+    takes the time of 2.5 times as many FLOPs, and large kernels from few channels reach 0.7, of
+    touching windows 0.6.
     """
     ndhwc, moved = problem.layout == "ndhwc", _moved(problem, pass_)
     if pass_ == "forward" and _is_large_from_few_channels(problem):
-        return 0.7
+        return 0.6 if problem.kernel_size == problem.stride else 0.7
     channels = min(problem.in_channels, problem.out_channels)
     if problem.kernel_size == (1, 1, 1) and (channels >= 16 or ndhwc):
         return 1 / (1 / 0.85 + 5 * moved)

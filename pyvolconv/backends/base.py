@@ -24,14 +24,17 @@ A problem with a pool asks for the fused passes (`forward_max_pool` and its grad
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..problem import ConvProblem, Pass
+
+Self = TypeVar("Self", bound="Backend")
 
 MEMORY_FORMAT = {"ncdhw": torch.contiguous_format, "ndhwc": torch.channels_last_3d}
 
@@ -78,12 +81,16 @@ class Backend(ABC):
         family: the part of the name before the dot; `use_backend` accepts it too.
         automatic: whether the dispatcher may choose it without being told to.
         ours: False for the peer (torch itself), which is never counted as a path of this package.
+
+    Attributes:
+        configuration: how the kernels are launched, one of `configurations`; empty where the backend decides itself.
     """
 
     name: ClassVar[str]
     family: ClassVar[str]
     automatic: ClassVar[bool] = True
     ours: ClassVar[bool] = True
+    configuration: str = ""
 
     @abstractmethod
     def unsupported_reasons(self, problem: ConvProblem, pass_: Pass) -> list[str]:
@@ -100,6 +107,30 @@ class Backend(ABC):
     @abstractmethod
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
         """dL/dw of shape `problem.weight_shape`."""
+
+    @property
+    def label(self) -> str:
+        """What times are kept under and messages say: "name", or "name@configuration"."""
+        return f"{self.name}@{self.configuration}" if self.configuration else self.name
+
+    def configurations(self, problem: ConvProblem, pass_: Pass) -> tuple[str, ...]:
+        """Other launches of the same kernels that are worth timing for a pass, the most promising first.
+
+        Each is a short text without spaces. Results keep the bound of `accuracy` in all of them.
+        """
+        return ()
+
+    def configured(self: Self, configuration: str) -> Self:
+        """This backend with its kernels launched in one of the ways of `configurations`."""
+        other = copy.copy(self)
+        other.configuration = configuration
+        return other
+
+    def prepare(self, problem: ConvProblem, pass_: Pass) -> None:  # noqa: B027 (most have nothing to do)
+        """Compile what the first call of a pass would have to, without computing anything or taking memory for it.
+
+        Several threads may call it at the same time. What cannot be compiled raises an exception.
+        """
 
     @property
     def has_max_pool(self) -> bool:

@@ -211,6 +211,9 @@ class CppDirect(PooledForward):
         reached = (
             0.82 if problem.layout == "ndhwc" else 0.75 if problem.stride == problem.dilation == (1, 1, 1) else 0.58
         )
+        if pass_ == "grad_input" and channels < lanes // 2 and problem.reduction_length(pass_) == problem.out_channels:
+            # One tap meets a voxel: vectors of few channels, or of voxels that are far apart.
+            reached *= 0.35 if problem.layout == "ndhwc" else 0.15
         if cheap:
             along_the_width = used_share(channels, lanes) < 0.5  # lanes are voxels of a row, which are transposed
             reached *= 0.4 if along_the_width else 0.83

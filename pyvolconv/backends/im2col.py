@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..problem import ConvProblem, Pass
+from ..host import starts_two_wide_fmas
+from ..problem import DTYPE_BYTES, ConvProblem, Pass
+from . import cuda_peak
 from .base import Accuracy, Backend, empty
+
+COPIED_VALUE = {False: 250, True: 490}
+"""FLOPs at the peak of the CPU in the time that a value of a column takes, by `starts_two_wide_fmas`."""
 
 
 class Im2colBackend(Backend):
@@ -63,17 +69,18 @@ class Im2colBackend(Backend):
         """What is left of a GEMM's half of the peak after the columns are written and read.
 
         A column is used once per channel of the product's other side, so few channels per group mean that
-        copying dominates. A window that is the whole input, as of patches cut out beforehand, is its own column;
-        unless matrix products are to be narrower than convolutions.
+        copying dominates: on the CPU a value takes as long as some hundred FLOPs.
         """
-        one_window = problem.kernel_size == problem.input_size and not any(map(any, problem.padding))
-        if one_window and problem.groups == 1 and problem.device == "cpu" and _narrow_matmul_dtype(problem) is None:
-            return 1 / (1 / 0.9 + 5 * problem.min_bytes(pass_) / problem.flops(pass_))
         channels = min(problem.in_channels, problem.out_channels) // problem.groups
         reuse = (problem.in_channels if pass_ == "grad_input" else problem.out_channels) // problem.groups
-        if channels >= 16:
-            return 0.3
-        return 0.15 if reuse >= 16 else 0.01 * reuse
+        if problem.device == "cpu":
+            cheap = starts_two_wide_fmas()
+            moved = (12 if cheap else 5) * problem.min_bytes(pass_) / problem.flops(pass_)
+            return 1 / (2 + COPIED_VALUE[cheap] / (2 * reuse) + moved)
+        reached = 0.3 if channels >= 16 else 0.15 if reuse >= 16 else 0.01 * reuse
+        written_and_read = 2 * problem.batch * math.prod(problem.output_size) * problem.reduction_length("forward")
+        copied = written_and_read * problem.groups * DTYPE_BYTES[problem.dtype]
+        return cuda_peak.share_of_peak(problem, pass_, reached * cuda_peak.share_of_products(problem), copied)
 
 
 def _geometry(

@@ -13,14 +13,18 @@ from .cpp_bfloat16 import CppBfloat16
 from .cpp_first_layer import CppFirstLayer
 from .cpp_widened import CppWidened
 from .cpp_winograd import CppWinograd
+from .gemm import GemmBackend
 from .im2col import Im2colBackend
 from .numba import NumbaBackend
-from .triton import TritonBackend
 from .triton_depthwise import TritonDepthwise
+from .triton_implicit_gemm import TritonImplicitGemm
+from .triton_tma import TritonTma
 
 REGISTRY: tuple[Backend, ...] = (
-    TritonBackend(),
+    GemmBackend(),
+    TritonTma(),
     TritonDepthwise(),
+    TritonImplicitGemm(),
     CppDirect(),
     CppWinograd(),
     CppFirstLayer(),

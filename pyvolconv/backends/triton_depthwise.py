@@ -5,13 +5,15 @@ Supported where `triton` is; the kernels are imported when the first convolution
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ..problem import ConvProblem, Pass
-from .base import Accuracy, Backend, empty
-from .triton_support import device_of, geometry, missing_here
+from . import cuda_peak
+from .base import Accuracy
+from .triton_base import CALL_SECONDS, TritonLaunches
+from .triton_support import geometry, missing_here
 
 LARGEST_GROUP = 8
 """Most channels of a group, of input and of output; each is a loop over all taps."""
@@ -19,24 +21,17 @@ LARGEST_GROUP = 8
 LARGEST_PLANE = 64
 """Most taps in a plane of the kernel: loops over them are unrolled."""
 
-COPY_BYTES_PER_SECOND = 4.3e12
-"""What a large copy reaches on an H200."""
-
 MULTIPLY_ADDS_PER_SECOND = 33.5e12
 """Float32, outside of tensor cores, of a Hopper GPU."""
-
-PEAK_FLOPS = 790e12
-"""Of 16-bit matrix products on a Hopper GPU: the unit in which `TritonBackend` states its expected efficiency too."""
 
 REACHED = 0.5
 """Share of these bounds expected; estimated, not yet measured."""
 
 
-class TritonDepthwise(Backend):
+class TritonDepthwise(TritonLaunches):
     """Direct sums in registers, in float32; bitwise reproducible in all three passes."""
 
     name: ClassVar[str] = "triton.depthwise"
-    family: ClassVar[str] = "triton"
 
     def unsupported_reasons(self, problem: ConvProblem, pass_: Pass) -> list[str]:
         reasons = missing_here(problem)
@@ -50,33 +45,25 @@ class TritonDepthwise(Backend):
             reasons.append(f"takes up to {LARGEST_PLANE} taps in a plane of the kernel, not {height} x {width}")
         return reasons
 
-    def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        from ..kernels.triton_depthwise import forward
-
-        y = empty(problem, "output", like=x)
-        launch = forward(x, weight, bias, *geometry(problem), y)
-        with device_of(y):
-            launch.run()
-        return y
-
-    def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
-        from ..kernels.triton_depthwise import grad_input
-
-        grad_x = empty(problem, "input", like=grad_output)
-        launch = grad_input(grad_output, weight, *geometry(problem), grad_x)
-        with device_of(grad_x):
-            launch.run()
-        return grad_x
-
-    def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
+    def launches(self, problem: ConvProblem, pass_: Pass, operands: list[Tensor | None], result: Tensor) -> list[Any]:
+        from ..kernels.triton_depthwise import forward, grad_input
         from ..kernels.triton_depthwise_grad_weight import grad_weight
+        from ..kernels.triton_depthwise_tiles import Cut
 
-        grad_w = empty(problem, "weight", like=x)
-        launches = grad_weight(grad_output, x, *geometry(problem), grad_w)
-        with device_of(grad_w):
-            for launch in launches:
-                launch.run()
-        return grad_w
+        make: Any = {"forward": forward, "grad_input": grad_input, "grad_weight": grad_weight}[pass_]
+        cut = Cut.parse(self.configuration) if self.configuration else None
+        made: list[Any] = make(*operands, *geometry(problem), result, cut=cut)
+        return made
+
+    def configurations(self, problem: ConvProblem, pass_: Pass) -> tuple[str, ...]:
+        from ..kernels.triton_depthwise_tiles import cuts
+
+        if problem.device == "cpu":
+            return ()
+        depth = problem.output_size[0]
+        if pass_ == "grad_input":
+            depth = -(-problem.input_size[0] // problem.stride[0])
+        return tuple(map(str, cuts(depth)))
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
         """A plain sum in float32, never in TF32."""
@@ -89,7 +76,8 @@ class TritonDepthwise(Backend):
         """
         if problem.device == "cpu":
             return 2e-6
-        flops = problem.flops(pass_)
-        moving = problem.min_bytes(pass_) / COPY_BYTES_PER_SECOND
+        flops = max(problem.flops(pass_), 1)
+        moving = problem.min_bytes(pass_) / cuda_peak.BYTES_PER_SECOND
         multiplying = flops / 2 / MULTIPLY_ADDS_PER_SECOND
-        return REACHED * flops / max(moving, multiplying) / PEAK_FLOPS
+        seconds = max(max(moving, multiplying) / REACHED, CALL_SECONDS)
+        return flops / cuda_peak.PEAK[cuda_peak.arithmetic(problem)] / seconds

@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from . import wording
-from .breakdown import Pages
+from .breakdown import Pages, in_state
 from .removal import PARTS, Removal, Row, as_installed, removals, rows_of_removal
 from .results import ComparisonResult, PathTiming
 
-PAGES_WORDS = {"returned": "pages returned (the allocator as installed)", "kept": "pages kept"}
+AS_INSTALLED = " (the allocator as installed)"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,12 @@ def _landmarks(result: ComparisonResult) -> list[tuple[PathTiming, Pages]]:
         (result.best(result.after, ours=False), result.after),
         (result.best(result.after, ours=True), result.after),
     ]
-    return [(timing, pages) for timing, pages in candidates if timing is not None]
+    found: list[tuple[PathTiming, Pages]] = []
+    for timing, pages in candidates:
+        # On a GPU torch as installed may be torch at its best.
+        if timing is not None and (timing, pages) not in found:
+            found.append((timing, pages))
+    return found
 
 
 def _headline(result: ComparisonResult) -> str:
@@ -106,7 +111,9 @@ def _headline(result: ComparisonResult) -> str:
     if torch_default is None or lstm_default is None:
         return "The run ended before torch's CNN and the LSTM were both timed, so there is no answer yet."
     start = wording.ratio(torch_default.milliseconds / lstm_default.milliseconds)
-    sentence = f"With torch as installed, a training step of the 3D CNN takes {start} as long as one of the LSTM"
+    gpu = torch_default.pages == "cached"
+    who = "torch in its usual layout" if gpu else "torch as installed"
+    sentence = f"With {who}, a training step of the 3D CNN takes {start} as long as one of the LSTM"
     if ours is None:
         return f"{sentence}. No path of pyvolconv was timed; the notes say why."
     if lstm_kept is None:
@@ -142,7 +149,8 @@ def _work(result: ComparisonResult) -> str:
 
 def _identity(item: Factors) -> str:
     return (
-        f"{item.path}, {PAGES_WORDS[item.pages]}: {wording.ratio(item.time_ratio)} the time = "
+        f"{item.path}{in_state(item.pages)}{AS_INSTALLED if item.pages == 'returned' else ''}: "
+        f"{wording.ratio(item.time_ratio)} the time = "
         f"{wording.ratio(item.work_ratio)} the work × {wording.significant(item.efficiency_ratio)} for efficiency. "
         f"The CNN's arithmetic runs at {wording.significant(item.cnn_gflops)} GF/s, "
         f"{_faster(1 / item.efficiency_ratio)} than the LSTM's {wording.significant(item.lstm_gflops)} GF/s."
@@ -166,11 +174,20 @@ def _other_paths(result: ComparisonResult, rows: list[Row]) -> list[Removal]:
     shown = {row.timing.path for row in rows}
     found = []
     for timing in result.cnn_paths(result.after):
-        peers = [one for one in result.cnn_paths(result.after) if not one.ours and one.layout == timing.layout]
+        peers = [one for one in result.cnn_paths(result.after) if not one.ours and _comparable(one, timing)]
         if timing.ours and timing.path not in shown and peers:
             change = f"{timing.path} instead of {peers[0].path}"
             found.append(Removal.of(change, peers[0], timing))
     return found
+
+
+def _comparable(one: PathTiming, other: PathTiming) -> bool:
+    """Whether two steps have the same memory layout, are launched alike, and both may round to TF32, or neither."""
+
+    def kind(timing: PathTiming) -> tuple[str | None, bool, bool]:
+        return timing.layout, timing.graph, timing.tf32 is not False
+
+    return kind(one) == kind(other)
 
 
 def _times(value: float) -> str:

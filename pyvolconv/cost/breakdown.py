@@ -10,10 +10,21 @@ from typing import Any, Literal
 
 from .profiler import StepEntry, StepProfile
 
-Pages = Literal["returned", "kept"]
-"""Whether the C allocator hands freed memory back to the system ("returned", its default) or reuses it."""
+Pages = Literal["returned", "kept", "cached"]
+"""Whether the C allocator hands freed memory back to the system ("returned", its default) or reuses it ("kept").
+"cached" is a GPU's: torch's caching allocator reuses memory there, always, and there is nothing to choose."""
 
 SMALL_SHARE = 0.002
+
+
+def in_state(pages: Pages) -> str:
+    """What a name or a title adds to say in which allocator state something was timed; nothing on a GPU.
+
+    Example:
+        >>> in_state("kept"), in_state("cached")
+        (', pages kept', '')
+    """
+    return "" if pages == "cached" else f", pages {pages}"
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class PathProfile:
     @property
     def title(self) -> str:
         """What the report calls it."""
-        return f"{self.path}, pages {self.pages}"
+        return self.path + in_state(self.pages)
 
     def rows(self) -> list[LayerRow]:
         """One row per layer and pass, layers in the order of running, then the framework's own time by phase."""
@@ -45,7 +56,7 @@ class PathProfile:
         ]
         for phase, spent in self.profile.framework_seconds.items():
             faults = self.profile.framework_faults.get(phase, 0.0)
-            label = "between operators"
+            label = "GPU waits for the host" if self.pages == "cached" else "between operators"
             rows.append(LayerRow(label, "", "framework", phase, spent * 1e3, 0.0, 0.0, faults, None, ""))
         return rows
 

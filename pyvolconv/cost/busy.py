@@ -25,6 +25,7 @@ _IDLE, _IO_WAIT, _STEAL = 3, 4, 7
 class Sample:
     """Seconds since some moment in the past: on the clock, of this process's CPU time, of all cores' busy time.
 
+    Programs that it ran to their end, compilers above all, count as its own.
     `cores` is how many cores this process may use, the ones that are counted.
     """
 
@@ -83,4 +84,6 @@ def sample(stat: Path = STAT) -> Sample | None:
             # Guests' time, at the end, is counted in user time already.
             spent = [int(count) for count in counts[: _STEAL + 1]]
             ticks += sum(spent) - spent[_IDLE] - spent[_IO_WAIT]
-    return Sample(time.monotonic(), time.process_time(), ticks / os.sysconf("SC_CLK_TCK"), len(mine))
+    children = os.times()
+    own = time.process_time() + children.children_user + children.children_system
+    return Sample(time.monotonic(), own, ticks / os.sysconf("SC_CLK_TCK"), len(mine))

@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 
 from ..host import cpuinfo, processor, version
+from .gpu import copy_bandwidth, gpu_facts, matrix_rates
 from .timing import alternate
 
 _PACKAGES = ("pyvolconv", "torch", "numpy", "numba", "triton")
@@ -43,12 +44,15 @@ class Machine:
         caches: bytes of each cache that one core sees (the last level is shared), keys like "L1d", "L2", "L3".
         memory_bytes: main memory, 0 if unknown.
         device: "cpu" or "cuda": whose ceilings these are.
-        peak_flops: float32 FLOP/s, an FMA counted as two.
+        peak_flops: FLOP/s on float32 operands, an FMA counted as two; on CUDA those of a matrix product in TF32, which
+            torch's convolutions may use unless told otherwise.
         peak_source: how `peak_flops` was measured, in words.
         copy_bandwidth: bytes/s of a copy that no cache holds, bytes read and bytes written both counted.
         openmp: the OpenMP runtimes that are loaded.
         gpu: name of the CUDA device, None without one.
         versions: package name to version.
+        matrix_rates: on CUDA, FLOP/s of a large matrix product by precision: "float32", "TF32", "bfloat16".
+        gpu_facts: on CUDA, what describes the device: label to value.
 
     Example:
         >>> machine = Machine("x", "x86_64", "AVX2", 1, 1, {}, 2**30, "cpu", 1e11, "given", 1e10, "none", None, {})
@@ -70,6 +74,25 @@ class Machine:
     openmp: str
     gpu: str | None
     versions: dict[str, str]
+    matrix_rates: dict[str, float] = field(default_factory=dict)
+    gpu_facts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Of what computes: the GPU's where these ceilings are a GPU's, else the processor's."""
+        return self.gpu if self.device == "cuda" and self.gpu else self.cpu
+
+    @property
+    def peak_name(self) -> str:
+        """What `peak_flops` is called."""
+        return "TF32 matrix peak" if self.device == "cuda" else "FMA peak"
+
+    def without_tf32(self) -> Machine:
+        """The same machine for work whose float32 operands are not rounded."""
+        rate = self.matrix_rates.get("float32")
+        if rate is None:
+            return self
+        return replace(self, peak_flops=rate, peak_source="a large matrix product of float32 in IEEE precision")
 
     def least_seconds(self, flops: float, min_bytes: float) -> float:
         """The roofline's lower bound on the time of work of `flops` that moves `min_bytes`."""
@@ -86,19 +109,28 @@ class Machine:
 
 
 def measure_machine(device: Literal["cpu", "cuda"] = "cpu") -> Machine:
-    """The machine, with both ceilings measured now: under two seconds, then remembered per thread count.
+    """The machine, with both ceilings measured now: under two seconds, then remembered per thread count and GPU.
 
     Example:
         >>> measure_machine().peak_flops > 0
         True
     """
-    return _measure(device, torch.get_num_threads())
+    gpu = torch.cuda.current_device() if device == "cuda" else None
+    return _measure(device, torch.get_num_threads(), gpu)
 
 
 @lru_cache(maxsize=16)
-def _measure(device: str, threads: int) -> Machine:
+def _measure(device: str, threads: int, gpu: int | None) -> Machine:
     caches = _caches()
-    peak, source = _peak(device, threads)
+    rates: dict[str, float] = {}
+    if gpu is None:
+        peak, source = _peak(threads)
+        bandwidth = _copy_bandwidth(max(caches.values(), default=0))
+    else:
+        rates, bandwidth = matrix_rates(), copy_bandwidth()
+        peak, source = rates["TF32"], "a large matrix product of float32 in TF32"
+        # Gigabytes that nobody needs any more.
+        torch.cuda.empty_cache()
     return Machine(
         cpu=processor(),
         architecture=platform.machine(),
@@ -110,10 +142,12 @@ def _measure(device: str, threads: int) -> Machine:
         device=device,
         peak_flops=peak,
         peak_source=source,
-        copy_bandwidth=_copy_bandwidth(device, max(caches.values(), default=0)),
+        copy_bandwidth=bandwidth,
         openmp=openmp_runtimes(),
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         versions=versions(),
+        matrix_rates=rates,
+        gpu_facts={} if gpu is None else gpu_facts(),
     )
 
 
@@ -131,29 +165,27 @@ def openmp_runtimes() -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def _peak(device: str, threads: int) -> tuple[float, str]:
-    if device == "cpu":
-        try:
-            compiled = importlib.import_module("pyvolconv._C")
-        except ImportError:
-            return _matmul_rate(device), "torch.mm float32 (pyvolconv is not compiled here: a lower bound of FMA peak)"
-        # A ceiling: the best of several short windows is what the machine does when nothing else runs on it.
-        flops = max(compiled.measure_fma_peak(_PEAK_WINDOW_SECONDS) for _ in range(_PEAK_WINDOWS))
-        return flops, f"independent float32 FMAs in registers, {threads} threads"
-    return _matmul_rate(device), "torch.mm float32 as torch is set (a lower bound of the device's peak)"
+def _peak(threads: int) -> tuple[float, str]:
+    try:
+        compiled = importlib.import_module("pyvolconv._C")
+    except ImportError:
+        return _matmul_rate(), "torch.mm float32 (pyvolconv is not compiled here: a lower bound of FMA peak)"
+    # A ceiling: the best of several short windows is what the machine does when nothing else runs on it.
+    flops = max(compiled.measure_fma_peak(_PEAK_WINDOW_SECONDS) for _ in range(_PEAK_WINDOWS))
+    return flops, f"independent float32 FMAs in registers, {threads} threads"
 
 
-def _matmul_rate(device: str) -> float:
-    size = _MATMUL_SIZE if device == "cpu" else 8 * _MATMUL_SIZE
-    a, b, out = (torch.ones(size, size, device=device) for _ in range(3))
+def _matmul_rate() -> float:
+    size = _MATMUL_SIZE
+    a, b, out = (torch.ones(size, size) for _ in range(3))
     seconds = alternate({"mm": lambda: torch.mm(a, b, out=out)}, rounds=8, warmup=2)["mm"].min
     return 2 * size**3 / seconds
 
 
-def _copy_bandwidth(device: str, largest_cache: int) -> float:
+def _copy_bandwidth(largest_cache: int) -> float:
     # Source and target together four times the last level: what the previous copy left in cache is a small part.
     size = min(max(_SMALLEST_COPY, 2 * largest_cache), _LARGEST_COPY)
-    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
+    source, target = (torch.ones(size, dtype=torch.uint8) for _ in range(2))
     seconds = alternate({"copy": lambda: target.copy_(source)}, rounds=8, warmup=1)["copy"].min
     return 2 * size / seconds
 

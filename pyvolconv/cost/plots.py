@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from . import wording
-from .breakdown import LayerRow
+from .breakdown import LayerRow, in_state
 from .machine import Machine
 from .palette import DPI, PASS_COLOURS, THEMES, Theme, pass_colour, style
 from .removal import PARTS
@@ -96,7 +96,7 @@ def paths(result: ComparisonResult, theme: Theme) -> Figure | None:
         axes.set_ylim(len(timings) - 0.4, -0.6)
         axes.set_xlim(0, limit * 1.14)
         _horizontal(axes)
-        axes.set_title(f"Pages {pages}", fontsize=10)
+        axes.set_title(in_state(pages).removeprefix(", ").capitalize(), fontsize=10)
     panels[-1].set_xlabel("ms per training step" + (" (* scaled up from fewer samples)" if _any_scaled(every) else ""))
     _legend(figure, {label: PASS_COLOURS[label] for label in PARTS.values()})
     return figure
@@ -104,7 +104,7 @@ def paths(result: ComparisonResult, theme: Theme) -> Figure | None:
 
 def layers(result: ComparisonResult, theme: Theme) -> Figure | None:
     """Where the CNN's step goes: one row per layer, stacked by pass, one panel per path, all on one scale."""
-    shown = {f"{found.path}\npages {found.pages}": found.rows() for found in result.shown_profiles()}
+    shown = {found.title.replace(", pages ", "\npages "): found.rows() for found in result.shown_profiles()}
     if not shown:
         return None
     bars = {title: _bars(rows) for title, rows in shown.items()}
@@ -263,7 +263,7 @@ def _draw_roof(axes: Axes, machine: Machine, rows: list[LayerRow], theme: Theme)
     rates = [row.gflops_per_second or peak for row in rows]
     axes.set_xlim(low, high)
     axes.set_ylim(min(*rates, bandwidth * low) / 1.6, max(*rates, peak) * 1.9)
-    roof = f"FMA peak {wording.significant(peak)} GF/s"
+    roof = f"{machine.peak_name} {wording.significant(peak)} GF/s"
     axes.text(ridge * 1.1, peak * 1.06, roof, va="bottom", fontsize=8.5, color=theme["muted"])
     slope = f"copy bandwidth {wording.significant(bandwidth)} GB/s"
     middle = math.sqrt(low * ridge)

@@ -1,23 +1,28 @@
 """Where each millisecond of a training step goes, per layer and per pass.
 
-The step runs under a dispatch mode that takes the time of every operator, forward and backward (autograd on CPU runs
-backward in the calling thread, inside the mode). Wall time is cut without remainder into
+The step runs under a dispatch mode that takes the time of every operator, forward and backward (autograd takes the
+mode along to its own threads). On the CPU wall time is cut without remainder into
 operators + framework (autograd, Python, freeing memory between operators) + the instrument itself.
+On a GPU the time of an operator is what the GPU spends on it (`device_trace`), and what that leaves of the wall time of
+a step is the GPU waiting for the host, which is kept as framework.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from torch import nn
 
+from .device_trace import CudaClock, DeviceClock, trace_on_device
 from .machine import Machine, measure_machine
 from .timing import Timing, now
 from .trace import Call, Spent, StepTrace, trace_step
 
 _SPLIT_RUNS = 2
+STEPS_AT_ONCE = 10
+"""Steps in a row that a GPU is timed on, divided by their number: as in training, the host need not wait for each."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +112,14 @@ class StepProfile:
     Attributes:
         entries: every operator of every layer and pass, in the order of first running.
         framework_seconds: between operators, by phase ("forward", "backward", "update", "other"): autograd, Python,
-            freeing memory (returning pages to the system happens here).
+            freeing memory (returning pages to the system happens here). On a GPU "other": nothing was queued there.
         framework_faults: page faults there, same keys.
         instrument_seconds: spent by the profiler itself.
         profiled_seconds: wall time of the step while profiled.
         step: the same step timed without the profiler, interleaved with profiled runs.
         machine: the ceilings used for `roofline_share`.
+        queued: on a GPU, whether all of every profiled step was queued before the GPU began with it; where not, times
+            of operators may include waiting for the host.
     """
 
     entries: tuple[StepEntry, ...]
@@ -122,14 +129,15 @@ class StepProfile:
     profiled_seconds: float
     step: Timing
     machine: Machine
+    queued: bool = True
 
     def split(self) -> StepSplit:
         """The step as it runs without the profiler: convolutions' passes as profiled, the rest of it `other`."""
-        return self._split_of(self.step.median)
+        return self.split_of(self.step.median)
 
     def profiled_split(self) -> StepSplit:
         """The step as it ran under the profiler, whose own time counts in `other`."""
-        return self._split_of(self.profiled_seconds)
+        return self.split_of(self.profiled_seconds)
 
     def by_layer(self) -> dict[tuple[str, str], float]:
         """Seconds per (layer, pass), in the order of first running."""
@@ -151,9 +159,11 @@ class StepProfile:
             "split_ms": self.split().to_dict(),
             "profiled_split_ms": self.profiled_split().to_dict(),
             "machine": self.machine.to_dict(),
+            "queued": self.queued,
         }
 
-    def _split_of(self, total: float) -> StepSplit:
+    def split_of(self, total: float) -> StepSplit:
+        """A step of `total` seconds with the convolutions' passes as profiled, the rest of it `other`."""
         passes = dict.fromkeys(("forward", "grad_input", "grad_weight"), 0.0)
         for entry in self.entries:
             if entry.kind == "conv" and entry.pass_ in passes:
@@ -168,17 +178,20 @@ def profile_step(
     repeats: int = 7,
     warmup: int = 2,
     machine: Machine | None = None,
+    clock: DeviceClock | None = None,
 ) -> StepProfile:
     """Takes one training step apart.
 
     Args:
         step: runs one training step (zero_grad, forward, loss, backward, optimizer); called
-            `warmup + 2 * repeats + 2` times, so weights move on by as many steps.
+            `warmup + 2 * repeats + 2` times on the CPU and some dozens of times on a GPU, so weights move on by as
+            many steps. On a GPU it should not wait for its own results, as `loss.item()` does.
         model: the module whose layers are to be named.
         repeats: profiled runs, and as many unprofiled ones between them. Entries are the mean over the middle half of
             the profiled runs by wall time (interquartile mean), so that they still sum to the step's time.
         warmup: runs before the first timed one.
         machine: ceilings for the roofline; measured when not given, on the device of the model's parameters.
+        clock: of the device where the step runs; left out, CUDA's where the model is on CUDA, else none.
 
     Raises:
         ValueError: `repeats` is not positive.
@@ -192,11 +205,15 @@ def profile_step(
     """
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: at least one profiled run is needed")
+    device: Literal["cpu", "cuda"] = "cuda" if any(weight.is_cuda for weight in model.parameters()) else "cpu"
     if machine is None:
-        device: Literal["cpu", "cuda"] = "cuda" if any(weight.is_cuda for weight in model.parameters()) else "cpu"
         machine = measure_machine(device)
     for _ in range(warmup):
         step()
+    if device == "cuda" and clock is None:
+        clock = CudaClock()
+    if clock is not None:
+        return _profile_on_device(step, model, repeats, machine, clock)
     splits = [trace_step(step, model, split=True) for _ in range(_SPLIT_RUNS)]
     traces, plain = [], []
     for _ in range(repeats):
@@ -207,6 +224,34 @@ def profile_step(
     traces.sort(key=lambda trace: trace.seconds)
     middle = traces[repeats // 4 : repeats - repeats // 4]
     return _summarise(middle, splits, Timing(tuple(plain)), machine)
+
+
+def _profile_on_device(
+    step: Callable[[], object], model: nn.Module, repeats: int, machine: Machine, clock: DeviceClock
+) -> StepProfile:
+    splits = [trace_on_device(step, model, clock, split=True) for _ in range(_SPLIT_RUNS)]
+    plain, found = [], []
+    for _ in range(repeats):
+        plain.append(_seconds_in_a_row(step, clock))
+        found.append(trace_on_device(step, model, clock))
+    timing = Timing(tuple(plain))
+    busy = sorted((one.trace for one in found), key=lambda trace: trace.seconds)
+    middle = busy[repeats // 4 : repeats - repeats // 4]
+    for trace in middle:
+        idle = max(timing.median - trace.seconds, 0.0)
+        trace.between["other"] = Spent(idle)
+        trace.seconds += idle
+    profile = _summarise(middle, [one.trace for one in splits], timing, machine)
+    return replace(profile, queued=all(one.queued for one in found))
+
+
+def _seconds_in_a_row(step: Callable[[], object], clock: DeviceClock) -> float:
+    clock.finish()
+    start = now()
+    for _ in range(STEPS_AT_ONCE):
+        step()
+    clock.finish()
+    return (now() - start) / STEPS_AT_ONCE
 
 
 def _summarise(traces: Sequence[StepTrace], splits: Sequence[StepTrace], step: Timing, machine: Machine) -> StepProfile:
@@ -235,7 +280,8 @@ def _shares(call: Call, splits: Sequence[StepTrace]) -> list[tuple[float, float]
     seconds = [sum(part.seconds for part in pass_) for pass_ in zip(*parts, strict=True)]
     faults = [sum(part.page_faults for part in pass_) for pass_ in zip(*parts, strict=True)]
     return [
-        (own / sum(seconds), own_faults / max(sum(faults), 1)) for own, own_faults in zip(seconds, faults, strict=True)
+        (own / max(sum(seconds), 1e-12), own_faults / max(sum(faults), 1))
+        for own, own_faults in zip(seconds, faults, strict=True)
     ]
 
 

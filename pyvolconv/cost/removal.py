@@ -2,7 +2,8 @@
 
     torch as installed, torch's better layout | direct, + fused forward, + sparse backward, + pages kept
 
-Beside them stand the peers at their best: torch's faster layout and the LSTM, both with pages kept.
+Beside them stand the peers at their best: torch's faster layout and the LSTM, both with pages kept. On a GPU there is
+no choice of pages; the last row is the whole step as one CUDA graph, and torch's graph is a peer.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .breakdown import Pages
+from .breakdown import in_state
 from .results import ComparisonResult, PathTiming
 
 PARTS = {
@@ -96,7 +97,7 @@ class Removal:
 
 
 def as_installed(result: ComparisonResult) -> PathTiming | None:
-    """torch as its users have it: contiguous tensors, the allocator untouched."""
+    """torch as its users have it: contiguous tensors, the allocator untouched, on a GPU TF32 allowed."""
     return result.timing("torch contiguous", result.before)
 
 
@@ -127,7 +128,12 @@ _Described = tuple[str, str, str, PathTiming | None]
 
 def _torch(result: ComparisonResult, installed: PathTiming) -> list[_Described]:
     return [
-        ("torch as installed", "", "Contiguous tensors; torch's convolutions, ReLU and pool.", installed),
+        (
+            "torch, usual layout" if installed.pages == "cached" else "torch as installed",
+            "",
+            "Contiguous tensors; torch's convolutions, ReLU and pool.",
+            installed,
+        ),
         (
             "torch, better layout",
             "Torch's channels_last_3d layout instead of contiguous",
@@ -139,7 +145,8 @@ def _torch(result: ComparisonResult, installed: PathTiming) -> list[_Described]:
 
 def _ours(result: ComparisonResult, backend: str) -> list[_Described]:
     """The paths of one backend, from nothing fused to all of it, then with pages kept."""
-    paths = [timing for timing in result.cnn_paths(result.before) if timing.ours and timing.backend == backend]
+    every = [timing for timing in result.cnn_paths(result.before) if timing.ours and timing.backend == backend]
+    paths = [path for path in every if path.tf32 is not False and not path.graph]
     direct = next((path for path in paths if not path.fused), None)
     dense = next((path for path in paths if path.fused and path.dense_backward), None)
     sparse = next((path for path in paths if path.fused and not path.dense_backward), None)
@@ -171,18 +178,30 @@ def _ours(result: ComparisonResult, backend: str) -> list[_Described]:
             "The C allocator keeps freed memory for the next step.",
             last and result.timing(last.path, result.after),
         ),
+        (
+            "+ CUDA graph",
+            "Launching the whole step as one CUDA graph instead of kernel by kernel",
+            "The host asks for the step once, and no kernel waits for it.",
+            next((path for path in every if path.graph), None),
+        ),
     ]
 
 
 def _peers(result: ComparisonResult) -> list[tuple[str, str, PathTiming | None]]:
-    pages: Pages = result.after
+    pages = result.after
+    state = in_state(pages)
     return [
         (
-            f"torch, pages {pages}",
-            f"Torch at its best: its faster layout, pages {pages}.",
+            f"torch{state or ', its best'}",
+            f"Torch at its best: its faster layout{state}.",
             result.best(pages, ours=False),
         ),
-        (f"LSTM, pages {pages}", "The other network, on the same volumes.", result.lstm_step(pages)),
+        (
+            "torch, CUDA graph",
+            "Torch's faster layout, the whole step as one CUDA graph.",
+            result.best(pages, ours=False, graph=True),
+        ),
+        (f"LSTM{state}", "The other network, on the same volumes.", result.lstm_step(pages)),
     ]
 
 
@@ -194,6 +213,6 @@ def _row(
     before: PathTiming | None,
 ) -> Row:
     lstm = result.lstm_step(timing.pages)
-    to_lstm = timing.milliseconds / lstm.milliseconds if lstm else None
+    to_lstm = timing.milliseconds / lstm.milliseconds if lstm and not timing.graph else None
     speed_up = installed.milliseconds / timing.milliseconds if timing.network == "cnn" else None
     return Row(*words, timing, before, to_lstm, speed_up, result.memory(timing.path))

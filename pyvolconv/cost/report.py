@@ -11,7 +11,7 @@ import jinja2
 
 from . import wording
 from .answer import Answer, answer
-from .breakdown import LayerRow, Pages, PathProfile
+from .breakdown import LayerRow, Pages, PathProfile, in_state
 from .plots import write_plots
 from .removal import as_installed
 from .results import PAGES, TARGET_ACCURACY, ComparisonResult, PathTiming
@@ -22,12 +22,26 @@ PAGES_WORDS = {
         "again at every step."
     ),
     "kept": "The allocator told to keep freed buffers for the next step, for torch and for ours alike.",
+    "cached": "On the GPU; torch's caching allocator keeps freed buffers for the next step, for all paths alike.",
 }
-
 
 MEMORY_WORDS = (
     "Memory: what a step adds to the resident process at its peak, activations and work space together, beyond weights "
     "and data. It was measured with pages returned; with pages kept, the process holds that much between steps too."
+)
+GPU_MEMORY_WORDS = (
+    "Memory: what a step adds at its peak to what torch has allocated on the GPU, activations and work space together, "
+    "beyond weights and data."
+)
+NOT_QUEUED = "The GPU's queue did not hold the whole step, so that times may include waiting for the host."
+TF32_WORDS = (
+    "Float32 convolutions may round their operands to TF32 (10 bits of fraction), which is torch's default on a GPU, "
+    'except in paths named "tf32 off"; their gradients are nearer to float64\'s. Torch had cuDNN time its algorithms '
+    "first (torch.backends.cudnn.benchmark) in every path."
+)
+GRAPH_WORDS = (
+    'Paths named "graph" launch the whole step, Adam included, as one CUDA graph: what is left is the GPU\'s own time. '
+    "Their passes are those of the same path without a graph."
 )
 
 
@@ -56,11 +70,15 @@ class ProfileTable:
     title: str
     batch_size: int
     rows: list[LayerRow]
+    with_faults: bool
+    queued: bool
 
     @classmethod
     def of(cls, profile: PathProfile) -> ProfileTable:
         """The table of a profile."""
-        return cls(profile.title, profile.batch_size, profile.main_rows())
+        return cls(
+            profile.title, profile.batch_size, profile.main_rows(), profile.pages != "cached", profile.profile.queued
+        )
 
     @property
     def total(self) -> float:
@@ -125,7 +143,8 @@ def path_rows(result: ComparisonResult) -> dict[Pages, list[PathRow]]:
         lstm_time = lstm.milliseconds if lstm else None
         for timing in result.timings(pages):
             speed_up = wording.divide(torch_time, timing.milliseconds) if timing.network == "cnn" else None
-            to_lstm = wording.divide(timing.milliseconds, lstm_time)
+            # The LSTM is no graph.
+            to_lstm = None if timing.graph else wording.divide(timing.milliseconds, lstm_time)
             groups.setdefault(pages, []).append(PathRow(timing, speed_up, to_lstm))
     return groups
 
@@ -138,15 +157,18 @@ def cards(result: ComparisonResult) -> list[Card]:
     found = []
     if installed and lstm_installed:
         value = wording.ratio(installed.milliseconds / lstm_installed.milliseconds)
-        found.append(Card("CNN over LSTM, torch as installed", value, "time of a training step"))
+        peer = "torch's usual layout" if before == "cached" else "torch as installed"
+        found.append(Card(f"CNN over LSTM, {peer}", value, "time of a training step"))
     if ours and lstm:
         value = wording.ratio(ours.milliseconds / lstm.milliseconds)
-        found.append(Card("CNN over LSTM, pyvolconv", value, f"{ours.path}, pages {after}"))
+        found.append(Card("CNN over LSTM, pyvolconv", value, ours.path + in_state(after)))
     if ours and installed:
         detail = f"{wording.milliseconds(installed.milliseconds)} → {wording.milliseconds(ours.milliseconds)}"
-        found.append(_speed_card("torch as installed", installed.milliseconds / ours.milliseconds, detail))
+        peer = "torch contiguous" if before == "cached" else "torch as installed"
+        found.append(_speed_card(peer, installed.milliseconds / ours.milliseconds, detail))
     if ours and torch_best:
-        detail = f"{torch_best.path}, pages {after} for both"
+        state = in_state(after)
+        detail = f"{torch_best.path}{state} for both" if state else torch_best.path
         found.append(_speed_card("torch's best", torch_best.milliseconds / ours.milliseconds, detail))
     return found
 
@@ -169,6 +191,9 @@ def _context(result: ComparisonResult, words: Answer) -> dict[str, Any]:
         "pages_words": PAGES_WORDS,
         "measured_memory": {timing.pages for timing in every if timing.memory_bytes is not None},
         "profiles": profiles,
+        "in_state": in_state,
+        "not_queued": NOT_QUEUED,
+        "gpu": on_gpu(result),
         "estimated": any(row.share_estimated for table in profiles for row in table.rows),
         "path_notes": path_notes(result),
         "batch_words": f"One training step on {every[0].batch_size} samples." if every else "",
@@ -178,6 +203,11 @@ def _context(result: ComparisonResult, words: Answer) -> dict[str, Any]:
         "sections": ", ".join(f"{name} {wording.seconds(spent)}" for name, spent in result.sections.items()),
         "settings": ", ".join(f"{name} {value}" for name, value in result.settings.items() if value is not None),
     }
+
+
+def on_gpu(result: ComparisonResult) -> bool:
+    """Whether the steps were timed on a GPU."""
+    return result.after == "cached"
 
 
 def path_notes(result: ComparisonResult) -> list[str]:
@@ -191,8 +221,12 @@ def path_notes(result: ComparisonResult) -> list[str]:
     if differences:
         words = ", ".join(f"{path} {difference:.1e}" for path, difference in differences.items())
         notes.append(f"Relative difference of all parameter gradients to torch's in float64: {words}.")
+    if any(timing.tf32 is not None for timing in result.paths):
+        notes.append(TF32_WORDS)
+    if any(timing.graph for timing in result.paths):
+        notes.append(GRAPH_WORDS)
     if any(timing.memory_bytes is not None for timing in result.paths):
-        notes.append(MEMORY_WORDS)
+        notes.append(GPU_MEMORY_WORDS if on_gpu(result) else MEMORY_WORDS)
     return notes + [f"{path} was left out: {reason}" for path, reason in result.unavailable.items()]
 
 

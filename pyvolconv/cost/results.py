@@ -19,7 +19,7 @@ from .machine import Machine
 
 SCHEMA_VERSION = 1
 
-PAGES: tuple[Pages, ...] = ("returned", "kept")
+PAGES: tuple[Pages, ...] = ("returned", "kept", "cached")
 TARGET_ACCURACY = 0.99
 
 
@@ -141,7 +141,9 @@ class PathTiming:
     pass, `dense_backward` that the gradients of such passes visited every voxel and not only those that the pool chose.
     `gradient_difference` is |g - g64| / |g64| over all parameter gradients of one step, g64 being torch's in float64.
     `memory_bytes` is what a step adds to the resident process at its peak; it is measured with pages returned only,
-    because a process that keeps its pages does not shrink between steps.
+    because a process that keeps its pages does not shrink between steps. On a GPU it is what a step adds to the memory
+    that torch has allocated there. `tf32` says whether float32 convolutions could round to TF32, None on the CPU and
+    where a path does not know the switch; `graph` that the step is one CUDA graph.
     """
 
     path: str
@@ -163,6 +165,8 @@ class PathTiming:
     page_faults: float | None = None
     gradient_difference: float | None = None
     memory_bytes: int | None = None
+    tf32: bool | None = None
+    graph: bool = False
 
     @property
     def scaled(self) -> bool:
@@ -200,13 +204,13 @@ class ComparisonResult:
 
     @property
     def before(self) -> Pages:
-        """The allocator state that stands for torch as installed; on CUDA, whose allocator keeps memory, "kept"."""
-        return "kept" if self._pages() == {"kept"} else "returned"
+        """The allocator state that stands for torch as installed: the first one that was measured."""
+        return next((pages for pages in PAGES if pages in self._pages()), "returned")
 
     @property
     def after(self) -> Pages:
         """The allocator state that stands for this package: "kept" wherever the machine can do that."""
-        return "kept" if "kept" in self._pages() else "returned"
+        return next((pages for pages in reversed(PAGES) if pages in self._pages()), "returned")
 
     def _pages(self) -> set[Pages]:
         return {timing.pages for timing in self.paths}
@@ -237,9 +241,16 @@ class ComparisonResult:
         """The LSTM's step in one allocator state."""
         return next((timing for timing in self.paths if timing.network == "lstm" and timing.pages == pages), None)
 
-    def best(self, pages: Pages, *, ours: bool) -> PathTiming | None:
-        """The fastest CNN step of ours or of torch's in one allocator state."""
-        candidates = [timing for timing in self.cnn_paths(pages) if timing.ours is ours]
+    def best(self, pages: Pages, *, ours: bool, graph: bool = False) -> PathTiming | None:
+        """The fastest CNN step of ours or of torch's in one allocator state, as a CUDA graph or else as it is.
+
+        What a GPU computes without TF32 does not compete: neither side would be asked for that by default.
+        """
+        candidates = [
+            timing
+            for timing in self.cnn_paths(pages)
+            if timing.ours is ours and timing.graph is graph and timing.tf32 is not False
+        ]
         return min(candidates, key=lambda timing: timing.milliseconds, default=None)
 
     def shown_profiles(self) -> list[PathProfile]:

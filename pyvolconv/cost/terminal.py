@@ -11,10 +11,10 @@ from rich.text import Text
 
 from . import wording
 from .answer import answer
-from .breakdown import LayerRow, Pages, PathProfile
+from .breakdown import LayerRow, Pages, PathProfile, in_state
 from .profiler import StepProfile
 from .removal import PARTS, Row
-from .report import path_notes, path_rows
+from .report import NOT_QUEUED, path_notes, path_rows
 from .results import ComparisonResult, TrainingRun
 
 WIDE, WIDEST = 114, 124
@@ -47,15 +47,18 @@ def print_result(console: Console, result: ComparisonResult) -> None:
 
 
 def machine_line(result: ComparisonResult) -> Text:
-    """One line: processor, instruction set, threads, both ceilings."""
+    """One line: processor, instruction set, threads, both ceilings; of a GPU its name and ceilings."""
     machine = result.machine
     if machine is None:
         return Text("machine not measured", style="dim")
+    copy = f" · copy {wording.significant(machine.copy_bandwidth / 1e9)} GB/s"
+    if machine.device == "cuda":
+        rates = (f"{name} {wording.significant(rate / 1e12)}" for name, rate in machine.matrix_rates.items())
+        return Text.assemble((machine.name, "bold"), f" · matrix products, TF/s: {', '.join(rates)}{copy}")
     return Text.assemble(
-        (machine.gpu if machine.device == "cuda" and machine.gpu else machine.cpu, "bold"),
+        (machine.name, "bold"),
         f" · {machine.isa} · {machine.threads} threads"
-        f" · FMA peak {wording.significant(machine.peak_flops / 1e9)} GF/s"
-        f" · copy {wording.significant(machine.copy_bandwidth / 1e9)} GB/s",
+        f" · FMA peak {wording.significant(machine.peak_flops / 1e9)} GF/s{copy}",
     )
 
 
@@ -111,7 +114,8 @@ def path_table(result: ComparisonResult, pages: Pages, width: int = 120) -> Tabl
     with_memory = width >= WIDEST and any(row.timing.memory_bytes is not None for row in rows)
     if with_memory:
         columns.append("Memory")
-    table = _table(f"One training step, ms (pages {pages})", "Path", columns)
+    state = in_state(pages).removeprefix(", ")
+    table = _table("One training step, ms" + (f" ({state})" if state else ""), "Path", columns)
     for row in rows:
         timing = row.timing
         table.add_row(
@@ -129,7 +133,9 @@ def path_table(result: ComparisonResult, pages: Pages, width: int = 120) -> Tabl
 
 def layer_table(profile: PathProfile, width: int = 120) -> Table:
     """One row per layer and pass of a profiled step, in the order of running; fewer columns where `width` is small."""
-    left_out = () if width >= WIDE else ("Work", "Bytes", "Runs in")
+    left_out = {"Work", "Bytes", "Runs in"} if width < WIDE else set()
+    if profile.pages == "cached":
+        left_out.add("Faults")
     names = [name for name in LAYER_COLUMNS if name not in left_out]
     table = _table(f"{profile.title}, batch {profile.batch_size}", "Layer", names)
     rows = profile.main_rows()
@@ -157,7 +163,8 @@ LAYER_COLUMNS: dict[str, Callable[[LayerRow, float], str]] = {
 
 
 def _unprofiled(profile: StepProfile) -> str:
-    return f"The same step without the profiler: {wording.milliseconds(profile.step.median * 1e3)}"
+    text = f"The same step without the profiler: {wording.milliseconds(profile.step.median * 1e3)}"
+    return text if profile.queued else f"{text}. {NOT_QUEUED}"
 
 
 def _table(title: str, first: str, columns: list[str]) -> Table:

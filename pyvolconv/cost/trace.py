@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from .assignment import Assigner, Assignment
 from .attribution import Attribution, Phase
 from .pages import page_faults
 from .timing import now
+from .work import Work
 
 _CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 _OUTPUT_MASK = 10  # its last argument: which of grad_input, grad_weight and the bias gradient to compute
@@ -62,6 +64,10 @@ class Spent:
         self.calls += 1
         self.flops = _added(self.flops, flops)
         self.min_bytes = _added(self.min_bytes, min_bytes)
+
+    def add_work(self, seconds: float, works: Sequence[tuple[str, Work]], page_faults: int = 0) -> None:
+        """One more call, with the work that was assigned to its passes."""
+        self.add(seconds, page_faults, [work.flops for _, work in works], [work.min_bytes for _, work in works])
 
 
 @dataclass
@@ -127,8 +133,10 @@ class _Tracer(TorchDispatchMode):
         self._between(entered)
         faults, start = page_faults(), now()
         parts: tuple[Spent, ...] = ()
-        if self._split and func is _CONVOLUTION_BACKWARD and args[_OUTPUT_MASK][0] and any(args[_OUTPUT_MASK][1:]):
-            result, parts = _pass_by_pass(args)
+        if self._split and does_both_gradients(func, args):
+            timed: list[Spent] = []
+            result = convolution_backward_in_parts(args, lambda part: _timed(part, timed))
+            parts = tuple(timed)
         else:
             result = func(*args, **(kwargs or {}))
         end, faults = now(), page_faults() - faults
@@ -143,24 +151,8 @@ class _Tracer(TorchDispatchMode):
         spent.add(until - self._left, page_faults() - self._faults_left)
 
     def _record(self, assigned: Assignment, seconds: float, faults: int, parts: tuple[Spent, ...]) -> None:
-        works = assigned.works
-        problem = works[0][1].problem
-        backend = assigned.operator.partition(".")[0]
-        if backend == "pyvolconv" and problem is not None:
-            pass_ = cast("Pass", works[0][0])
-            # Without a fused pass the operator runs the plain one, and torch's pooling.
-            backend = (choose_or_none(problem, pass_) or choose(problem.without_epilogue(), pass_)).name
-        call = Call(
-            assigned.layer,
-            assigned.phase,
-            assigned.kind,
-            assigned.operator,
-            tuple(pass_ for pass_, _ in works),
-            None if problem is None else str(problem),
-            backend,
-        )
-        spent = self._trace.calls.setdefault(call, Spent())
-        spent.add(seconds, faults, [work.flops for _, work in works], [work.min_bytes for _, work in works])
+        call = call_of(assigned)
+        self._trace.calls.setdefault(call, Spent()).add_work(seconds, assigned.works, faults)
         if parts:
             sums = self._trace.parts.setdefault(call, tuple(Spent() for _ in parts))
             for total, part in zip(sums, parts, strict=True):
@@ -168,14 +160,45 @@ class _Tracer(TorchDispatchMode):
         self._phase = assigned.phase
 
 
-def _pass_by_pass(args: Sequence[Any]) -> tuple[Any, tuple[Spent, Spent]]:
+def call_of(assigned: Assignment) -> Call:
+    """What an operator call belongs to, and which backend ran it; to be asked where the call was made."""
+    problem = assigned.works[0][1].problem
+    backend = assigned.operator.partition(".")[0]
+    if backend == "pyvolconv" and problem is not None:
+        pass_ = cast("Pass", assigned.works[0][0])
+        # Without a fused pass the operator runs the plain one, and torch's pooling.
+        backend = (choose_or_none(problem, pass_) or choose(problem.without_epilogue(), pass_)).name
+    return Call(
+        assigned.layer,
+        assigned.phase,
+        assigned.kind,
+        assigned.operator,
+        tuple(pass_ for pass_, _ in assigned.works),
+        None if problem is None else str(problem),
+        backend,
+    )
+
+
+def does_both_gradients(operator: Any, args: Sequence[Any]) -> bool:
+    """Whether a call is aten.convolution_backward for grad_input and, at once, gradients of weight or bias."""
+    return operator is _CONVOLUTION_BACKWARD and args[_OUTPUT_MASK][0] and any(args[_OUTPUT_MASK][1:])
+
+
+def convolution_backward_in_parts(args: Sequence[Any], timed: Callable[[Callable[[], Any]], Any]) -> Any:
+    """The results of such a call, by one for grad_input and one for the rest, each handed to `timed` to be run."""
     needs_input, needs_weight, needs_bias = args[_OUTPUT_MASK]
-    results, parts = [], []
-    for mask in ([needs_input, False, False], [False, needs_weight, needs_bias]):
-        faults, start = page_faults(), now()
-        results.append(_CONVOLUTION_BACKWARD(*args[:_OUTPUT_MASK], mask))
-        parts.append(Spent(now() - start, page_faults() - faults, 1))
-    return (results[0][0], *results[1][1:]), (parts[0], parts[1])
+    grads = [
+        timed(partial(_CONVOLUTION_BACKWARD, *args[:_OUTPUT_MASK], mask))
+        for mask in ([needs_input, False, False], [False, needs_weight, needs_bias])
+    ]
+    return (grads[0][0], *grads[1][1:])
+
+
+def _timed(part: Callable[[], Any], parts: list[Spent]) -> Any:
+    faults, start = page_faults(), now()
+    result = part()
+    parts.append(Spent(now() - start, page_faults() - faults, 1))
+    return result
 
 
 def _added(sums: Sequence[int], more: Sequence[int]) -> tuple[int, ...]:

@@ -3,6 +3,10 @@
 The order of the sections is a contract. "Pages returned" is measured in the process as it started, before anything
 touches the C allocator; then `keep_pages()` is switched on and everything after it, training included, runs with pages
 kept. A Ctrl-C anywhere leaves a result that holds what was measured until then.
+
+On a GPU there is one allocator state, everything runs on the current device, and cuDNN times its algorithms first
+(`torch.backends.cudnn.benchmark`), so that torch is at its best. Kernels of ours are compiled while paths are tried:
+that takes tens of seconds when it happens for the first time, which no budget but its own pays for.
 """
 
 from __future__ import annotations
@@ -20,25 +24,27 @@ from rich.console import Console
 from torch import Tensor
 
 from ..cost import busy
-from ..cost.breakdown import Pages
+from ..cost.breakdown import Pages, in_state
 from ..cost.machine import Machine, measure_machine, versions
 from ..cost.pages import keep_pages, pages_kept
 from ..cost.results import ComparisonResult, DataFacts, PathTiming, TrainingRun
 from ..cost.timing import now
-from ..dispatch import backends
-from ..problem import Layout
 from .checkpoint import CheckpointError
 from .data import Splits, batches, frame_average_accuracy
 from .description import DIGITS_WORDS, describe
 from .digits import moving_digits
+from .lineup import lineup
 from .loop import TrainConfig
 from .models import NetworkName, build
 from .npz import load_npz
-from .paths import Need, fuses, our_paths
-from .plan import FULL, LSTM_SHARE, OURS_SHARE, QUICK, QUICK_VIDEOS, Settings
+from .paths import Need, our_paths
+from .plan import FULL, LSTM_SHARE, OURS_SHARE, QUICK, QUICK_VIDEOS, TRYING_ON_GPU, Settings
+from .resident import resident
 from .runs import Trainer, projected
-from .steps import LSTM_PATH, TORCH_PATHS, Candidate, PathSpec, time_paths
+from .steps import LSTM_PATH, Candidate, PathSpec, time_paths
 from .trials import fitted, gradient_difference
+
+COMPILING = " (kernels are compiled when they run for the first time on this machine: tens of seconds)"
 
 
 def compare(settings: Settings, console: Console) -> ComparisonResult:
@@ -55,12 +61,22 @@ def compare(settings: Settings, console: Console) -> ComparisonResult:
         ValueError: a path was asked for that does not exist.
     """
     comparison = _Comparison(settings, console)
-    with comparison.kept_pages:
+    with comparison.kept_pages, _cudnn_at_its_best() if comparison.gpu else contextlib.nullcontext():
         try:
             comparison.run()
         except KeyboardInterrupt:
             comparison.update(interrupted=True)
     return comparison.result
+
+
+@contextmanager
+def _cudnn_at_its_best() -> Iterator[None]:
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 class _Comparison:
@@ -70,7 +86,10 @@ class _Comparison:
         self.settings = settings
         self.console = console
         self.began = time.perf_counter()
+        self.gpu = settings.device == "cuda"
         self.budget = QUICK if settings.quick else FULL
+        if self.gpu:
+            self.budget = replace(self.budget, trying=TRYING_ON_GPU)
         self.result = ComparisonResult(
             date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             versions=versions(),
@@ -95,7 +114,10 @@ class _Comparison:
             self.update(unavailable=refused)
         with self._section("trying paths"):
             x, y = self._batch(data)
-            candidates = self._candidates(data, x, y, self._paths(chosen, needs))
+            candidates = self._candidates(data, x, y, lineup(chosen, needs, self.settings.device))
+        if self.gpu:
+            # Most of it is compiling, and does not come again in the next run.
+            self.began += self.result.sections["trying paths"]
         with self._section("steps"), self._watching_load("the steps were timed"):
             self._time_steps(candidates, machine)
         with self._section("difficulty"):
@@ -116,9 +138,9 @@ class _Comparison:
             if settings.data:
                 data = load_npz(settings.data, settings.seed)
             else:
-                data = (
-                    moving_digits(*QUICK_VIDEOS, settings.seed) if settings.quick else moving_digits(seed=settings.seed)
-                )
+                # A GPU is quick with all of them.
+                few = settings.quick and not self.gpu
+                data = moving_digits(*QUICK_VIDEOS, settings.seed) if few else moving_digits(seed=settings.seed)
         self.update(
             data=DataFacts(
                 source=data.name,
@@ -133,8 +155,8 @@ class _Comparison:
         return data
 
     def _measure_machine(self) -> Machine:
-        with self._saying("Measuring FMA peak and copy bandwidth"):
-            machine = measure_machine("cuda" if self.settings.device == "cuda" else "cpu")
+        with self._saying(f"Measuring {'matrix products' if self.gpu else 'FMA peak'} and copy bandwidth"):
+            machine = measure_machine("cuda" if self.gpu else "cpu")
         self.update(machine=machine)
         return machine
 
@@ -150,8 +172,8 @@ class _Comparison:
 
     def _time_steps(self, candidates: list[Candidate], machine: Machine) -> None:
         """Time every path in both allocator states. Pages stay kept until the comparison ends."""
-        if self.settings.device == "cuda" or pages_kept():
-            self._time_in_state(candidates, "kept", machine)
+        if self.gpu or pages_kept():
+            self._time_in_state(candidates, "cached" if self.gpu else "kept", machine)
             return
         self._time_in_state(candidates, "returned", machine)
         kept = self.kept_pages.enter_context(keep_pages())
@@ -159,20 +181,6 @@ class _Comparison:
             self._time_in_state(candidates, "kept", machine)
         else:
             self._note(f"Pages could not be kept here: {kept.reason}.")
-
-    @staticmethod
-    def _paths(chosen: dict[str, list[Layout]], needs: list[Need]) -> list[list[PathSpec]]:
-        """The CNN's paths in the order of the report, each in the layouts that it runs in."""
-        specs = [[PathSpec(path, "cnn", None, layout)] for path, layout in TORCH_PATHS.items()]
-        for name, layouts in chosen.items():
-            specs.append([PathSpec(name, "cnn", name, layout) for layout in layouts])
-            fused = [layout for layout in layouts if fuses(name, needs, layout)]
-            # The readable reference is too slow to be worth more rows.
-            if fused and all(backend.automatic for backend in backends() if name in (backend.name, backend.family)):
-                dense = f"{name} fused, dense backward"
-                specs.append([PathSpec(dense, "cnn", name, layout, True, True) for layout in fused])
-                specs.append([PathSpec(f"{name} fused", "cnn", name, layout, True) for layout in fused])
-        return specs
 
     def _candidates(self, data: Splits, x: Tensor, y: Tensor, specs: list[list[PathSpec]]) -> list[Candidate]:
         """One candidate per path, in the better layout; their gradients are compared with float64's on the way.
@@ -195,10 +203,17 @@ class _Comparison:
                 if several[0].ours and now() >= until:
                     self._leave_out(path)
                     continue
-                say(f"Trying {path}")
-                one = fitted(several, make_cnn, x, y, longest, until)
+                say(f"Trying {path}" + (COMPILING if self.gpu and several[0].ours else ""))
+                try:
+                    one = fitted(several, make_cnn, x, y, longest, until)
+                    self.differences[path] = gradient_difference(one, make_cnn, x, y)
+                except RuntimeError as error:
+                    if not (self.gpu and (several[0].ours or several[0].graph)) or self.settings.backends:
+                        raise
+                    # One kernel that this GPU's compiler refuses should not cost the whole comparison.
+                    self.update(unavailable={**self.result.unavailable, path: f"it failed: {_first_line(error)}"})
+                    continue
                 found.append(one)
-                self.differences[path] = gradient_difference(one, make_cnn, x, y)
                 if one.untried:
                     self._note(f"{path} was tried in {one.spec.layout} only: {self._time_was_over()}.")
         return [*found, lstm]
@@ -210,7 +225,7 @@ class _Comparison:
         return f"the {self.budget.trying:g} s for trying paths were over, which happens on a busy machine"
 
     def _time_in_state(self, candidates: list[Candidate], pages: Pages, machine: Machine) -> None:
-        with self._saying(f"Timing every path, pages {pages}") as say:
+        with self._saying(f"Timing every path{in_state(pages)}") as say:
             timings, profiles = time_paths(
                 candidates, pages, machine, seconds=self.budget.turns, repeats=self.budget.repeats, say=say
             )
@@ -235,7 +250,7 @@ class _Comparison:
             batch_size=settings.batch_size, learning_rate=settings.chosen_learning_rate, seed=settings.seed
         )
         trainer = Trainer(
-            data=data,
+            data=resident(data, settings.device),
             config=replace(config, max_epochs=settings.epochs) if settings.epochs is not None else config,
             device=settings.device,
             pages=pages,
@@ -289,7 +304,8 @@ class _Comparison:
         try:
             yield
         finally:
-            load = busy.disturbance(before, busy.sample(), torch.get_num_threads())
+            # A GPU's step is launched by one thread at a time.
+            load = busy.disturbance(before, busy.sample(), 1 if self.gpu else torch.get_num_threads())
             if load:
                 self._note(
                     f"Other processes kept {load.others:.1f} of {load.cores} cores busy while {what}: "
@@ -301,3 +317,7 @@ class _Comparison:
         """Show what is going on; the value changes the words."""
         with self.console.status(text) as status:
             yield status.update
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -26,9 +26,14 @@ DIGITS_WORDS = (
 def describe(
     name: NetworkName, data: Splits, batch: tuple[Tensor, Tensor], seed: int
 ) -> tuple[NetworkFacts, list[Need]]:
-    """Facts of one network, and the convolution passes that a training step of it on `batch` runs."""
-    x, y = batch
-    model = build(name, data.input_size, data.classes, seed).to(x.device)
+    """Facts of one network, and the convolution passes that a training step of it on `batch` runs.
+
+    It is counted on the CPU, wherever the batch is: the work is the same, and torch has no fake backward pass of
+    cuDNN's LSTM.
+    """
+    device = batch[0].device.type
+    x, y = (part.cpu() for part in batch)
+    model = build(name, data.input_size, data.classes, seed)
     costs = count_model(model, x, lambda logits: torch.nn.functional.cross_entropy(logits, y))
     weights = sum(cost.weights for cost in costs)
     facts = NetworkFacts(
@@ -41,7 +46,7 @@ def describe(
     needs: list[Need] = []
     for cost in costs:
         if cost.problem is not None:
-            problem = ConvProblem.parse(cost.problem).with_(batch=len(x))
+            problem = ConvProblem.parse(cost.problem).with_(batch=len(x), device=device)
             needs += [(problem, pass_) for pass_ in PASSES if pass_ in cost.passes]
     return facts, needs
 

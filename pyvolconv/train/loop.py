@@ -27,6 +27,9 @@ from . import checkpoint
 from .data import Splits, VolumeDataset, batches
 from .progress import TrainingProgress
 
+STEPS_UNREAD = 10
+"""Steps after which losses are read from a GPU: each time, the host waits for it and then it for the host."""
+
 StopReason = Literal["target", "max_epochs", "time_budget", "interrupted", "diverged"]
 
 
@@ -135,23 +138,33 @@ class TrainResult:
         return cls(TrainConfig(**plain["config"]), plain["stopped"], records)
 
 
-def make_optimizer(model: nn.Module, learning_rate: float = TrainConfig.learning_rate) -> torch.optim.Adam:
-    """Adam with torch's defaults, for every network and path."""
-    return torch.optim.Adam(model.parameters(), lr=learning_rate)
+def make_optimizer(
+    model: nn.Module, learning_rate: float = TrainConfig.learning_rate, capturable: bool = False
+) -> torch.optim.Adam:
+    """Adam with torch's defaults, for every network and path; `capturable` for a step that becomes a CUDA graph."""
+    return torch.optim.Adam(model.parameters(), lr=learning_rate, capturable=capturable)
 
 
-def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> tuple[float, int]:
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """One step on a batch: zero_grad, forward, cross-entropy, backward, update.
 
     Returns:
-        (loss, correct): mean loss and number of right answers of the batch, both before the update.
+        (loss, correct): mean loss and number of right answers of the batch, both before the update; scalars on the
+        model's device, for which nobody has waited yet.
     """
     optimizer.zero_grad(set_to_none=True)
     logits = model(x)
     loss = nn.functional.cross_entropy(logits, y)
     loss.backward()
     optimizer.step()
-    return loss.item(), int((logits.detach().argmax(1) == y).sum())
+    return loss.detach(), (logits.detach().argmax(1) == y).sum()
+
+
+def to_device(values: Tensor, device: torch.device, memory_format: torch.memory_format) -> Tensor:
+    """Part of a batch on a device and in a memory order; to a GPU by a copy that the host need not wait for."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True, memory_format=memory_format)
+    return values.to(device, memory_format=memory_format)
 
 
 def train(
@@ -217,12 +230,12 @@ def accuracy(
     """Share of a dataset that a model classifies rightly, 0 to 1; the model is put into evaluation mode."""
     model.eval()
     device = next(model.parameters()).device
-    correct = 0
+    correct = torch.zeros((), dtype=torch.int64, device=device)
     with torch.no_grad():
         for x, y in batches(dataset, batch_size):
-            logits = model(x.to(device, memory_format=memory_format))
-            correct += int((logits.argmax(1).cpu() == y).sum())
-    return correct / len(dataset)
+            logits = model(to_device(x, device, memory_format))
+            correct += (logits.argmax(1) == y.to(device)).sum()
+    return int(correct) / len(dataset)
 
 
 class _Run:
@@ -244,6 +257,8 @@ class _Run:
         self.correct = 0
         self.loss_sum = 0.0
         self.train_seconds = 0.0
+        self.unread: list[tuple[int, Tensor, Tensor]] = []
+        self.most_unread = STEPS_UNREAD if self.device.type == "cuda" else 1
 
     def until_stopped(self, bar: TrainingProgress, checkpoint_path: Path | None) -> StopReason:
         while True:
@@ -266,23 +281,36 @@ class _Run:
         self._start_epoch()
         self.model.train()
         for x, y in batches(self.data.train, self.config.batch_size, self.shuffle):
-            x, y = x.to(self.device, memory_format=self.memory_format), y.to(self.device)
-            loss, correct = training_step(self.model, self.optimizer, x, y)
-            self.samples += len(y)
-            self.loss_sum += loss * len(y)
-            self.correct += correct
-            self.train_seconds = time.perf_counter() - self.epoch_began
-            bar.step(len(y), loss)
-            if not math.isfinite(loss):
+            x = to_device(x, self.device, self.memory_format)
+            y = to_device(y, self.device, torch.contiguous_format)
+            self.unread.append((len(y), *training_step(self.model, self.optimizer, x, y)))
+            if len(self.unread) < self.most_unread:
+                continue
+            if not self._read(bar):
                 return "diverged"
             if self._out_of_time() and self.samples < len(self.data.train):
                 return "time_budget"
+        if not self._read(bar):
+            return "diverged"
         validation_began = time.perf_counter()
         validated = accuracy(self.model, self.data.validation, self.config.batch_size, self.memory_format)
         self.history.append(self._record(validated, time.perf_counter() - validation_began))
         self.samples = 0
         bar.validated(validated)
         return None
+
+    def _read(self, bar: TrainingProgress) -> bool:
+        """Take in what the steps since the last time gave; whether all of their losses are finite."""
+        read = [(samples, float(loss), int(correct)) for samples, loss, correct in self.unread]
+        self.unread.clear()
+        self.train_seconds = time.perf_counter() - self.epoch_began
+        for samples, loss, correct in read:
+            self.samples += samples
+            self.loss_sum += loss * samples
+            self.correct += correct
+        if read:
+            bar.step(sum(samples for samples, _, _ in read), read[-1][1], len(read))
+        return all(math.isfinite(loss) for _, loss, _ in read)
 
     def cut_short(self) -> None:
         """Keep what the unfinished epoch measured, if it measured anything."""
@@ -294,6 +322,7 @@ class _Run:
         self.epoch_began = time.perf_counter()
         self.samples, self.correct = 0, 0
         self.loss_sum, self.train_seconds = 0.0, 0.0
+        self.unread.clear()
 
     def _record(self, validated: float | None, validation_seconds: float) -> EpochRecord:
         return EpochRecord(

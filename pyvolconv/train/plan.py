@@ -80,6 +80,8 @@ FIXED_STEPS = 6
 """Steps that a path takes however short the time is: a warm-up, two turns, one for its memory, two of the profiler."""
 QUICK = Budget(total=46.0, trying=8.0, steps=18.0, repeats=1)
 FULL = Budget(total=270.0, trying=40.0, steps=110.0, repeats=2)
+TRYING_ON_GPU = 240.0
+"""What `trying` is on a GPU, where kernels may have to be compiled; usually it takes some seconds."""
 QUICK_VIDEOS = (256, 128, 128)
 """Videos to train on, to validate and to test in a quick run, which is too short for as many as the full one has."""
 LSTM_SHARE, OURS_SHARE = 0.3, 0.65

@@ -76,14 +76,14 @@ class TrainingProgress:
         self._last = time.perf_counter()
         self._bars.update(self._task, epoch=f"{number}/{self._epochs}")
 
-    def step(self, samples: int, loss: float) -> None:
-        """One training step on `samples` samples has ended with this loss."""
+    def step(self, samples: int, loss: float, steps: int = 1) -> None:
+        """One training step, or some of them, on `samples` samples in all ended with this loss."""
         now = time.perf_counter()
         rate = samples / max(now - self._last, 1e-9)
         self._last = now
         self._loss = _smooth(self._loss, loss)
         self._rate = _smooth(self._rate, rate)
-        self._bars.update(self._task, advance=1, loss=f"{self._loss:.3f}", rate=f"{self._rate:.0f}")
+        self._bars.update(self._task, advance=steps, loss=f"{self._loss:.3f}", rate=f"{self._rate:.0f}")
 
     def validated(self, accuracy: float) -> None:
         """The epoch's validation accuracy, 0 to 1."""

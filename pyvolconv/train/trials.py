@@ -28,10 +28,15 @@ def fitted(
     """The best of some layouts of one path, on as many samples as are expected to take at most `longest_step` seconds.
 
     Each is tried on one sample after a warm-up, in which kernels may be compiled, then on a few, then on all: the first
-    layout in any case, the others and more samples as long as they are fast enough and `now()` is before `until`.
+    layout in any case, the others and more samples as long as they are fast enough and `now()` is before `until`. A GPU
+    takes the whole batch: it is fast enough on every path, and few samples take it as long.
     """
 
     def seconds_per_sample(spec: PathSpec) -> float:
+        if x.is_cuda:
+            probe = candidate(spec, make_model, x, y, x.shape[0])
+            probe.step()
+            return min(_seconds(probe.step) for _ in range(3)) / x.shape[0]
         probe = candidate(spec, make_model, x, y, 1)
         probe.step()
         seconds = _seconds(probe.step)
@@ -48,12 +53,14 @@ def fitted(
             tried[spec] = seconds_per_sample(spec)
     best = min(tried, key=lambda spec: tried[spec])
     samples = x.shape[0]
+    untried = tuple(spec.layout for spec in specs if spec not in tried and spec.layout)
+    if x.is_cuda:
+        return replace(candidate(best, make_model, x, y, samples), untried=untried)
     if tried[best] * samples > SLACK * longest_step and now() < until:
         # Once more: a neighbour on the machine is enough to make a step look slow.
         tried[best] = min(tried[best], seconds_per_sample(best))
     if tried[best] * samples > SLACK * longest_step:
         samples = min(samples, max(1, int(longest_step / tried[best])))
-    untried = tuple(spec.layout for spec in specs if spec not in tried and spec.layout)
     return replace(candidate(best, make_model, x, y, samples), untried=untried)
 
 
@@ -65,7 +72,7 @@ def gradient_difference(one: Candidate, make_model: Callable[[], nn.Module], x: 
     """
     samples = min(one.samples, PROBE_SAMPLES)
     fresh = candidate(one.spec, make_model, x, y, samples)
-    plain = replace(one.spec, backend=None, fused=False, dense_backward=False)
+    plain = replace(one.spec, backend=None, fused=False, dense_backward=False, tf32=None, graph=False)
     exact = candidate(plain, lambda: make_model().double(), x.double(), y, samples)
     gradients = []
     for path in (fresh, exact):
