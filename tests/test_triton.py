@@ -7,15 +7,13 @@ have many of them, and the dtypes are those that only this path has.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from pyvolconv.backends.triton_implicit_gemm import TritonImplicitGemm
 from pyvolconv.problem import PASSES, ConvProblem
+
+from .hopper import compile_on
 
 pytest.importorskip("triton")
 
@@ -161,37 +159,9 @@ def test_tf32_follows_torchs_switch_on_cuda_only():
 
 
 COMPILE = """
-import sys, torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from pyvolconv.kernels.triton_forward import forward
 from pyvolconv.kernels.triton_grad_input import grad_input
 from pyvolconv.kernels.triton_grad_weight import grad_weight
-
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-
-def compiled(launch):
-    # What triton.jit does at a call: 1 becomes a constant, multiples of 16 are noted, tensors are aligned.
-    constants, attributes = {}, {}
-    def describe(value, path):
-        if isinstance(value, tuple):
-            return tuple(describe(item, (*path, position)) for position, item in enumerate(value))
-        if not isinstance(value, torch.Tensor) and value == 1:
-            constants[path] = 1
-            return "constexpr"
-        if isinstance(value, torch.Tensor) or value % 16 == 0:
-            attributes[path] = [["tt.divisibility", 16]]
-        return POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32" if value < 2**31 else "i64"
-    signature = {}
-    for position, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr:
-            signature[parameter.name] = "constexpr"
-            constants[(position,)] = value
-        else:
-            signature[parameter.name] = describe(value, (position,))
-    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
 
 def compile_all(dtype, channels, out_channels, stride, groups, layout, precision):
     memory_format = getattr(torch, layout)
@@ -228,13 +198,7 @@ HOPPER = {
 @pytest.mark.slow
 def test_compiles_for_hopper_without_a_gpu(tmp_path):
     """Down to machine code for compute capability 9.0; 16-bit and TF32 products run on its tensor cores."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILE, *HOPPER], capture_output=True, text=True, timeout=600, env=environment
-    )
-    assert result.returncode == 0, result.stderr
-    lines = [line.split() for line in result.stdout.splitlines()]
+    lines = compile_on(COMPILE, HOPPER, tmp_path)
     names = ["forward_kernel", "grad_input_kernel", "grad_weight_kernel", "add_partials_kernel"]
     assert [name for name, _, _ in lines] == names * len(HOPPER)
     on_tensor_cores = [on for on in HOPPER.values() for _ in names]

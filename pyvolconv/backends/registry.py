@@ -16,12 +16,14 @@ from .cpp_winograd import CppWinograd
 from .gemm import GemmBackend
 from .im2col import Im2colBackend
 from .numba import NumbaBackend
+from .triton_depthwise import TritonDepthwise
 from .triton_implicit_gemm import TritonImplicitGemm
 from .triton_tma import TritonTma
 
 REGISTRY: tuple[Backend, ...] = (
     GemmBackend(),
     TritonTma(),
+    TritonDepthwise(),
     TritonImplicitGemm(),
     CppDirect(),
     CppWinograd(),
