@@ -12,6 +12,7 @@ COMPILED = """
 import sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
 
@@ -19,6 +20,10 @@ def compiled(launch):
     # What triton.jit does at a call: 1 becomes a constant, multiples of 16 are noted, tensors are aligned.
     constants, attributes = {}, {}
     def describe(value, path):
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
+        if isinstance(value, float):
+            return "fp32"
         if isinstance(value, tuple):
             return tuple(describe(item, (*path, position)) for position, item in enumerate(value))
         if not isinstance(value, torch.Tensor) and value == 1:

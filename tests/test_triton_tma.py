@@ -11,6 +11,8 @@ from pyvolconv.backends.triton_tma import TritonTma
 from pyvolconv.backends.triton_tma_ways import Way
 from pyvolconv.problem import PASSES, ConvProblem
 
+from .hopper import compile_on
+
 pytest.importorskip("triton")
 
 BACKEND = TritonTma()
@@ -125,3 +127,52 @@ def test_says_what_it_cannot_run(monkeypatch):
     reason = "out_channels=12: rows of 24 bytes are no multiple of 16"
     assert BACKEND.unsupported_reasons(narrow, "grad_input")[-1:] == [reason]
     assert reason not in BACKEND.unsupported_reasons(narrow, "forward"), "results are written without a descriptor"
+
+
+COMPILE = """
+from pyvolconv.kernels.triton_blocks import Blocks
+from pyvolconv.kernels.triton_tma import forward, grad_input
+from pyvolconv.kernels.triton_tma_grad_weight import grad_weight
+
+def loop_of(ttgir):
+    # What the innermost loop with a product does, in order.
+    body = max(ttgir.split("scf.for")[1:], key=lambda part: "warp_group_dot" in part.split("scf.yield")[0])
+    body = body.split("scf.yield")[0]
+    places = {name: body.find(name) for name in ("wait_barrier", "warp_group_dot ", "async_tma_copy")}
+    return "-".join(name.strip() for name in sorted(places, key=places.get) if places[name] >= 0)
+
+for case in sys.argv[1:]:
+    dtype, layout, size, blocks, precision = eval(case)
+    memory_format = getattr(torch, layout)
+    def tensor(*shape):
+        return torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
+    x, weight = tensor(2, 128, *size), tensor(128, 128, 3, 3, 3)
+    ones, blocks = (1, 1, 1), Blocks.parse(blocks)
+    for launches in (
+        forward(x, weight, None, ones, ones, x, blocks, 1, precision),
+        grad_input(x, weight, ones, ones, x, blocks, 2, precision),
+        grad_weight(x, x, ones, ones, weight, blocks, 0, precision),
+    ):
+        code = compiled(launches[0])
+        print("wgmma.mma_async" in code.asm["ptx"], code.metadata.shared, loop_of(code.asm["ttgir"]))
+"""
+
+HOPPER = [
+    "(torch.bfloat16, 'channels_last_3d', (8, 32, 64), 'm128n128k64w8s4', 'ieee')",
+    "(torch.float16, 'channels_last_3d', (6, 7, 9), 'm128n64k64w4s4', 'ieee')",
+    "(torch.bfloat16, 'contiguous_format', (8, 32, 64), 'm128n128k64w8s4', 'ieee')",
+    "(torch.float32, 'channels_last_3d', (8, 32, 64), 'm128n128k32w8s4', 'tf32')",
+]
+
+
+@pytest.mark.slow
+def test_operands_are_fetched_ahead_on_hopper(tmp_path):
+    """Compiled without a GPU: on tensor cores, in the shared memory there is, and a step waits for what an earlier one
+    began to fetch. One branch in the loop is enough for Triton to fetch and wait in the same step.
+    """
+    rows = compile_on(COMPILE, HOPPER, tmp_path)
+    assert len(rows) == 3 * len(HOPPER)
+    for tensor_core, shared_bytes, loop in rows:
+        assert tensor_core == "True"
+        assert int(shared_bytes) <= 227 * 1024
+        assert loop == "wait_barrier-warp_group_dot-async_tma_copy"
