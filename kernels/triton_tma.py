@@ -18,6 +18,7 @@ results in order, so bits are the same at every run.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import triton
@@ -32,6 +33,7 @@ from .triton_epilogue import NO_EPILOGUE, Epilogue, apply_epilogue
 Triple = tuple[int, int, int]
 
 
+@lru_cache(maxsize=4096)
 def box_of(size: tuple[int, ...], voxels: int) -> Triple:
     """The box of `voxels` voxels, a power of two on each axis, that covers `size` with the least surplus.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..problem import DTYPE_BYTES, ConvProblem, Pass, Size3
@@ -79,10 +80,11 @@ class _Product(NamedTuple):
     batch: int
 
 
-def ways(problem: ConvProblem, pass_: Pass) -> list[Way]:
+@lru_cache(maxsize=4096)
+def ways(problem: ConvProblem, pass_: Pass) -> tuple[Way, ...]:
     """Those that are worth timing, the one that is expected to be fastest first."""
     every = {way: seconds(problem, pass_, way) for way in _possible(problem, pass_)}
-    return sorted(every, key=lambda way: every[way])[:MOST_WAYS]
+    return tuple(sorted(every, key=lambda way: every[way])[:MOST_WAYS])
 
 
 def seconds(problem: ConvProblem, pass_: Pass, way: Way) -> float:
