@@ -1,6 +1,7 @@
 """Hand-written 3-D convolution for PyTorch, and the instrument that shows where its cost goes.
 
 conv3d, conv_transpose3d        functions, as in torch.nn.functional
+conv3d_activation               convolution, residual and activation in one pass
 conv3d_max_pool                 convolution, activation and max-pool in one pass
 Conv3d, ConvTranspose3d         modules, as in torch.nn; also LazyConv3d, LazyConvTranspose3d
 InstanceNorm3d                  torch.nn's, in inference by torch's faster way
@@ -17,6 +18,7 @@ keep_pages()                    stop glibc from returning freed pages between st
 from __future__ import annotations
 
 from .accelerate import accelerate, revert
+from .activation_functional import conv3d_activation
 from .cost.pages import keep_pages
 from .decompositions import decompositions
 from .dispatch import backends, set_precision, use_backend
@@ -42,6 +44,7 @@ __all__ = [
     "accelerate",
     "backends",
     "conv3d",
+    "conv3d_activation",
     "conv3d_max_pool",
     "conv_transpose3d",
     "decompositions",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import fused_ops, ops
+from . import activation_ops, fused_ops, ops
 
 NOT_TRANSPOSED = (False, [0, 0, 0])
 
@@ -36,6 +36,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         ops.conv3d: _conv3d,
         ops.conv3d_grad_input: _conv3d_grad_input,
         ops.conv3d_grad_weight: _conv3d_grad_weight,
+        activation_ops.conv3d_activation: activation_ops.put_together_conv3d_activation,
         fused_ops.conv3d_max_pool: fused_ops.put_together_conv3d_max_pool,
         fused_ops.conv3d_max_pool_grad_input: fused_ops.put_together_grad_input,
         fused_ops.conv3d_max_pool_grad_weight: fused_ops.put_together_grad_weight,

@@ -107,11 +107,11 @@ class MaxPool:
 
 
 def check_activation(activation: str, negative_slope: float) -> None:
-    """Whether an activation can stand in front of a pool in the same pass.
+    """Whether an activation can be part of a pass.
 
     Raises:
         ValueError: it is none of `ACTIVATIONS`, or the slope of leaky_relu is negative or not finite: the sign of a
-            pooled value would not say any more which side it came from.
+            value would not say any more which side it came from.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} must be one of {ACTIVATIONS}")

@@ -23,18 +23,19 @@ from .ops import library
 from .transforms import autocast_kernel, flops_conv3d, flops_conv3d_grad_input, flops_conv3d_grad_weight
 
 
-def _fold(tensor: Tensor, axis: int | None, into: int, size: int) -> Tensor:
+def fold(tensor: Tensor, axis: int | None, into: int, size: int) -> Tensor:
     """A mapped axis b in front of axis `into`, as one axis (b, into); an unmapped tensor is repeated."""
     mapped = tensor.expand(size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
     return mapped.movedim(0, into).flatten(into, into + 1)
 
 
-def _unfold(tensor: Tensor, size: int, axis: int) -> Tensor:
+def unfold(tensor: Tensor, size: int, axis: int) -> Tensor:
     """The inverse: the mapped axis leads."""
     return torch.unflatten(tensor, axis, (size, -1)).movedim(axis, 0)
 
 
-def _more_groups(sizes: Sequence[Any], factor: int) -> tuple[Any, ...]:
+def more_groups(sizes: Sequence[Any], factor: int) -> tuple[Any, ...]:
+    """(stride, padding, dilation, groups, ...) with `factor` times the groups."""
     return (*sizes[:3], sizes[3] * factor, *sizes[4:])
 
 
@@ -44,12 +45,12 @@ def _vmap_conv3d_max_pool(
     x_axis, weight_axis, bias_axis, *_ = in_dims
     size = info.batch_size
     if weight_axis is None and bias_axis is None:
-        results, axis = conv3d_max_pool(_fold(x, x_axis, 0, size), weight, bias, *sizes), 0
+        results, axis = conv3d_max_pool(fold(x, x_axis, 0, size), weight, bias, *sizes), 0
     else:
-        x, weight = _fold(x, x_axis, 1, size), _fold(weight, weight_axis, 0, size)
-        bias = None if bias is None else _fold(bias, bias_axis, 0, size)
-        results, axis = conv3d_max_pool(x, weight, bias, *_more_groups(sizes, size)), 1
-    value, code = (_unfold(result, size, axis) for result in results)
+        x, weight = fold(x, x_axis, 1, size), fold(weight, weight_axis, 0, size)
+        bias = None if bias is None else fold(bias, bias_axis, 0, size)
+        results, axis = conv3d_max_pool(x, weight, bias, *more_groups(sizes, size)), 1
+    value, code = (unfold(result, size, axis) for result in results)
     return (value, code), (0, 0)
 
 
@@ -59,19 +60,19 @@ def _vmap_conv3d_max_pool_grad_input(
     grad_axis, code_axis, weight_axis, *_ = in_dims
     size = info.batch_size
     into = 0 if weight_axis is None else 1
-    grad, code = _fold(grad, grad_axis, into, size), _fold(code, code_axis, into, size)
+    grad, code = fold(grad, grad_axis, into, size), fold(code, code_axis, into, size)
     if weight_axis is not None:
-        weight, sizes = _fold(weight, weight_axis, 0, size), _more_groups(sizes, size)
-    return _unfold(conv3d_max_pool_grad_input(grad, code, weight, input_size, *sizes), size, into), 0
+        weight, sizes = fold(weight, weight_axis, 0, size), more_groups(sizes, size)
+    return unfold(conv3d_max_pool_grad_input(grad, code, weight, input_size, *sizes), size, into), 0
 
 
 def _vmap_conv3d_max_pool_grad_weight(
     info: Any, in_dims: Sequence[Any], grad: Tensor, code: Tensor, x: Tensor, kernel_size: Any, bias: bool, *sizes: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     size = info.batch_size
-    operands = [_fold(tensor, axis, 1, size) for tensor, axis in zip((grad, code, x), in_dims, strict=False)]
-    results = conv3d_max_pool_grad_weight(*operands, kernel_size, bias, *_more_groups(sizes, size))
-    of_weight, of_bias = (_unfold(result, size, 0) for result in results)
+    operands = [fold(tensor, axis, 1, size) for tensor, axis in zip((grad, code, x), in_dims, strict=False)]
+    results = conv3d_max_pool_grad_weight(*operands, kernel_size, bias, *more_groups(sizes, size))
+    of_weight, of_bias = (unfold(result, size, 0) for result in results)
     return (of_weight, of_bias), (0, 0)
 
 

@@ -177,7 +177,8 @@ def kernel_of(operator: Any) -> Callable[..., Tensor]:
     return _KERNELS[operator]
 
 
-def _fake_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+def fake_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    """A tensor with the shape and strides of the operator's result; of symbolic sizes too."""
     stride, padding, dilation, _ = geometry
     size = [
         (
@@ -210,7 +211,7 @@ _KERNELS: dict[Any, Callable[..., Tensor]] = {
     conv3d_grad_weight: _run_conv3d_grad_weight,
 }
 for _operator, _fake in (
-    (conv3d, _fake_conv3d),
+    (conv3d, fake_conv3d),
     (conv3d_grad_input, _fake_conv3d_grad_input),
     (conv3d_grad_weight, _fake_conv3d_grad_weight),
 ):

@@ -23,11 +23,13 @@ FLOORS = (
     ("dispatch",),
     ("ops", "fused_voxels", "ordinary", "arguments", "elsewhere"),
     ("fused_ops",),
+    ("activation_ops",),
     ("derivatives", "transforms", "decompositions"),
-    ("fused_derivatives", "fused_transforms"),
+    ("fused_derivatives", "fused_transforms", "activation_derivatives"),
+    ("activation_transforms",),
     ("shortcut", "cost", "candidates"),
     ("functional",),
-    ("fused_functional", "nn", "patch"),
+    ("fused_functional", "activation_functional", "nn", "patch"),
     ("chains", "straight_forward"),
     ("fused_graph",),
     ("fusion", "autotune", "example_run"),
@@ -102,7 +104,7 @@ def test_only_the_dispatcher_and_the_operators_know_backends(module):
             # The machine's FMA peak is measured by the compiled part too.
             assert _unit(module) in ("backends", "cost"), f"{module} imports {target}"
         if _unit(target) == "backends":
-            knowing = ("backends", "tuned", "dispatch", "ops", "fused_ops", "shortcut", "candidates")
+            knowing = ("backends", "tuned", "dispatch", "ops", "fused_ops", "activation_ops", "shortcut", "candidates")
             assert _unit(module) in knowing, f"{module} imports {target}"
 
 

@@ -6,7 +6,9 @@ Contract, relied on by every backend and kept by `pyvolconv.ops`:
   "ndhwc" (a weight is then stored as (C_out, K_d, K_h, K_w, C_in / groups)); bias is a dense vector;
 - dtype and device of every tensor are the problem's; no size is zero; nothing requires grad;
 - a pass returns a new dense tensor in `problem.layout` and never writes to an argument;
-- `forward` adds `bias` exactly when `problem.bias` is set.
+- `forward` adds `bias` exactly when `problem.bias` is set;
+- `forward_epilogue` is `forward`, then a residual is added, then an activation applied: the residual lies dense like the
+  result; dtypes are floating-point. It may round once, or after each of the three.
 
 A problem with a pool asks for the fused passes (`forward_max_pool` and its gradients), which a backend may have:
 
@@ -26,17 +28,29 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..epilogue import Activation
 from ..problem import ConvProblem, Pass
 
 Self = TypeVar("Self", bound="Backend")
 
 MEMORY_FORMAT = {"ncdhw": torch.contiguous_format, "ndhwc": torch.channels_last_3d}
+
+_ACTIVATE_IN_PLACE: dict[Activation, Callable[[Tensor, float], Tensor]] = {
+    "none": lambda y, slope: y,
+    "relu": lambda y, slope: F.relu(y, inplace=True),
+    "leaky_relu": lambda y, slope: F.leaky_relu(y, slope, inplace=True),
+    "silu": lambda y, slope: F.silu(y, inplace=True),
+    "gelu": lambda y, slope: torch.ops.aten.gelu_.default(y),
+    "gelu_tanh": lambda y, slope: torch.ops.aten.gelu_.default(y, approximate="tanh"),
+}
 
 
 @dataclass(frozen=True)
@@ -108,6 +122,20 @@ class Backend(ABC):
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
         """dL/dw of shape `problem.weight_shape`."""
 
+    def forward_epilogue(
+        self,
+        problem: ConvProblem,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: Activation,
+        negative_slope: float,
+        residual: Tensor | None,
+    ) -> Tensor:
+        """activation(y + residual), of shape `problem.output_shape`; `problem` is that of `forward`."""
+        y = self.forward(problem, x, weight, bias)
+        return activate_in_place(y if residual is None else y.add_(residual), activation, negative_slope)
+
     @property
     def label(self) -> str:
         """What times are kept under and messages say: "name", or "name@configuration"."""
@@ -167,6 +195,11 @@ class Backend(ABC):
 
         The FLOPs are those of direct convolution, so an algorithm with fewer may exceed 1.
         """
+
+
+def activate_in_place(y: Tensor, activation: Activation, negative_slope: float) -> Tensor:
+    """The activation of a result that nobody else has, in its place."""
+    return _ACTIVATE_IN_PLACE[activation](y, negative_slope)
 
 
 _SHAPES = {

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..epilogue import Activation
 from ..problem import ConvProblem, Pass
 from .base import MEMORY_FORMAT, Accuracy, Backend, empty
 from .cuda_peak import arithmetic
 from .triton_support import device_of, interpreter_asked
+
+if TYPE_CHECKING:
+    from ..kernels.triton_epilogue import Epilogue
 
 RESULT = {"forward": "output", "grad_input": "input", "grad_weight": "weight"}
 OPERANDS = {
@@ -30,11 +34,35 @@ class TritonLaunches(Backend):
     family: ClassVar[str] = "triton"
 
     @abstractmethod
-    def launches(self, problem: ConvProblem, pass_: Pass, operands: list[Tensor | None], result: Tensor) -> list[Any]:
-        """What writes a pass of the operands (of forward with the bias, or None, last) into the result, in order."""
+    def launches(
+        self,
+        problem: ConvProblem,
+        pass_: Pass,
+        operands: list[Tensor | None],
+        result: Tensor,
+        epilogue: Epilogue | None = None,
+    ) -> list[Any]:
+        """What writes a pass of the operands (of forward with the bias, or None, last) into the result, in order.
+
+        `epilogue` is of forward only.
+        """
 
     def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._run(problem, "forward", [x, weight, bias])
+
+    def forward_epilogue(
+        self,
+        problem: ConvProblem,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: Activation,
+        negative_slope: float,
+        residual: Tensor | None,
+    ) -> Tensor:
+        from ..kernels.triton_epilogue import Epilogue
+
+        return self._run(problem, "forward", [x, weight, bias], Epilogue(activation, negative_slope, residual))
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
         return self._run(problem, "grad_input", [grad_output, weight])
@@ -42,10 +70,12 @@ class TritonLaunches(Backend):
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
         return self._run(problem, "grad_weight", [grad_output, x])
 
-    def _run(self, problem: ConvProblem, pass_: Pass, operands: list[Tensor | None]) -> Tensor:
+    def _run(
+        self, problem: ConvProblem, pass_: Pass, operands: list[Tensor | None], epilogue: Epilogue | None = None
+    ) -> Tensor:
         result = empty(problem, RESULT[pass_], like=operands[0])  # type: ignore[arg-type]
         with device_of(result):
-            for launch in self.launches(problem, pass_, operands, result):
+            for launch in self.launches(problem, pass_, operands, result, epilogue):
                 launch.run()
         return result
 

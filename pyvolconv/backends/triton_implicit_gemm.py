@@ -7,7 +7,7 @@ compiled or interpreted (TRITON_INTERPRET=1), for the rest of the process.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -16,6 +16,9 @@ from . import cuda_peak
 from .triton_base import CALL_SECONDS, multiplication
 from .triton_pooled import PooledLaunches, pooled_configurations, share_of_products_needed
 from .triton_support import geometry, missing_here
+
+if TYPE_CHECKING:
+    from ..kernels.triton_epilogue import Epilogue
 
 GATHERED_PER_SECOND = 3e12
 """Values of a large GPU that its threads gather one by one."""
@@ -29,7 +32,14 @@ class TritonImplicitGemm(PooledLaunches):
     def unsupported_reasons(self, problem: ConvProblem, pass_: Pass) -> list[str]:
         return missing_here(problem)
 
-    def launches(self, problem: ConvProblem, pass_: Pass, operands: list[Tensor | None], result: Tensor) -> list[Any]:
+    def launches(
+        self,
+        problem: ConvProblem,
+        pass_: Pass,
+        operands: list[Tensor | None],
+        result: Tensor,
+        epilogue: Epilogue | None = None,
+    ) -> list[Any]:
         from ..kernels.triton_blocks import Blocks
         from ..kernels.triton_forward import forward
         from ..kernels.triton_grad_input import grad_input
@@ -37,7 +47,10 @@ class TritonImplicitGemm(PooledLaunches):
 
         make: Any = {"forward": forward, "grad_input": grad_input, "grad_weight": grad_weight}[pass_]
         blocks = Blocks.parse(self.configuration) if self.configuration else None
-        made: list[Any] = make(*operands, *geometry(problem), result, **multiplication(problem), blocks=blocks)
+        options = multiplication(problem)
+        if epilogue is not None:
+            options["epilogue"] = epilogue
+        made: list[Any] = make(*operands, *geometry(problem), result, **options, blocks=blocks)
         return made
 
     def configurations(self, problem: ConvProblem, pass_: Pass) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from . import cuda_peak
 from .triton_base import CALL_SECONDS, TritonLaunches, input_precision, multiplication
 from .triton_support import geometry, missing_here
 from .triton_tma_ways import Way, seconds, ways
+
+if TYPE_CHECKING:
+    from ..kernels.triton_epilogue import Epilogue
 
 
 class TritonTma(TritonLaunches):
@@ -36,7 +39,14 @@ class TritonTma(TritonLaunches):
                 reasons.append(f"{name}={channels}: rows of {channels * bytes_} bytes are no multiple of 16")
         return reasons
 
-    def launches(self, problem: ConvProblem, pass_: Pass, operands: list[Tensor | None], result: Tensor) -> list[Any]:
+    def launches(
+        self,
+        problem: ConvProblem,
+        pass_: Pass,
+        operands: list[Tensor | None],
+        result: Tensor,
+        epilogue: Epilogue | None = None,
+    ) -> list[Any]:
         from ..kernels import triton_tma
         from ..kernels.triton_tma_grad_weight import grad_weight
         from ..kernels.triton_transpose import channels_last
@@ -59,7 +69,10 @@ class TritonTma(TritonLaunches):
             return [*before, *grad_weight(first, second, *sizes, **multiplication(problem))]
         if pass_ == "grad_input":
             return [*before, *triton_tma.grad_input(first, second, *sizes, **multiplication(problem))]
-        return [*before, *triton_tma.forward(first, second, *bias, *sizes, **multiplication(problem))]
+        options = multiplication(problem)
+        if epilogue is not None:
+            options["epilogue"] = epilogue
+        return [*before, *triton_tma.forward(first, second, *bias, *sizes, **options)]
 
     def configurations(self, problem: ConvProblem, pass_: Pass) -> tuple[str, ...]:
         return tuple(map(str, ways(problem, pass_)[1:])) if problem.device == "cuda" else ()

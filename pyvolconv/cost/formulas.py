@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -92,6 +93,14 @@ def _conv3d(args: Sequence[Any], result: Tensor, is_weight: IsWeight) -> Operato
     layout = layout_of(x, weight)
     problem = conv3d_problem(x.shape, weight.shape, tuple(geometry), x, layout, bias is not None)
     return _conv(_whole("forward", problem, weight))
+
+
+def _conv3d_activation(args: Sequence[Any], result: Tensor, is_weight: IsWeight) -> OperatorCost:
+    *operands, _, _, residual = args
+    (work,) = _conv3d(operands, result, is_weight).works
+    if residual is None:
+        return _conv(work)
+    return _conv(replace(work, flops=work.flops + result.numel(), min_bytes=work.min_bytes + tensor_bytes(residual)))
 
 
 def _conv3d_grad_input(args: Sequence[Any], result: Tensor, is_weight: IsWeight) -> OperatorCost:
@@ -183,6 +192,7 @@ FORMULAS: dict[str, Formula] = {
     "aten::convolution": _convolution,
     "aten::convolution_backward": _convolution_backward,
     "pyvolconv::conv3d": _conv3d,
+    "pyvolconv::conv3d_activation": _conv3d_activation,
     "pyvolconv::conv3d_grad_input": _conv3d_grad_input,
     "pyvolconv::conv3d_grad_weight": _conv3d_grad_weight,
     "aten::mm": _product(0),
