@@ -29,11 +29,10 @@ class ActivationFunction(LevelFunction):
     @staticmethod
     def forward(ctx: Any, below: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         y: Tensor = inside_node(conv3d_activation, below, (x, weight, bias, *rest))
-        *ctx.geometry, activation, ctx.slope, _ = rest
-        relu = y if activation == "relu" else None
-        positive = y > 0 if activation == "leaky_relu" else None
-        ctx.save_for_backward(x, weight, relu, positive)
-        ctx.save_for_forward(x, weight, relu, positive)
+        *ctx.geometry, ctx.activation, ctx.slope, _ = rest
+        kept = y > 0 if ctx.activation == "leaky_relu" else y if ctx.activation == "relu" else None
+        ctx.save_for_backward(x, weight, kept)
+        ctx.save_for_forward(x, weight, kept)
         ctx.set_materialize_grads(False)
         ctx.forced_backend = forced_backend()
         return y
@@ -42,11 +41,11 @@ class ActivationFunction(LevelFunction):
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is None:
             return (None,) * 11
-        x, weight, relu, positive = ctx.saved_tensors
+        x, weight, kept = ctx.saved_tensors
         _, needs_x, needs_weight, needs_bias, *_, needs_residual = ctx.needs_input_grad
         needs_x, needs_weight = asked_for(ctx, needs_x, needs_weight)
         with as_in_forward(ctx):
-            grad = _through_activation(grad, relu, positive, ctx.slope)
+            grad = _through_activation(grad, kept, ctx)
             return (
                 None,
                 CONV3D.grad_first(x, weight, grad, ctx.geometry) if needs_x else None,
@@ -59,7 +58,7 @@ class ActivationFunction(LevelFunction):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         _, x_tangent, weight_tangent, bias_tangent, *_, residual_tangent = tangents
-        x, weight, relu, positive = ctx.saved_tensors
+        x, weight, kept = ctx.saved_tensors
         terms = []
         if x_tangent is not None:
             terms.append(conv3d(x_tangent, weight, None, *ctx.geometry))
@@ -71,15 +70,19 @@ class ActivationFunction(LevelFunction):
             if not terms:
                 terms.append(torch.zeros_like(conv3d(x, weight, None, *ctx.geometry)))
             terms.append(bias_tangent.view(-1, 1, 1, 1))
-        return _through_activation(sum(terms[1:], start=terms[0]), relu, positive, ctx.slope)
+        return _through_activation(sum(terms[1:], start=terms[0]), kept, ctx)
 
 
-def _through_activation(grad: Tensor, relu: Tensor | None, positive: Tensor | None, slope: float) -> Tensor:
+def _through_activation(grad: Tensor, kept: Tensor | None, ctx: Any) -> Tensor:
     """A gradient of the result as one of what the activation is applied to; a tangent the other way."""
-    if relu is not None:
-        # Of its sign alone, which has no derivative.
-        return torch.ops.aten.threshold_backward.default(grad, relu.detach(), 0)  # type: ignore[no-any-return]
-    return grad if positive is None else torch.where(positive, grad, grad * slope)
+    if kept is None:
+        return grad
+    if ctx.activation == "relu":
+        # It looks at the sign alone, which has no derivative.
+        scaled = torch.ops.aten.threshold_backward.default(grad, kept.detach(), 0)
+    else:
+        scaled = torch.ops.aten.leaky_relu_backward.default(grad, kept, ctx.slope, False)
+    return scaled  # type: ignore[no-any-return]
 
 
 def _node(keyset: Any, *args: Any) -> Any:

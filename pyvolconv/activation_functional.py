@@ -14,7 +14,7 @@ from . import activation_transforms as activation_transforms
 from .activation_derivatives import ActivationFunction
 from .activation_ops import conv3d_activation as operator
 from .activation_ops import run_activation
-from .arguments import Sizes, conv3d_arguments
+from .arguments import Padding, Sizes, conv3d_arguments
 from .autocast import dtype_in_autocast, is_hidden_by_vmap, outside_autocast
 from .elsewhere import is_recorded_for_elsewhere
 from .epilogue import KEEPS_PREACTIVATION, NEGATIVE_SLOPE, Activation, check_activation
@@ -29,7 +29,7 @@ def conv3d_activation(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Sizes = 1,
-    padding: str | Sizes = 0,
+    padding: Padding = 0,
     dilation: Sizes = 1,
     groups: int = 1,
     *,
@@ -94,23 +94,25 @@ def _by_the_operator(
     negative_slope: float,
     residual: Tensor | None,
 ) -> Tensor:
+    y: Tensor
     check_activation(activation, negative_slope)
     args = None if is_recorded_for_elsewhere() else conv3d_arguments(input, weight, bias, *geometry)
     if args is None or not dtype_in_autocast(input).is_floating_point or not _fits(residual, input, weight, args):
         y = conv3d(input, weight, bias, *geometry)
         return APPLY[activation](y if residual is None else y + residual, negative_slope)
-    if input.dim() == 5:
-        return operator(input, weight, bias, *args, activation, negative_slope, residual)  # type: ignore[no-any-return]
-    residual = None if residual is None else residual.unsqueeze(0)
-    y = operator(input.unsqueeze(0), weight, bias, *args, activation, negative_slope, residual)
-    return y.squeeze(0)
+    batched = input if input.dim() == 5 else input.unsqueeze(0)
+    residual = residual.unsqueeze(0) if residual is not None and input.dim() == 4 else residual
+    y = operator(batched, weight, bias, *args, activation, negative_slope, residual)
+    return y if input.dim() == 5 else y.squeeze(0)
 
 
 def _fits(residual: Tensor | None, input: Tensor, weight: Tensor, args: tuple[Any, ...]) -> bool:
     """Whether the residual of a convolution that `conv3d_arguments` took has its result's shape and dtype."""
     if residual is None:
         return True
-    if not isinstance(residual, Tensor) or residual.is_nested or is_traceable_wrapper_subclass(residual):
+    # DTensor and its like know what torch's operators do with what they hold.
+    holds_others = is_traceable_wrapper_subclass(residual)
+    if not isinstance(residual, Tensor) or residual.is_nested or holds_others:
         return False
     shape = (*input.shape[:-4], weight.shape[0], *dense_size(input.shape[-3:], weight.shape[2:], args))
     is_alike = residual.dtype == dtype_in_autocast(input) and residual.device == input.device

@@ -35,7 +35,7 @@ def _run_conv3d_activation(x: Tensor, weight: Tensor, bias: Tensor | None, *rest
     if x.numel() == 0 or weight.numel() == 0:
         y = kernel_of(conv3d)(x, weight, bias, *geometry)
         return activate_in_place(y if residual is None else y.add_(residual), activation, slope)
-    problem = conv3d_problem(x.shape, weight.shape, tuple(geometry), x, layout, bias is not None)  # type: ignore[arg-type]
+    problem = conv3d_problem(x.shape, weight.shape, tuple(geometry), x, layout, bias is not None)
     x, weight = x.contiguous(memory_format=memory_format), weight.contiguous(memory_format=memory_format)
     bias = None if bias is None else bias.contiguous()
     return run_activation(problem, x, weight, bias, activation, slope, residual)

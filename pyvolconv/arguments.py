@@ -14,6 +14,7 @@ from .autocast import dtype_in_autocast
 from .problem import DTYPE_BYTES
 
 Sizes = int | Sequence[int]
+Padding = str | Sizes | Sequence[Sequence[int]]
 
 LARGEST = 2**63 - 1
 """What counts voxels, in torch and in the kernels, goes this far."""
@@ -34,6 +35,18 @@ def triple(value: Any) -> tuple[int, int, int] | None:
     if len(sizes) == 1:
         return sizes * 3
     return sizes if len(sizes) == 3 else None
+
+
+def padding_of_pairs(padding: Any) -> tuple[int, ...] | None:
+    """Six numbers, none negative, out of three pairs (begin, end); None for anything else."""
+    if not isinstance(padding, (tuple, list)) or len(padding) != 3:
+        return None
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in padding):
+        return None
+    begins, ends = triple([pair[0] for pair in padding]), triple([pair[1] for pair in padding])
+    if begins is None or ends is None or min(*begins, *ends) < 0:
+        return None
+    return tuple(side for pair in zip(begins, ends, strict=True) for side in pair)
 
 
 def _are_operands(input: Any, weight: Any, bias: Any, out_channels_axis: int, groups: Any) -> bool:
@@ -71,10 +84,11 @@ def conv3d_arguments(
         return None
     kernel_size, input_size = weight.shape[2:], input.shape[-3:]
     padded = []
+    pairs: Sequence[int] | None = padding_of_pairs(padding)
     if padding == "same" and stride == (1, 1, 1):
         totals = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
         pairs = [side for total in totals for side in (total // 2, total - total // 2)]
-    else:
+    elif pairs is None:
         sides = (0, 0, 0) if padding == "valid" else triple(padding)
         if sides is None or min(sides) < 0:
             return None

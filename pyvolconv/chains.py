@@ -4,9 +4,9 @@ Modules are given in the order in which they are called, each fed with what the 
 chain starts at a convolution and goes on as long as the next module is the next link and nothing forbids it. It runs as
 
     with a pool      conv3d_max_pool, the activation inside
-    without          conv3d, then ReLU in place (the convolution's result is nobody else's), or LeakyReLU where no
-                     gradient is kept or the module is `inplace`, or any other activation as it is: its derivative
-                     needs what it was applied to, so no pass could be saved
+    without          on CUDA conv3d_activation; on the CPU, where the result is still in cache, conv3d, then ReLU in
+                     place (the convolution's result is nobody else's), or LeakyReLU where no gradient is kept or the
+                     module is `inplace`, or any other activation as it is
 
 A BatchNorm3d in eval mode is an affine map per channel, folded into the convolution's weight and bias at every call:
 both are small, gradients reach every parameter, and nothing can be out of date. Everything that may change between
@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from .activation_functional import conv3d_activation
 from .arguments import triple
 from .elsewhere import is_recorded_for_elsewhere
-from .epilogue import LARGEST_WINDOW, Activation, Size3
+from .epilogue import LARGEST_WINDOW, NEGATIVE_SLOPE, Activation, Size3
 from .functional import conv3d
 from .fused_functional import conv3d_max_pool
 from .nn import Conv3d
@@ -212,6 +213,8 @@ def _run_chain(chain: Sequence[nn.Module], x: Tensor) -> Tensor:
         del links[0]
     geometry = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
     activation: nn.Module | None = links[0] if links and link_of(links[0]) == "activation" else None
+    name = activation_name(activation)
+    slope = activation.negative_slope if isinstance(activation, nn.LeakyReLU) else NEGATIVE_SLOPE
     pool = links[-1] if links else None
     if isinstance(pool, nn.MaxPool3d):
         return conv3d_max_pool(
@@ -219,13 +222,15 @@ def _run_chain(chain: Sequence[nn.Module], x: Tensor) -> Tensor:
             weight,
             bias,
             *geometry,
-            activation=activation_name(activation),
-            negative_slope=activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.01,
+            activation=name,
+            negative_slope=slope,
             pool_size=pool.kernel_size,
             pool_stride=pool.stride,
             pool_padding=pool.padding,
             ceil_mode=pool.ceil_mode,
         )
+    if x.is_cuda and activation is not None:
+        return conv3d_activation(x, weight, bias, *geometry, activation=name, negative_slope=slope)
     y = conv3d(x, weight, bias, *geometry)
     # Who watches operators may have kept y, as selective checkpointing does.
     unseen = torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack()
@@ -241,7 +246,7 @@ def _run_chain(chain: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 
 def activation_name(module: nn.Module | None) -> Activation:
-    """What `conv3d_max_pool` calls an activation module."""
+    """What this package calls an activation module."""
     if isinstance(module, nn.GELU):
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     names: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu"}

@@ -15,7 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from . import derivatives as derivatives
 from . import ops
 from . import transforms as transforms
-from .arguments import Sizes, conv3d_arguments, conv_transpose3d_sizes
+from .arguments import Padding, Sizes, conv3d_arguments, conv_transpose3d_sizes, padding_of_pairs
 from .autocast import is_hidden_by_vmap, outside_autocast
 from .dispatch import logger
 from .elsewhere import is_recorded_for_elsewhere, script_call_as
@@ -27,7 +27,7 @@ def conv3d(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Sizes = 1,
-    padding: str | Sizes = 0,
+    padding: Padding = 0,
     dilation: Sizes = 1,
     groups: int = 1,
 ) -> Tensor:
@@ -38,7 +38,8 @@ def conv3d(
         weight: (C_out, C_in / groups, K_d, K_h, K_w).
         bias: (C_out,) or None.
         stride, dilation: one number or one per axis (depth, height, width).
-        padding: likewise, or "valid", or "same" (stride 1; an even kernel pads one more at the end).
+        padding: likewise, or "valid", or "same" (stride 1; an even kernel pads one more at the end); or, beyond torch,
+            ((begin, end), (begin, end), (begin, end)): a causal kernel of three frames has ((2, 0), (1, 1), (1, 1)).
         groups: number of independent channel groups.
 
     Returns:
@@ -61,13 +62,13 @@ def conv3d(
     if call is not None:
         return call(input, weight, bias)
     if is_recorded_for_elsewhere():
-        return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
+        return _torch_conv3d(input, weight, bias, stride, padding, dilation, groups)
     if is_hidden_by_vmap():
         with outside_autocast():
             return conv3d(input, weight, bias, stride, padding, dilation, groups)
     args = conv3d_arguments(input, weight, bias, stride, padding, dilation, groups)
     if args is None:
-        return _leave_to_torch(F.conv3d, input, weight, bias, stride, padding, dilation, groups)
+        return _leave_to_torch(_torch_conv3d, input, weight, bias, stride, padding, dilation, groups)
     batched = input if input.dim() == 5 else input.unsqueeze(0)
     y: Tensor = ops.conv3d(batched, weight, bias, *args)
     return y if input.dim() == 5 else y.squeeze(0)
@@ -136,6 +137,14 @@ def conv_transpose3d(
     if bias is not None:
         y = y + bias.to(y.dtype).view(-1, 1, 1, 1)
     return y if input.dim() == 5 else y.squeeze(0)
+
+
+def _torch_conv3d(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, *rest: Any) -> Tensor:
+    """torch's convolution, which takes no pairs of paddings."""
+    pairs = padding_of_pairs(padding)
+    if pairs is not None and isinstance(input, Tensor):
+        input, padding = F.pad(input, [*pairs[4:], *pairs[2:4], *pairs[:2]]), 0
+    return F.conv3d(input, weight, bias, stride, padding, *rest)
 
 
 def _leave_to_torch(function: Callable[..., Tensor], *args: Any) -> Tensor:

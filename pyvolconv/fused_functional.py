@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from . import fused_derivatives as fused_derivatives
 from . import fused_ops
 from . import fused_transforms as fused_transforms
-from .arguments import Sizes, conv3d_arguments, triple
+from .arguments import Padding, Sizes, conv3d_arguments, triple
 from .autocast import is_hidden_by_vmap, outside_autocast
 from .dispatch import choose_or_none, run
 from .elsewhere import is_recorded_for_elsewhere
@@ -28,7 +28,7 @@ def conv3d_max_pool(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Sizes = 1,
-    padding: str | Sizes = 0,
+    padding: Padding = 0,
     dilation: Sizes = 1,
     groups: int = 1,
     *,

@@ -100,7 +100,7 @@ def remembered(
         calls: what was made before.
         make: its result may depend on shapes, strides, dtypes and devices of the operands, and on `rest`.
         input, weight, bias: operands, bias or None; anything else gives None.
-        rest: numbers, strings, None, and tuples of ints; anything else gives None.
+        rest: numbers, strings, None, and tuples of ints or of pairs of ints; anything else gives None.
     """
     if not isinstance(input, Tensor) or not isinstance(weight, Tensor) or not isinstance(bias, _TENSOR_OR_NONE):
         return None
@@ -111,7 +111,7 @@ def remembered(
     if not _KINDS.issuperset(kinds):
         return None
     for value in rest:
-        if type(value) is tuple and not _INT.issuperset(map(type, value)):
+        if type(value) is tuple and not _INT.issuperset(map(type, value)) and not all(map(_is_pair, value)):
             return None
     key = (
         (input.shape, input.stride(), input.dtype, weight.shape, weight.stride(), weight.dtype),
@@ -127,6 +127,10 @@ def remembered(
             calls.clear()
         call = calls[key] = make(input, weight, bias, *rest)
         return call
+
+
+def _is_pair(value: Any) -> bool:
+    return type(value) is tuple and len(value) == 2 and _INT.issuperset(map(type, value))
 
 
 def plain_call(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Conv3dCall | None:

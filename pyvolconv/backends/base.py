@@ -7,8 +7,8 @@ Contract, relied on by every backend and kept by `pyvolconv.ops`:
 - dtype and device of every tensor are the problem's; no size is zero; nothing requires grad;
 - a pass returns a new dense tensor in `problem.layout` and never writes to an argument;
 - `forward` adds `bias` exactly when `problem.bias` is set;
-- `forward_epilogue` is `forward`, then a residual is added, then an activation applied: the residual lies dense like the
-  result; dtypes are floating-point. It may round once, or after each of the three.
+- `forward_epilogue` is `forward`, then a residual is added, then an activation applied: it may round once, or after
+  each of the three. The residual lies dense like the result; dtypes are floating-point.
 
 A problem with a pool asks for the fused passes (`forward_max_pool` and its gradients), which a backend may have:
 
