@@ -27,9 +27,9 @@ class ActivationFunction(LevelFunction):
     """
 
     @staticmethod
-    def forward(ctx: Any, below: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-        y: Tensor = inside_node(conv3d_activation, below, (x, weight, bias, *rest))
-        *ctx.geometry, ctx.activation, ctx.slope, _ = rest
+    def forward(ctx: Any, below: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        y: Tensor = inside_node(conv3d_activation, below, (x, weight, *rest))
+        _, _, *ctx.geometry, ctx.activation, ctx.slope = rest
         kept = y > 0 if ctx.activation == "leaky_relu" else y if ctx.activation == "relu" else None
         ctx.save_for_backward(x, weight, kept)
         ctx.save_for_forward(x, weight, kept)
@@ -42,7 +42,7 @@ class ActivationFunction(LevelFunction):
         if grad is None:
             return (None,) * 11
         x, weight, kept = ctx.saved_tensors
-        _, needs_x, needs_weight, needs_bias, *_, needs_residual = ctx.needs_input_grad
+        _, needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         needs_x, needs_weight = asked_for(ctx, needs_x, needs_weight)
         with as_in_forward(ctx):
             grad = _through_activation(grad, kept, ctx)
@@ -51,13 +51,13 @@ class ActivationFunction(LevelFunction):
                 CONV3D.grad_first(x, weight, grad, ctx.geometry) if needs_x else None,
                 CONV3D.grad_second(x, weight, grad, ctx.geometry) if needs_weight else None,
                 grad_bias(grad) if needs_bias else None,
-                *(None,) * 6,
                 grad if needs_residual else None,
+                *(None,) * 6,
             )
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        _, x_tangent, weight_tangent, bias_tangent, *_, residual_tangent = tangents
+        _, x_tangent, weight_tangent, bias_tangent, residual_tangent, *_ = tangents
         x, weight, kept = ctx.saved_tensors
         terms = []
         if x_tangent is not None:
@@ -86,9 +86,9 @@ def _through_activation(grad: Tensor, kept: Tensor | None, ctx: Any) -> Tensor:
 
 
 def _node(keyset: Any, *args: Any) -> Any:
-    *operands, activation, slope, residual = args
+    *operands, activation, slope = args
     if activation in KEEPS_PREACTIVATION:
-        return APPLY[activation](conv3d_activation(*operands, "none", slope, residual), slope)
+        return APPLY[activation](conv3d_activation(*operands, "none", slope), slope)
     return ActivationFunction.apply(keyset, *args)  # type: ignore[attr-defined]
 
 

@@ -102,7 +102,7 @@ def _by_the_operator(
         return APPLY[activation](y if residual is None else y + residual, negative_slope)
     batched = input if input.dim() == 5 else input.unsqueeze(0)
     residual = residual.unsqueeze(0) if residual is not None and input.dim() == 4 else residual
-    y = operator(batched, weight, bias, *args, activation, negative_slope, residual)
+    y = operator(batched, weight, bias, residual, *args, activation, negative_slope)
     return y if input.dim() == 5 else y.squeeze(0)
 
 
@@ -136,18 +136,19 @@ class _ActivatedCall:
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         y: Tensor
-        if not is_differentiated(x, weight, bias, residual):
-            return self.run(x, weight, bias, residual)
+        operands = (x, weight, bias, residual)
+        if not is_differentiated(*operands):
+            return self.run(*operands)
         if self.activation in KEEPS_PREACTIVATION:
             y = self.plain(x, weight, bias)
             return APPLY[self.activation](y if residual is None else y.add_(residual), self.negative_slope)
-        rest = (*self.plain.args, self.activation, self.negative_slope, residual)
-        y = ActivationFunction.apply(self.run, x, weight, bias, *rest)  # type: ignore[attr-defined]
+        sizes = (*self.plain.args, self.activation, self.negative_slope)
+        y = ActivationFunction.apply(self.run, *operands, *sizes)  # type: ignore[attr-defined]
         return y
 
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-        """The result alone; the residual is the last argument."""
-        return run_activation(self.plain.problem, x, weight, bias, self.activation, self.negative_slope, rest[-1])
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *_: Any) -> Tensor:
+        """The result alone."""
+        return run_activation(self.plain.problem, x, weight, bias, residual, self.activation, self.negative_slope)
 
 
 _calls: dict[Any, _ActivatedCall | None] = {}

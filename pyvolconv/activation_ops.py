@@ -1,6 +1,6 @@
 """Convolution, residual and activation as one pass: a torch operator.
 
-    y = conv3d_activation(x, weight, bias, ..., activation, negative_slope, residual)
+    y = conv3d_activation(x, weight, bias, residual, ..., activation, negative_slope)
       = activation(conv3d(x, weight, bias) + residual)
 
 for floating-point dtypes; the residual has the shape and dtype of y. What comes before the activation never exists in
@@ -22,14 +22,16 @@ from .ops import conv3d, conv3d_problem, fake_conv3d, kernel_of, layout_of, libr
 from .problem import ConvProblem
 
 library.define(
-    "conv3d_activation(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "
-    "str activation, float negative_slope, Tensor? residual) -> Tensor"
+    "conv3d_activation(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
+    "int[] dilation, int groups, str activation, float negative_slope) -> Tensor"
 )
 conv3d_activation = torch.ops.pyvolconv.conv3d_activation.default
 
 
-def _run_conv3d_activation(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    *geometry, activation, slope, residual = rest
+def _run_conv3d_activation(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: Any
+) -> Tensor:
+    *geometry, activation, slope = rest
     layout = layout_of(x, weight)
     memory_format = MEMORY_FORMAT[layout]
     if x.numel() == 0 or weight.numel() == 0:
@@ -38,7 +40,7 @@ def _run_conv3d_activation(x: Tensor, weight: Tensor, bias: Tensor | None, *rest
     problem = conv3d_problem(x.shape, weight.shape, tuple(geometry), x, layout, bias is not None)
     x, weight = x.contiguous(memory_format=memory_format), weight.contiguous(memory_format=memory_format)
     bias = None if bias is None else bias.contiguous()
-    return run_activation(problem, x, weight, bias, activation, slope, residual)
+    return run_activation(problem, x, weight, bias, residual, activation, slope)
 
 
 def run_activation(
@@ -46,25 +48,29 @@ def run_activation(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     activation: Activation,
     slope: float,
-    residual: Tensor | None,
 ) -> Tensor:
     """The pass of operands that fit the problem, dense in its layout; the residual may have any strides."""
     if residual is not None:
         residual = residual.contiguous(memory_format=MEMORY_FORMAT[problem.layout])
     method = choose(problem, "forward").forward_epilogue
-    return run(method, problem, "forward", x, weight, bias, activation, slope, residual)
+    return run(method, problem, "forward", x, weight, bias, residual, activation, slope)
 
 
-def put_together_conv3d_activation(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+def put_together_conv3d_activation(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: Any
+) -> Tensor:
     """What the operator returns, by the plain pass and torch's functions."""
-    *geometry, activation, slope, residual = rest
+    *geometry, activation, slope = rest
     y = conv3d(x, weight, bias, *geometry)
     return APPLY[activation](y if residual is None else y + residual, slope)
 
 
-def _fake_conv3d_activation(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+def _fake_conv3d_activation(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: Any
+) -> Tensor:
     return fake_conv3d(x, weight, bias, *rest[:4])
 
 

@@ -17,21 +17,26 @@ from .transforms import autocast_kernel, flops_conv3d
 
 
 def _vmap(
-    info: Any, in_dims: Sequence[Any], x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+    info: Any,
+    in_dims: Sequence[Any],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *sizes: Any,
 ) -> tuple[Tensor, int]:
-    x_axis, weight_axis, bias_axis, *_, residual_axis = in_dims
-    *sizes, residual = rest
+    x_axis, weight_axis, bias_axis, residual_axis, *_ = in_dims
     size = info.batch_size
     into = 0 if weight_axis is None and bias_axis is None else 1
     if into:
-        weight, sizes = fold(weight, weight_axis, 0, size), [*more_groups(sizes, size)]
+        weight, sizes = fold(weight, weight_axis, 0, size), more_groups(sizes, size)
         bias = None if bias is None else fold(bias, bias_axis, 0, size)
     residual = None if residual is None else fold(residual, residual_axis, into, size)
-    return unfold(conv3d_activation(fold(x, x_axis, into, size), weight, bias, *sizes, residual), size, into), 0
+    return unfold(conv3d_activation(fold(x, x_axis, into, size), weight, bias, residual, *sizes), size, into), 0
 
 
-def _count(x: Sequence[int], weight: Sequence[int], bias: Any, *rest: Any, **_: Any) -> int:
-    return flops_conv3d(x, weight, bias, *rest[:4])
+def _count(x: Sequence[int], weight: Sequence[int], bias: Any, residual: Any, *sizes: Any, **_: Any) -> int:
+    return flops_conv3d(x, weight, bias, *sizes[:4])
 
 
 torch.library.register_vmap(conv3d_activation, _vmap, lib=library)

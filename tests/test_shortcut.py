@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyvolconv
-from pyvolconv import dispatch, fused_functional, shortcut
+from pyvolconv import activation_functional, dispatch, fused_functional, shortcut
 from pyvolconv.backends.base import MEMORY_FORMAT
 from pyvolconv.ordinary import is_ordinary
 from pyvolconv.problem import ConvProblem
@@ -35,7 +35,7 @@ def w():
     return torch.randn(4, 3, 3, 3, 3)
 
 
-@pytest.fixture(params=["conv3d", "conv3d_max_pool"])
+@pytest.fixture(params=["conv3d", "conv3d_activation", "conv3d_max_pool"])
 def function(request):
     return getattr(pyvolconv, request.param)
 
@@ -52,7 +52,8 @@ class Watch(TorchDispatchMode):
 
 def short(function, *args, **kwargs):
     """Whether a call goes the short way: it then makes no operator call of this package, which a node would show."""
-    known = shortcut._calls if function is pyvolconv.conv3d else fused_functional._calls
+    module = {"conv3d_activation": activation_functional, "conv3d_max_pool": fused_functional}
+    known = module.get(function.__name__, shortcut)._calls
     known.clear()
     function(*args, **kwargs)
     return bool(known) and None not in known.values()
@@ -158,7 +159,9 @@ def test_operands_of_all_kinds(function, x, w):
             for bias in (None, b, torch.randn(8)[::2], torch.ones(1).expand(4)):
                 args = (source.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype))
                 expected = F.conv3d(*args)
-                if function is not pyvolconv.conv3d:
+                if function is pyvolconv.conv3d_activation:
+                    expected = F.relu(expected)
+                if function is pyvolconv.conv3d_max_pool:
                     expected = F.max_pool3d(expected, 2)
                 torch.testing.assert_close(function(*args), expected, rtol=1e-4, atol=1e-4)
 

@@ -128,9 +128,9 @@ class Backend(ABC):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        residual: Tensor | None,
         activation: Activation,
         negative_slope: float,
-        residual: Tensor | None,
     ) -> Tensor:
         """activation(y + residual), of shape `problem.output_shape`; `problem` is that of `forward`."""
         y = self.forward(problem, x, weight, bias)

@@ -56,9 +56,9 @@ class TritonLaunches(Backend):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        residual: Tensor | None,
         activation: Activation,
         negative_slope: float,
-        residual: Tensor | None,
     ) -> Tensor:
         from ..kernels.triton_epilogue import Epilogue
 

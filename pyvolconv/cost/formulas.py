@@ -96,8 +96,8 @@ def _conv3d(args: Sequence[Any], result: Tensor, is_weight: IsWeight) -> Operato
 
 
 def _conv3d_activation(args: Sequence[Any], result: Tensor, is_weight: IsWeight) -> OperatorCost:
-    *operands, _, _, residual = args
-    (work,) = _conv3d(operands, result, is_weight).works
+    x, weight, bias, residual, *geometry = args[:8]
+    (work,) = _conv3d((x, weight, bias, *geometry), result, is_weight).works
     if residual is None:
         return _conv(work)
     return _conv(replace(work, flops=work.flops + result.numel(), min_bytes=work.min_bytes + tensor_bytes(residual)))

@@ -7,7 +7,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyvolconv
-from pyvolconv import fused_ops, ops
+from pyvolconv import activation_ops, fused_ops, ops
 
 GEOMETRIES = {
     "plain": ((1, 1, 1), (1, 1, 0, 0, 2, 2), (1, 1, 1), 1),
@@ -26,7 +26,7 @@ def operands(geometry, dtype=torch.float64):
 
 
 def calls(geometry, activation="none"):
-    """(operator, arguments) of all six, with the geometry and activation."""
+    """(operator, arguments) of all, with the geometry and activation."""
     x, weight, bias = operands(geometry)
     size, kernel = list(x.shape[2:]), list(weight.shape[2:])
     y = ops.conv3d(x, weight, bias, *geometry)
@@ -35,6 +35,7 @@ def calls(geometry, activation="none"):
         "conv3d": (ops.conv3d, (x, weight, bias, *geometry)),
         "grad_input": (ops.conv3d_grad_input, (y, weight, size, *geometry)),
         "grad_weight": (ops.conv3d_grad_weight, (y, x, kernel, *geometry)),
+        "activation": (activation_ops.conv3d_activation, (x, weight, bias, y.flip(0), *geometry, activation, 0.2)),
         "max_pool": (fused_ops.conv3d_max_pool, (x, weight, bias, *geometry, activation, 0.2, *POOL)),
         "max_pool grad_input": (
             fused_ops.conv3d_max_pool_grad_input,
@@ -56,8 +57,9 @@ def test_same_results(geometry, name):
 
 @pytest.mark.parametrize("activation", fused_ops.APPLY)
 def test_same_results_of_every_activation(activation):
-    operator, args = calls(GEOMETRIES["plain"], activation)["max_pool"]
-    torch.testing.assert_close(pyvolconv.decompositions()[operator](*args), operator(*args))
+    for name in ("activation", "max_pool"):
+        operator, args = calls(GEOMETRIES["plain"], activation)[name]
+        torch.testing.assert_close(pyvolconv.decompositions()[operator](*args), operator(*args))
 
 
 @pytest.mark.parametrize("name", ["max_pool grad_input", "max_pool grad_weight"])

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import pyvolconv
-from pyvolconv import fused_ops, ops
+from pyvolconv import activation_ops, fused_ops, ops
 
 from .models import FORMATS, MODELS, assert_close, pair, sample
 
 BATCH = ({0: torch.export.Dim("batch", min=2, max=16)},)
 OURS = {ops.conv3d, ops.conv3d_grad_input, ops.conv3d_grad_weight} | {
+    activation_ops.conv3d_activation,
     fused_ops.conv3d_max_pool,
     fused_ops.conv3d_max_pool_grad_input,
     fused_ops.conv3d_max_pool_grad_weight,

@@ -11,7 +11,7 @@ import torch
 from torch.library import opcheck
 
 import pyvolconv
-from pyvolconv import fused_ops, ops
+from pyvolconv import activation_ops, fused_ops, ops
 
 from .models import FORMATS
 
@@ -24,7 +24,7 @@ QUICK = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 def calls(backend, layout, activation):
-    """(operator, arguments) of all six operators."""
+    """(operator, arguments) of all operators."""
     inputs, outputs = CHANNELS.get(backend, (16, 16))
     dtype = DTYPES.get(backend, torch.float32)
 
@@ -41,6 +41,7 @@ def calls(backend, layout, activation):
         (ops.conv3d, (x, weight, bias, *GEOMETRY)),
         (ops.conv3d_grad_input, (grad, weight, size, *GEOMETRY)),
         (ops.conv3d_grad_weight, (grad, x, kernel, *GEOMETRY)),
+        (activation_ops.conv3d_activation, (x, weight, bias, grad, *GEOMETRY, activation, 0.1)),
         (fused_ops.conv3d_max_pool, (x, weight, bias, *GEOMETRY, activation, 0.1, *POOL)),
         (fused_ops.conv3d_max_pool_grad_input, (value, code, weight, size, *GEOMETRY, *POOL)),
         (fused_ops.conv3d_max_pool_grad_weight, (value, code, x, kernel, True, *GEOMETRY, *POOL)),

@@ -23,9 +23,18 @@ def _fused(activation):
     return lambda x, w, b=None, **geometry: pyvolconv.conv3d_max_pool(x, w, b, activation=activation, **geometry)
 
 
+def _activated(x, w, b=None, **geometry):
+    return F.leaky_relu(F.conv3d(x, w, b, **geometry))
+
+
+def _in_one_pass(x, w, b=None, **geometry):
+    return pyvolconv.conv3d_activation(x, w, b, activation="leaky_relu", **geometry)
+
+
 FUNCTIONS = {
     "conv3d": (pyvolconv.conv3d, F.conv3d),
     "conv_transpose3d": (pyvolconv.conv_transpose3d, F.conv_transpose3d),
+    "conv3d_activation": (_in_one_pass, _activated),
     "conv3d_max_pool": (pyvolconv.conv3d_max_pool, _pooled),
     "relu": (_fused("relu"), lambda *args, **geometry: _pooled(*args, activation=F.relu, **geometry)),
     "leaky_relu": (_fused("leaky_relu"), lambda *args, **geometry: _pooled(*args, activation=F.leaky_relu, **geometry)),

@@ -20,7 +20,7 @@ OPERATORS = [
     f"pyvolconv::{name}{suffix}"
     for name in ("conv3d", "conv3d_max_pool")
     for suffix in ("", "_grad_input", "_grad_weight")
-]
+] + ["pyvolconv::conv3d_activation"]
 
 
 def operands(requires_grad=True):

@@ -23,6 +23,7 @@ from .cases import PAIRS, Called, assert_same, operands
 GRADIENTS = {
     "conv3d": ("conv3d_grad_input", "conv3d_grad_weight"),
     "conv_transpose3d": ("conv3d", "conv3d_grad_weight"),
+    "conv3d_activation": ("conv3d_grad_input", "conv3d_grad_weight"),
     "conv3d_max_pool": ("conv3d_max_pool_grad_input", "conv3d_max_pool_grad_weight"),
 }
 

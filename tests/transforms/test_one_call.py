@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from .cases import FUNCTIONS, Called, operands, sample
 
-NAMES = ("conv3d", "conv_transpose3d", "conv3d_max_pool", "leaky_relu", "silu")
+NAMES = ("conv3d", "conv_transpose3d", "conv3d_activation", "conv3d_max_pool", "leaky_relu", "silu")
 SAMPLES = 5
 
 
