@@ -229,7 +229,7 @@ def _run_chain(chain: Sequence[nn.Module], x: Tensor) -> Tensor:
             pool_padding=pool.padding,
             ceil_mode=pool.ceil_mode,
         )
-    if x.is_cuda and activation is not None:
+    if activation is not None and has_activation_in_the_pass(x):
         return conv3d_activation(x, weight, bias, *geometry, activation=name, negative_slope=slope)
     y = conv3d(x, weight, bias, *geometry)
     # Who watches operators may have kept y, as selective checkpointing does.
@@ -243,6 +243,11 @@ def _run_chain(chain: Sequence[nn.Module], x: Tensor) -> Tensor:
     if isinstance(activation, nn.GELU):
         return F.gelu(y, approximate=activation.approximate)
     return y if activation is None else F.silu(y)
+
+
+def has_activation_in_the_pass(x: Tensor) -> bool:
+    """Whether `conv3d_activation` saves a pass over memory; on the CPU the result comes out of a cache."""
+    return x.is_cuda
 
 
 def activation_name(module: nn.Module | None) -> Activation:
