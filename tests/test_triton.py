@@ -159,11 +159,12 @@ def test_tf32_follows_torchs_switch_on_cuda_only():
 
 
 COMPILE = """
+from pyvolconv.kernels.triton_epilogue import Epilogue
 from pyvolconv.kernels.triton_forward import forward
 from pyvolconv.kernels.triton_grad_input import grad_input
 from pyvolconv.kernels.triton_grad_weight import grad_weight
 
-def compile_all(dtype, channels, out_channels, stride, groups, layout, precision):
+def compile_all(dtype, channels, out_channels, stride, groups, layout, precision, activation):
     memory_format = getattr(torch, layout)
     def tensor(*shape):
         return torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
@@ -173,6 +174,7 @@ def compile_all(dtype, channels, out_channels, stride, groups, layout, precision
     geometry = (stride, (1, 1, 1), (1, 1, 1), groups)
     launches = [
         *forward(x, weight, bias, *geometry, y, precision),
+        *forward(x, weight, bias, *geometry, y, precision, epilogue=Epilogue(activation, 0.1, y)),
         *grad_input(y, weight, *geometry, x, precision),
         *grad_weight(y, x, *geometry, weight, precision),
     ]
@@ -187,10 +189,10 @@ for case in sys.argv[1:]:
 """
 
 HOPPER = {
-    "(torch.float16, 64, 64, (1, 1, 1), 1, 'channels_last_3d', 'ieee')": True,
-    "(torch.bfloat16, 64, 64, (2, 2, 2), 1, 'contiguous_format', 'ieee')": True,
-    "(torch.float32, 32, 32, (1, 1, 1), 32, 'channels_last_3d', 'ieee')": False,
-    "(torch.float32, 24, 32, (1, 1, 1), 1, 'channels_last_3d', 'tf32')": True,
+    "(torch.float16, 64, 64, (1, 1, 1), 1, 'channels_last_3d', 'ieee', 'silu')": True,
+    "(torch.bfloat16, 64, 64, (2, 2, 2), 1, 'contiguous_format', 'ieee', 'gelu')": True,
+    "(torch.float32, 32, 32, (1, 1, 1), 32, 'channels_last_3d', 'ieee', 'leaky_relu')": False,
+    "(torch.float32, 24, 32, (1, 1, 1), 1, 'channels_last_3d', 'tf32', 'gelu_tanh')": True,
 }
 """Arguments of `compile_all`, and whether the products must run on tensor cores."""
 
@@ -199,7 +201,7 @@ HOPPER = {
 def test_compiles_for_hopper_without_a_gpu(tmp_path):
     """Down to machine code for compute capability 9.0; 16-bit and TF32 products run on its tensor cores."""
     lines = compile_on(COMPILE, HOPPER, tmp_path)
-    names = ["forward_kernel", "grad_input_kernel", "grad_weight_kernel", "add_partials_kernel"]
+    names = ["forward_kernel", "forward_kernel", "grad_input_kernel", "grad_weight_kernel", "add_partials_kernel"]
     assert [name for name, _, _ in lines] == names * len(HOPPER)
     on_tensor_cores = [on for on in HOPPER.values() for _ in names]
     for (name, tensor_core, shared_bytes), expected in zip(lines, on_tensor_cores, strict=True):
