@@ -4,9 +4,9 @@ Modules are given in the order in which they are called, each fed with what the 
 chain starts at a convolution and goes on as long as the next module is the next link and nothing forbids it. It runs as
 
     with a pool      conv3d_max_pool, the activation inside
-    without          on CUDA conv3d_activation; on the CPU, where the result is still in cache, conv3d, then ReLU in
-                     place (the convolution's result is nobody else's), or LeakyReLU where no gradient is kept or the
-                     module is `inplace`, or any other activation as it is
+    without          on CUDA conv3d_activation; on the CPU, where it saves no pass, conv3d, then ReLU in place (the
+                     convolution's result is nobody else's), or LeakyReLU where no gradient is kept or the module is
+                     `inplace`, or any other activation as it is
 
 A BatchNorm3d in eval mode is an affine map per channel, folded into the convolution's weight and bias at every call:
 both are small, gradients reach every parameter, and nothing can be out of date. Everything that may change between
@@ -246,7 +246,7 @@ def _run_chain(chain: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 
 def has_activation_in_the_pass(x: Tensor) -> bool:
-    """Whether `conv3d_activation` saves a pass over memory; on the CPU the result comes out of a cache."""
+    """Whether `conv3d_activation` saves a pass over memory."""
     return x.is_cuda
 
 
@@ -273,7 +273,8 @@ def _fold(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm3d) -> tuple[Te
 def describe(chain: Sequence[nn.Module]) -> str:
     """A chain in one line, for the report."""
     links = [original_class(module).__name__ for module in chain]
-    if link_of(chain[-1]) == "pool":
+    activated = link_of(chain[-1]) == "activation" and has_activation_in_the_pass(cast("Tensor", chain[0].weight))
+    if link_of(chain[-1]) == "pool" or activated:
         return " + ".join(links) + " in one pass"
     if isinstance(chain[-1], nn.LeakyReLU) and not chain[-1].inplace:
         return " + ".join(links) + ", in place without gradients"

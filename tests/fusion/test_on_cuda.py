@@ -58,6 +58,14 @@ def test_is_one_operator_that_knows_the_activation(name):
     }
 
 
+def test_is_reported_as_one_pass():
+    model = pyvolconv.accelerate(nn.Sequential(nn.Conv3d(2, 4, 3), nn.LeakyReLU()))
+    assert str(pyvolconv.fusion_report(model).rows[0].became) == "Conv3d + LeakyReLU, in place without gradients"
+    with FakeTensorMode():
+        model[0]._parameters["weight"] = torch.empty(4, 2, 3, 3, 3, device="cuda")
+    assert str(pyvolconv.fusion_report(model).rows[0].became) == "Conv3d + LeakyReLU in one pass"
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_computes_what_the_modules_do(name, monkeypatch):
     """The same way taken by tensors with memory, forward and backward."""
