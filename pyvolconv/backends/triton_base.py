@@ -34,35 +34,11 @@ class TritonLaunches(Backend):
     family: ClassVar[str] = "triton"
 
     @abstractmethod
-    def launches(
-        self,
-        problem: ConvProblem,
-        pass_: Pass,
-        operands: list[Tensor | None],
-        result: Tensor,
-        epilogue: Epilogue | None = None,
-    ) -> list[Any]:
-        """What writes a pass of the operands (of forward with the bias, or None, last) into the result, in order.
-
-        `epilogue` is of forward only.
-        """
+    def launches(self, problem: ConvProblem, pass_: Pass, operands: list[Tensor | None], result: Tensor) -> list[Any]:
+        """What writes a pass of the operands (of forward with the bias, or None, last) into the result, in order."""
 
     def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._run(problem, "forward", [x, weight, bias])
-
-    def forward_epilogue(
-        self,
-        problem: ConvProblem,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        activation: Activation,
-        negative_slope: float,
-    ) -> Tensor:
-        from ..kernels.triton_epilogue import Epilogue
-
-        return self._run(problem, "forward", [x, weight, bias], Epilogue(activation, negative_slope, residual))
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
         return self._run(problem, "grad_input", [grad_output, weight])
@@ -70,12 +46,10 @@ class TritonLaunches(Backend):
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
         return self._run(problem, "grad_weight", [grad_output, x])
 
-    def _run(
-        self, problem: ConvProblem, pass_: Pass, operands: list[Tensor | None], epilogue: Epilogue | None = None
-    ) -> Tensor:
+    def _run(self, problem: ConvProblem, pass_: Pass, operands: list[Tensor | None]) -> Tensor:
         result = empty(problem, RESULT[pass_], like=operands[0])  # type: ignore[arg-type]
         with device_of(result):
-            for launch in self.launches(problem, pass_, operands, result, epilogue):
+            for launch in self.launches(problem, pass_, operands, result):
                 launch.run()
         return result
 
@@ -102,6 +76,40 @@ class TritonLaunches(Backend):
         """
         dtype = "float16" if input_precision(problem) == "tf32" else "float32"
         return Accuracy(constant=2.0, accumulate_dtype=dtype, bitwise_reproducible=True)
+
+
+class EpilogueLaunches(TritonLaunches):
+    """A backend of launches whose forward pass adds a residual and applies an activation to results in registers."""
+
+    @abstractmethod
+    def launches(
+        self,
+        problem: ConvProblem,
+        pass_: Pass,
+        operands: list[Tensor | None],
+        result: Tensor,
+        epilogue: Epilogue | None = None,
+    ) -> list[Any]:
+        """As of every such backend; `epilogue` is of forward only."""
+
+    def forward_epilogue(
+        self,
+        problem: ConvProblem,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        activation: Activation,
+        negative_slope: float,
+    ) -> Tensor:
+        from ..kernels.triton_epilogue import Epilogue
+
+        y = empty(problem, "output", like=x)
+        epilogue = Epilogue(activation, negative_slope, residual)
+        with device_of(y):
+            for launch in self.launches(problem, "forward", [x, weight, bias], y, epilogue):
+                launch.run()
+        return y
 
 
 def multiplication(problem: ConvProblem) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from . import cuda_peak
-from .triton_base import CALL_SECONDS, multiplication
+from .triton_base import CALL_SECONDS, EpilogueLaunches, multiplication
 from .triton_pooled import PooledLaunches, pooled_configurations, share_of_products_needed
 from .triton_support import geometry, missing_here
 
@@ -24,7 +24,7 @@ GATHERED_PER_SECOND = 3e12
 """Values of a large GPU that its threads gather one by one."""
 
 
-class TritonImplicitGemm(PooledLaunches):
+class TritonImplicitGemm(EpilogueLaunches, PooledLaunches):
     """Implicit GEMM whose threads compute addresses and masks: any sizes, strides, dilations, groups and pools."""
 
     name: ClassVar[str] = "triton.implicit_gemm"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from . import cuda_peak
-from .triton_base import CALL_SECONDS, TritonLaunches, input_precision, multiplication
+from .triton_base import CALL_SECONDS, EpilogueLaunches, input_precision, multiplication
 from .triton_support import geometry, missing_here
 from .triton_tma_ways import Way, seconds, ways
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..kernels.triton_epilogue import Epilogue
 
 
-class TritonTma(TritonLaunches):
+class TritonTma(EpilogueLaunches):
     """Implicit GEMM whose operands the tensor memory accelerator fetches, padding included."""
 
     name: ClassVar[str] = "triton.tma"

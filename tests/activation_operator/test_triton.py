@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import pyvolconv
-from pyvolconv.backends.base import MEMORY_FORMAT, Backend
+from pyvolconv.backends.base import MEMORY_FORMAT
+from pyvolconv.backends.triton_base import EpilogueLaunches
 from pyvolconv.backends.triton_implicit_gemm import TritonImplicitGemm
 from pyvolconv.backends.triton_tma import TritonTma
 from pyvolconv.dispatch import choose
@@ -56,7 +57,6 @@ def test_exact_on_integers(require, poisoned, path, layout):
     problem = ConvProblem.parse(f"{DEVICE}-float32-{layout}-n2ic4oc20-i2x3x4-k3-p1-bias")
     backend = backend_of(path, problem)
     require(backend, problem, "forward")
-    assert type(backend).forward_epilogue is not Backend.forward_epilogue
     x, weight, bias, residual = tensors(problem)
     for activation, with_residual in FEW if "many" in path else CASES:
         added = residual if with_residual else None
@@ -96,24 +96,28 @@ def test_nan_and_infinity_pass_as_in_torch(require):
             torch.testing.assert_close(got, function(residual), equal_nan=True, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("sizes", ["n1ic4oc8-i2x3x4-k3-p1-bias", "n1g4ic4oc4-i2x3x4-k3-p1-bias"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_public_function_and_its_gradients(require, layout):
-    problem = ConvProblem.parse(
-        f"{DEVICE}-float32-{'ndhwc' if layout is LAYOUTS[1] else 'ncdhw'}-n1ic4oc8-i2x3x4-k3-p1-bias"
-    )
+def test_public_function_and_its_gradients(require, layout, sizes):
+    """Also by a backend whose kernels know no activation: it is applied to what they wrote."""
+    problem = ConvProblem.parse(f"{DEVICE}-float32-{'ndhwc' if layout is LAYOUTS[1] else 'ncdhw'}-{sizes}")
     args = [operand.requires_grad_() for operand in tensors(problem)]
     # The kernels read it where they write the result: it has to be brought into that layout.
-    args[3] = args[3].detach().contiguous(memory_format=next(other for other in LAYOUTS if other != layout))
-    args[3].requires_grad_()
+    other = next(other for other in LAYOUTS if other != layout)
+    args[3] = args[3].detach().contiguous(memory_format=other).requires_grad_()
+    options = {"padding": 1, "groups": problem.groups}
     with pyvolconv.use_backend("triton"):
         backend = choose(problem, "forward")
         require(backend, problem, "forward")
+        assert isinstance(backend, EpilogueLaunches) == (problem.groups == 1)
         for activation, function in ACTIVATIONS.items():
             y = pyvolconv.conv3d_activation(
-                *args[:3], padding=1, activation=activation, negative_slope=0.25, residual=args[3]
+                *args[:3], **options, activation=activation, negative_slope=0.25, residual=args[3]
             )
-            expected = function(torch.nn.functional.conv3d(*args[:3], padding=1) + args[3])
+            expected = function(torch.nn.functional.conv3d(*args[:3], **options) + args[3])
             torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
             cotangent = torch.randint(-3, 4, y.shape).to(y)
             gradients = [torch.autograd.grad(result, args, cotangent) for result in (y, expected)]
-            torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+            # On CUDA torch and these kernels may multiply in TF32, which rounds what a silu passes on.
+            tolerance = 1e-4 if DEVICE == "cpu" else 1e-2
+            torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance * float(gradients[1][1].abs().max()))
