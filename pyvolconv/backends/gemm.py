@@ -85,13 +85,15 @@ class GemmBackend(Backend):
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
         """On CUDA what a matrix product reaches of the peak, less a copy of the windows where they are no matrix yet.
 
-        So it is on the CPU, where short pieces take longer to copy, in units of `COPIED_VALUE`. Half precision has
-        faster kernels there.
+        So it is on the CPU, where short pieces take longer to copy, in units of `COPIED_VALUE`. Half precision and
+        kernels of one tap have faster kernels there.
         """
         if problem.device == "cuda":
             reached = 0.85 * cuda_peak.share_of_products(problem) * _filled(problem)
             return cuda_peak.share_of_peak(problem, pass_, reached, _copied_bytes(problem), _CALL_SECONDS)
         if problem.dtype != "float64" and _operand_precision(problem.device) != problem.dtype:
+            return 1e-6
+        if problem.kernel_size == (1, 1, 1) != problem.input_size:
             return 1e-6
         if problem.kernel_size == problem.input_size:
             return 1 / (1 / 0.9 + 5 * problem.min_bytes(pass_) / problem.flops(pass_))
