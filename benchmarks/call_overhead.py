@@ -1,7 +1,7 @@
 """What a call costs besides the arithmetic: `python benchmarks/call_overhead.py`.
 
 Convolutions of a few hundred multiplications, ours and torch's own in turns, median of many. What ours takes more is
-argument handling, choosing, the autograd node and the call into the compiled part. The issue asks for 15 us or less.
+argument handling, choosing, the autograd node and the call into the compiled part. The aim is 15 us or less.
 """
 
 from __future__ import annotations

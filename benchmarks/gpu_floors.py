@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu_suite` is expected to measure on an H200, without one: `python -m benchmarks.gpu_floors`.
+"""What `benchmarks.gpu_suite` is expected to measure on a Hopper GPU, without one: `python -m benchmarks.gpu_floors`.
 
 For each entry and pass the floor, which is FLOPs over the peak or least bytes over the bandwidth, whichever is longer,
 and what the cost models of our backends and of torch expect, each in its better layout. A measurement that misses these

@@ -286,6 +286,8 @@ def main() -> None:
         parser.error("torch sees no CUDA device here")
     if unknown := set(options.only.split(",")) - GPU_PROBLEMS.keys():
         parser.error(f"no entry {', '.join(sorted(unknown))}; there are: {', '.join(GPU_PROBLEMS)}")
+    if unknown := set(options.passes.split(",")) - set(PASSES):
+        parser.error(f"no pass {', '.join(sorted(unknown))}; there are: {', '.join(PASSES)}")
     begin = time.monotonic()
     wanted: list[tuple[str, Pass]] = [
         (name, pass_) for name in options.only.split(",") for pass_ in PASSES if pass_ in options.passes.split(",")

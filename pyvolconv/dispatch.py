@@ -101,6 +101,10 @@ def choose(problem: ConvProblem, pass_: Pass) -> Backend:
     """
     backend = choose_or_none(problem, pass_)
     if backend is None:
+        # What refused may have been the environment, which has changed since.
+        forget_choices()
+        backend = choose_or_none(problem, pass_)
+    if backend is None:
         forced = forced_backend()
         able = [name for name, reasons in _reasons(REGISTRY, problem, pass_).items() if not reasons]
         raise UnsupportedProblemError(problem, pass_, _reasons(_candidates(forced), problem, pass_), forced, able)

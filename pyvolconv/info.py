@@ -24,13 +24,15 @@ _PROBES = {
     "": _ORDINARY,
     "from 1 channel": _ORDINARY.with_(in_channels=1),
     "float16": _ORDINARY.with_(dtype="float16"),
+    "depthwise": _ORDINARY.with_(groups=16),
+    "patches": ConvProblem(8, 3, 16, (2, 8, 8), (2, 8, 8)),
 }
-"""Ordinary 3x3x3 convolutions, the most usual first."""
+"""Ordinary convolutions, the most usual first."""
 
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """One backend and what it can run here of an ordinary 3x3x3 convolution.
+    """One backend and what it can run here of ordinary convolutions.
 
     Attributes:
         name, role, device: as printed.

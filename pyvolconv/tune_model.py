@@ -39,6 +39,15 @@ def find_model(name: str, shapes: Sequence[tuple[int, ...]]) -> nn.Module:
     """
     if name == BUILT_IN:
         return build("cnn", shapes[0][2:] if len(shapes[0]) == 5 else MISSION_SIZE)
+    found = _found(name)
+    model = _call(name, found) if callable(found) and not isinstance(found, nn.Module) else found
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{name!r} gives a {type(model).__name__}; expected a torch.nn.Module")
+    return model
+
+
+def _found(name: str) -> object:
+    """What a name stands for; raises ValueError, which says what is wrong with it."""
     module_name, path = _split(name)
     # As `python -m` does: a command that is installed does not look into the folder where it is called.
     sys.path.insert(0, str(Path.cwd()))
@@ -52,10 +61,7 @@ def find_model(name: str, shapes: Sequence[tuple[int, ...]]) -> nn.Module:
         if not hasattr(found, part):
             raise ValueError(f"{name!r}: {module_name} has no {path}")
         found = getattr(found, part)
-    model = _call(name, found) if callable(found) and not isinstance(found, nn.Module) else found
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{name!r} gives a {type(model).__name__}; expected a torch.nn.Module")
-    return model
+    return found
 
 
 def _call(name: str, make: Callable[[], object]) -> object:
@@ -80,13 +86,13 @@ def parse_inputs(name: str, inputs: Sequence[str]) -> list[tuple[int, ...]]:
         ValueError: a text is no shape, or there is none.
 
     Example:
-        >>> parse_inputs("package:model", ["2,1,32,64,64", "2,10"])
+        >>> parse_inputs("torch.nn:Conv3d", ["2,1,32,64,64", "2,10"])
         [(2, 1, 32, 64, 64), (2, 10)]
     """
     if not inputs:
         if name == BUILT_IN:
             return [(32, 1, *MISSION_SIZE)]
-        _split(name)
+        _found(name)
         raise ValueError("give the shape of the model's input: --input N,C,D,H,W")
     shapes = []
     for text in inputs:

@@ -78,7 +78,8 @@ def test_info_says_which_backend_is_forced(monkeypatch):
 
 def test_tune_refuses_a_name_before_it_asks_for_sizes(run):
     assert "'cnm' names no model" in run("tune", "cnm").output
-    assert "--input N,C,D,H,W" in run("tune", "package:model").output
+    assert "No module named 'no_such_package'" in run("tune", "no_such_package:model").output
+    assert "--input N,C,D,H,W" in run("tune", "torch.nn:Identity").output
 
 
 def test_info_says_why_a_backend_cannot_run(monkeypatch):

@@ -304,3 +304,14 @@ def test_a_problem_that_is_all_padding_has_a_backend(text, dtype, layout, pass_,
         for backend in REGISTRY:
             if not backend.unsupported_reasons(problem, pass_):
                 assert 0 < backend.expected_efficiency(problem, pass_) < 10
+
+
+def test_a_refusal_is_not_remembered_when_the_environment_changes(monkeypatch):
+    pytest.importorskip("triton")
+    problem = ConvProblem.parse("cpu-float32-ncdhw-n1ic2oc3-i4-k3")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pyvolconv.use_backend("triton.implicit_gemm"), pytest.raises(pyvolconv.UnsupportedProblemError):
+        dispatch.choose(problem, "forward")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pyvolconv.use_backend("triton.implicit_gemm"):
+        assert dispatch.choose(problem, "forward").name == "triton.implicit_gemm"

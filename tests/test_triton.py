@@ -116,7 +116,7 @@ def test_says_what_it_cannot_run(monkeypatch):
         assert BACKEND.unsupported_reasons(PROBLEM.with_(device="mps"), pass_) == ["runs on cuda tensors, not on mps"]
     monkeypatch.delenv("TRITON_INTERPRET")
     assert BACKEND.unsupported_reasons(PROBLEM, "forward") == [
-        "no CUDA tensors, and TRITON_INTERPRET=1 is not set (for tests on the CPU)"
+        "runs on cuda tensors, not on cpu; for tests start Python with TRITON_INTERPRET=1"
     ]
     if not torch.cuda.is_available():
         assert BACKEND.unsupported_reasons(PROBLEM.with_(device="cuda"), "forward") == ["torch sees no CUDA device"]

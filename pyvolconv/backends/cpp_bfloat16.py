@@ -30,13 +30,13 @@ class CppBfloat16(Backend):
         _, missing = load_extension()
         if missing:
             return [missing]
-        if problem.dtype not in ("bfloat16", "float32"):
-            return [f"dtype is {problem.dtype}; it computes bfloat16"]
-        if problem.dtype == "float32" and not convolves_float32_in_bfloat16():
-            return ['dtype is float32 and torch.backends.mkldnn.conv.fp32_precision is not "bf16"']
         reasons = []
         if problem.device != "cpu":
             reasons.append(f"device is {problem.device}; it runs on cpu")
+        if problem.dtype not in ("bfloat16", "float32"):
+            reasons.append(f"dtype is {problem.dtype}; it computes bfloat16")
+        elif problem.dtype == "float32" and not convolves_float32_in_bfloat16():
+            reasons.append('dtype is float32 and torch.backends.mkldnn.conv.fp32_precision is not "bf16"')
         if pass_ == "grad_weight":
             reasons.append("it has no grad_weight")
         if problem.groups != 1:

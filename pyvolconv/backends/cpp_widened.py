@@ -35,11 +35,12 @@ class CppWidened(Backend):
     family = "cpp"
 
     def unsupported_reasons(self, problem: ConvProblem, pass_: Pass) -> list[str]:
+        reasons = CppDirect().unsupported_reasons(problem.with_(dtype="float32"), pass_)
         if problem.dtype not in DTYPES:
-            return [f"dtype is {problem.dtype}; it converts {' and '.join(DTYPES)}"]
+            reasons.append(f"dtype is {problem.dtype}; it converts {' and '.join(DTYPES)}")
         if problem.pool is not None:
-            return ["has no pass fused with a pool"]
-        return CppDirect().unsupported_reasons(problem.with_(dtype="float32"), pass_)
+            reasons.append("has no pass fused with a pool")
+        return reasons
 
     def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = empty(problem, "output", x)

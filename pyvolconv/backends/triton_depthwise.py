@@ -1,6 +1,6 @@
 """Depthwise and small-group convolution in Triton: what has too few channels at a time for a tensor core.
 
-Supported where `triton` is; the kernels are imported when the first convolution runs.
+The kernels are imported when the first convolution runs.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class TritonDepthwise(TritonLaunches):
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
         """From the longer of two bounds, moving each byte once and multiplying outside of tensor cores.
 
-        In the interpreter, which is for tests, next to nothing, though more than the other backend of this family.
+        In the interpreter, which is for tests, next to nothing, though more than the other backends of this family.
         """
         if problem.device == "cpu":
             return 2e-6

@@ -26,7 +26,7 @@ def missing_here(problem: ConvProblem) -> list[str]:
     elif problem.device != "cpu":
         reasons.append(f"runs on cuda tensors, not on {problem.device}")
     elif not interpreter_asked():
-        reasons.append("no CUDA tensors, and TRITON_INTERPRET=1 is not set (for tests on the CPU)")
+        reasons.append("runs on cuda tensors, not on cpu; for tests start Python with TRITON_INTERPRET=1")
     else:
         reasons += _missing_in_interpreter()
     if problem.dtype not in ("float32", "float16", "bfloat16"):

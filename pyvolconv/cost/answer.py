@@ -18,7 +18,7 @@ from typing import Any
 from . import wording
 from .breakdown import Pages, in_state
 from .removal import PARTS, Removal, Row, as_installed, removals, rows_of_removal
-from .results import ComparisonResult, PathTiming
+from .results import BUSY, ComparisonResult, PathTiming
 
 AS_INSTALLED = " (the allocator as installed)"
 
@@ -114,6 +114,8 @@ def _headline(result: ComparisonResult) -> str:
     gpu = torch_default.pages == "cached"
     who = "torch in its usual layout" if gpu else "torch as installed"
     sentence = f"With {who}, a training step of the 3D CNN takes {start} as long as one of the LSTM"
+    if any(note.startswith(BUSY) for note in result.notes):
+        sentence = f"Measured on a busy machine: run it again on a quiet one before you rely on it. {sentence}"
     if ours is None:
         return f"{sentence}. No path of pyvolconv was timed; the notes say why."
     if lstm_kept is None:

@@ -174,6 +174,10 @@ class PathTiming:
         return self.samples < self.batch_size
 
 
+BUSY = "Other processes kept"
+"""How the notes begin of a comparison that was disturbed."""
+
+
 @dataclass(frozen=True)
 class ComparisonResult:
     """One run of `pyvolconv compare`, complete or as far as it got.

@@ -27,7 +27,7 @@ from ..cost import busy
 from ..cost.breakdown import Pages, in_state
 from ..cost.machine import Machine, measure_machine, versions
 from ..cost.pages import keep_pages, pages_kept
-from ..cost.results import ComparisonResult, DataFacts, PathTiming, TrainingRun
+from ..cost.results import BUSY, ComparisonResult, DataFacts, PathTiming, TrainingRun
 from ..cost.timing import now
 from .checkpoint import CheckpointError
 from .data import Splits, batches, frame_average_accuracy
@@ -308,7 +308,7 @@ class _Comparison:
             load = busy.disturbance(before, busy.sample(), 1 if self.gpu else torch.get_num_threads())
             if load:
                 self._note(
-                    f"Other processes kept {load.others:.1f} of {load.cores} cores busy while {what}: "
+                    f"{BUSY} {load.others:.1f} of {load.cores} cores busy while {what}: "
                     "times are longer than on a quiet machine, and ratios less certain."
                 )
 
