@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from pyvolconv.backends.base import MEMORY_FORMAT
 from pyvolconv.backends.triton_tma import TritonTma
 from pyvolconv.backends.triton_tma_ways import Way
 from pyvolconv.problem import PASSES, ConvProblem
@@ -127,6 +128,62 @@ def test_says_what_it_cannot_run(monkeypatch):
     reason = "out_channels=12: rows of 24 bytes are no multiple of 16"
     assert BACKEND.unsupported_reasons(narrow, "grad_input")[-1:] == [reason]
     assert reason not in BACKEND.unsupported_reasons(narrow, "forward"), "results are written without a descriptor"
+
+
+def test_says_which_gpus_it_can_run_on(monkeypatch):
+    """12.x has the accelerator and less than half of the shared memory that its blocks take."""
+    problem = ConvProblem.parse("cuda-bfloat16-ndhwc-n1ic64oc64-i8-k3-p1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
+    for capability, able in {(8, 9): False, (9, 0): True, (10, 3): True, (12, 0): False, (12, 1): False}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device, found=capability: found)
+        reasons = BACKEND.unsupported_reasons(problem, "forward")
+        assert able == (not reasons)
+        assert able or "compute capability 9.0 to 11.x" in reasons[0]
+
+
+def test_says_that_coordinates_have_32_bits(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    problem = ConvProblem.parse("cpu-float32-ndhwc-n1ic8oc8-i4-k1x1x2-p0x0x0+2147483643-d1x1x2147483643")
+    assert BACKEND.unsupported_reasons(problem, "forward") == []
+    (reason,) = BACKEND.unsupported_reasons(problem.with_(padding=((0, 0), (0, 0), (1, 2**31 - 5))), "forward")
+    assert reason == "2147483648 voxels along an axis, padding included: coordinates have 32 bits"
+
+
+def test_does_not_copy_what_is_ndhwc_already(require, operands, run_pass, pass_):
+    problem = on_this_machine("cpu-float32-ndhwc-n1ic8oc8-i2x3x4-k1x1x2")
+    require(BACKEND, problem, pass_)
+    args = [arg.to(problem.device) for arg in operands(problem, pass_)]
+    with pytest.raises(ValueError, match="'m16n16k16w4s2-1-moved' copies ncdhw into ndhwc"):
+        run_pass(BACKEND.configured("m16n16k16w4s2-1-moved"), problem, pass_, args)
+
+
+@pytest.mark.parametrize("layout", ["ncdhw", "ndhwc"])
+def test_an_infinity_reaches_no_other_results_than_documented(require, run_pass, reference, layout):
+    """See `Accuracy`: NaN where it says so, and nowhere a finite number that has to be none."""
+    moved = "-moved" if layout == "ncdhw" else ""
+    backend = BACKEND.configured(f"m16n16k16w4s2-1{moved}")
+    problem = on_this_machine(f"cpu-float32-{layout}-n1ic20oc8-i2x3x5-k1x1x3")
+    memory_format = MEMORY_FORMAT[problem.layout]
+
+    def ones(shape, *infinite):
+        tensor = torch.ones(shape, device=problem.device).contiguous(memory_format=memory_format)
+        for place in infinite:
+            tensor[place] = torch.inf
+        return tensor
+
+    require(backend, problem, "forward")
+    args = [ones(problem.input_shape), ones(problem.weight_shape, (3, 2, 0, 0, 1))]
+    got = run_pass(backend, problem, "forward", args)
+    assert not got[:, 3].isfinite().any()
+    others = torch.arange(8) != 3
+    assert torch.equal(got[:, others].cpu().double(), reference(problem, "forward", args)[:, others])
+
+    args = [ones(problem.output_shape), ones(problem.input_shape, (0, 2, 1, 1, 4))]
+    got = run_pass(backend, problem, "grad_weight", args)
+    assert torch.equal(got[:, 2, 0, 0, 2].cpu(), torch.full((8,), torch.inf))
+    others = torch.arange(20) != 2
+    assert torch.equal(got[:, others].cpu().double(), reference(problem, "grad_weight", args)[:, others])
 
 
 COMPILE = """

@@ -71,6 +71,9 @@ class Accuracy:
     window reaches into the padding depends on the kernel, in torch too: most multiply it by the zeros that stand for
     padding, some, `numba` always, leave those products out. In grad_weight of ncdhw the compiled kernels fill up rows
     with zeros, so that an infinite input may make those results NaN that have to be infinite; none comes out finite.
+    `triton.tma` makes NaN of more: its steps run over the ends of summed axes, where zeros stand on one side only. In
+    forward, unless a step of channels divides their number, an infinite weight may make results NaN that have to be
+    infinite; in grad_weight an infinite or NaN input may make the gradients of other taps of its channel NaN.
 
     Attributes:
         constant: c above. 1 covers any order of a plain sum.

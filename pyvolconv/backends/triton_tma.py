@@ -25,14 +25,20 @@ class TritonTma(EpilogueLaunches):
     def unsupported_reasons(self, problem: ConvProblem, pass_: Pass) -> list[str]:
         reasons = missing_here(problem)
         if not reasons and problem.device == "cuda":
-            if torch.version.hip is not None or torch.cuda.get_device_capability() < (9, 0):
-                reasons.append("needs a tensor memory accelerator: compute capability 9.0 or more")
+            if torch.version.hip is not None or not (9, 0) <= torch.cuda.get_device_capability() < (12, 0):
+                # 12.x has the accelerator too, but 99 KB of shared memory, less than half of what blocks take.
+                reasons.append(
+                    "needs a tensor memory accelerator and 227 KB of shared memory: compute capability 9.0 to 11.x"
+                )
             elif problem.dtype == "float32" and input_precision(problem) == "ieee":
                 reasons.append("float32 in full precision has no matrix unit to feed")
         if problem.groups != 1:
             reasons.append(f"groups={problem.groups}: it takes 1")
         if problem.stride != (1, 1, 1):
             reasons.append(f"stride={problem.stride}: it takes 1")
+        padded = [size + begin + end for size, (begin, end) in zip(problem.input_size, problem.padding, strict=True)]
+        if max(padded) >= 2**31:
+            reasons.append(f"{max(padded)} voxels along an axis, padding included: coordinates have 32 bits")
         bytes_ = DTYPE_BYTES[problem.dtype]
         for name, channels in _described(problem, pass_):
             if channels * bytes_ % 16:
@@ -52,6 +58,8 @@ class TritonTma(EpilogueLaunches):
         from ..kernels.triton_transpose import channels_last
 
         way = Way.parse(self.configuration) if self.configuration else ways(problem, pass_)[0]
+        if way.moved and problem.layout == "ndhwc":
+            raise ValueError(f"{self.configuration!r} copies ncdhw into ndhwc, and this is ndhwc already")
         first, second, *bias = operands
         assert first is not None
         assert second is not None
