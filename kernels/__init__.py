@@ -8,9 +8,9 @@ Every path has the same three functions, which write their result into the last 
 
 Activations are (N, C, D, H, W), weights (C_out, C_in / groups, K_d, K_h, K_w), in either memory layout and
 both in the same one. `padding` is the number of zeros before each axis; how many come after it follows from
-the size of the output. No tensor is empty. What is written in Triton returns launches, which write the result when they
-are run, and may leave out arguments that it takes one value of. A kernel knows nothing of autograd, modules or dispatch, and
-importing this package loads none of them: each backend imports its own kernels when it first runs.
+the size of the output. No tensor is empty. What is written in Triton returns launches, which write the result when
+they are run, and may leave out arguments that it takes one value of. A kernel knows nothing of autograd, modules or
+dispatch, and importing this package loads none of them: each backend imports its own kernels when it first runs.
 """
 
 if __name__ == "kernels":

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+import pyvolconv
 from pyvolconv.backends.aten import AtenBackend
 from pyvolconv.backends.triton_base import TritonLaunches
 from pyvolconv.backends.triton_implicit_gemm import TritonImplicitGemm
@@ -235,6 +236,9 @@ def test_profile_tune_and_info_on_a_gpu(monkeypatch):
     assert profile.exit_code == 0, profile.output
     assert "Faults" not in profile.output
     assert "triton, batch 2" in profile.output
+    # Each would run in the interpreter.
+    for backend in pyvolconv.backends():
+        monkeypatch.setattr(type(backend), "configurations", lambda self, problem, pass_: ())
     monkeypatch.setattr(
         "pyvolconv.autotune.measure_queued", lambda steps, _: {name: 1e-3 * len(name) for name in steps}
     )
