@@ -26,13 +26,6 @@ def run(model, x, cotangent=None):
     return [y, *torch.autograd.grad(y, [x, *model.parameters()], cotangent)]
 
 
-def assert_same_run(got, expected):
-    """Gradients in front of a norm are small differences of sums as large as the other gradients."""
-    assert_close(got[0], expected[0])
-    largest = max(float(values.abs().max()) for values in expected)
-    torch.testing.assert_close(got[1:], expected[1:], rtol=1e-3, atol=max(1e-4, 3e-5 * largest))
-
-
 @pytest.mark.parametrize(
     ("name", "layout", "train"),
     [
@@ -43,20 +36,19 @@ def assert_same_run(got, expected):
 )
 def test_one_graph_for_all_sizes(name, layout, train):
     """`fullgraph` raises where a graph breaks; torch's own model tells how often AOTAutograd has to compile."""
-    # In float64 no two voxels of a window are equal but for rounding, where kernels may choose either.
-    reference, model = (net.double() for net in pair(name, layout, train))
+    reference, model = pair(name, layout, train)
     counts = []
     for net in (reference, model):
         torch.compiler.reset()
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(net, fullgraph=True, dynamic=True, backend=counter)
         for batch, size in SIZES:
-            x = sample(batch, size, layout).double()
+            x = sample(batch, size, layout)
             expected = reference(x)
             cotangent = torch.randn_like(expected) if train else None
             got, wanted = run(compiled, x, cotangent), run(reference, x, cotangent)
             assert got[0].stride() == wanted[0].stride()
-            assert_same_run(got, wanted)
+            assert_close(got, wanted)
         counts.append(counter.frame_count)
     assert counts[1] <= counts[0] < len(SIZES), "compiled anew for another size"
 
@@ -98,4 +90,4 @@ def test_inductor_trains_a_fused_model():
     for batch in (2, 3):
         x = sample(batch, layout=torch.channels_last_3d)
         cotangent = torch.randn_like(reference(x))
-        assert_same_run(run(compiled, x, cotangent), run(reference, x, cotangent))
+        assert_close(run(compiled, x, cotangent), run(reference, x, cotangent))
