@@ -198,18 +198,41 @@ def split_voxel(voxel, depth, height, width):
 
 
 @triton.jit
-def rows(values, FLAT: tl.constexpr):
-    """One number per summed index, if FLAT, as a column of rows; a scalar as it is."""
-    return values[:, None] if FLAT else values
-
-
-@triton.jit
-def columns(values, FLAT: tl.constexpr):
-    """One number per summed index, if FLAT, as a row of columns; a scalar as it is."""
-    return values[None, :] if FLAT else values
-
-
-@triton.jit
 def is_inside(first, shift, size):
     """Whether first + shift is in [0, size): one comparison, as unsigned numbers."""
     return (first + shift).to(tl.uint32) < tl.cast(size, tl.uint32)
+
+
+@triton.jit
+def gather(
+    row_pointers,
+    shifts,
+    first,
+    moves,
+    size,
+    row_valid,
+    column_valid,
+    FLAT: tl.constexpr,
+    ROWS_ADJACENT: tl.constexpr,
+):
+    """(rows, columns) values at row_pointers[i] + shifts[j], zero where a voxel is outside or either is not valid.
+
+    The voxel of row i and column j is first[i] + moves[j] on each of three axes, in [0, size); if not FLAT, `moves` are
+    three numbers for all columns. ROWS_ADJACENT: neighbouring threads read neighbouring rows, else columns.
+    """
+    d_first, h_first, w_first = first
+    d_move, h_move, w_move = moves
+    depth, height, width = size
+    if ROWS_ADJACENT:
+        inside = is_inside(d_first[None, :], d_move[:, None] if FLAT else d_move, depth)
+        inside &= is_inside(h_first[None, :], h_move[:, None] if FLAT else h_move, height)
+        inside &= is_inside(w_first[None, :], w_move[:, None] if FLAT else w_move, width)
+        inside = inside & row_valid[None, :] & column_valid[:, None]
+        values = tl.load(row_pointers[None, :] + shifts[:, None], mask=inside, other=0.0).T
+    else:
+        inside = is_inside(d_first[:, None], d_move[None, :] if FLAT else d_move, depth)
+        inside &= is_inside(h_first[:, None], h_move[None, :] if FLAT else h_move, height)
+        inside &= is_inside(w_first[:, None], w_move[None, :] if FLAT else w_move, width)
+        inside = inside & row_valid[:, None] & column_valid[None, :]
+        values = tl.load(row_pointers[:, None] + shifts[None, :], mask=inside, other=0.0)
+    return values

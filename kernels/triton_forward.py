@@ -15,11 +15,9 @@ from .triton_common import (
     MIN_DOT_SIDE,
     Launch,
     ceil_div,
-    columns,
     default_blocks,
-    is_inside,
+    gather,
     offset_dtype,
-    rows,
     split_voxel,
     tap_and_channel,
     tap_steps,
@@ -124,7 +122,6 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    depth, height, width = size
     depth_out, height_out, width_out = size_out
     x_n, x_c, x_d, x_h, x_w = x_strides
     y_n, y_c, y_d, y_h, y_w = y_strides
@@ -158,26 +155,8 @@ def forward_kernel(
         w_shift = tap % KERNEL[2] * DILATION[2]
         x_shift = d_shift.to(OFFSET) * x_d + h_shift.to(OFFSET) * x_h + w_shift.to(OFFSET) * x_w
         x_shift = x_shift + c.to(OFFSET) * x_c  # (K,)
-        if not VOXELS_ADJACENT:
-            x = tl.load(
-                x_rows[:, None] + x_shift[None, :],
-                mask=is_inside(d_first[:, None], columns(d_shift, FLAT), depth)
-                & is_inside(h_first[:, None], columns(h_shift, FLAT), height)
-                & is_inside(w_first[:, None], columns(w_shift, FLAT), width)
-                & voxel_valid[:, None]
-                & c_valid[None, :],
-                other=0.0,
-            )
-        else:
-            x = tl.load(
-                x_rows[None, :] + x_shift[:, None],
-                mask=is_inside(d_first[None, :], rows(d_shift, FLAT), depth)
-                & is_inside(h_first[None, :], rows(h_shift, FLAT), height)
-                & is_inside(w_first[None, :], rows(w_shift, FLAT), width)
-                & voxel_valid[None, :]
-                & c_valid[:, None],
-                other=0.0,
-            ).T
+        first, shift = (d_first, h_first, w_first), (d_shift, h_shift, w_shift)
+        x = gather(x_rows, x_shift, first, shift, size, voxel_valid, c_valid, FLAT, VOXELS_ADJACENT)  # (M, K)
         weight = tl.load(
             weight_rows[:, None] + (tap * channels + c)[None, :], mask=o_valid[:, None] & c_valid[None, :], other=0.0
         )

@@ -24,11 +24,9 @@ from .triton_common import (
     MIN_DOT_SIDE,
     Launch,
     ceil_div,
-    columns,
     default_blocks,
-    is_inside,
+    gather,
     offset_dtype,
-    rows,
     split_voxel,
     tap_and_channel,
     tap_steps,
@@ -136,7 +134,6 @@ def grad_input_kernel(
 ):
     depth, height, width = size
     depth_phase, height_phase, width_phase = size_phase
-    depth_out, height_out, width_out = size_out
     grad_output_n, grad_output_c, grad_output_d, grad_output_h, grad_output_w = grad_output_strides
     grad_x_n, grad_x_c, grad_x_d, grad_x_h, grad_x_w = grad_x_strides
 
@@ -183,26 +180,10 @@ def grad_input_kernel(
         w_back = w_nth * -OUTPUT_STEP[2]
         back = d_back.to(OFFSET) * grad_output_d + h_back.to(OFFSET) * grad_output_h
         back = back + w_back.to(OFFSET) * grad_output_w + o.to(OFFSET) * grad_output_c  # (K,)
-        if not VOXELS_ADJACENT:
-            grad_output = tl.load(
-                grad_output_rows[:, None] + back[None, :],
-                mask=is_inside(d_first[:, None], columns(d_back, FLAT), depth_out)
-                & is_inside(h_first[:, None], columns(h_back, FLAT), height_out)
-                & is_inside(w_first[:, None], columns(w_back, FLAT), width_out)
-                & voxel_valid[:, None]
-                & o_valid[None, :],
-                other=0.0,
-            )
-        else:
-            grad_output = tl.load(
-                grad_output_rows[None, :] + back[:, None],
-                mask=is_inside(d_first[None, :], rows(d_back, FLAT), depth_out)
-                & is_inside(h_first[None, :], rows(h_back, FLAT), height_out)
-                & is_inside(w_first[None, :], rows(w_back, FLAT), width_out)
-                & voxel_valid[None, :]
-                & o_valid[:, None],
-                other=0.0,
-            ).T
+        first, moves = (d_first, h_first, w_first), (d_back, h_back, w_back)
+        grad_output = gather(
+            grad_output_rows, back, first, moves, size_out, voxel_valid, o_valid, FLAT, VOXELS_ADJACENT
+        )  # (M, K)
         tap = (d_tap + d_nth * TAP_STEP[0]) * KERNEL[1] + h_tap + h_nth * TAP_STEP[1]
         tap = tap * KERNEL[2] + w_tap + w_nth * TAP_STEP[2]
         weight_shift = o.to(OFFSET) * (channels * all_taps) + tap * channels  # (K,)

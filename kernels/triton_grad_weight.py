@@ -23,11 +23,9 @@ from .triton_common import (
     Launch,
     add_partials,
     ceil_div,
-    columns,
     default_blocks,
-    is_inside,
+    gather,
     offset_dtype,
-    rows,
     split_voxel,
     tap_and_channel,
     tap_steps,
@@ -130,7 +128,6 @@ def grad_weight_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    depth, height, width = size
     depth_out, height_out, width_out = size_out
     grad_output_n, grad_output_c, grad_output_d, grad_output_h, grad_output_w = grad_output_strides
     x_n, x_c, x_d, x_h, x_w = x_strides
@@ -180,26 +177,8 @@ def grad_weight_kernel(
                 mask=voxel_valid[None, :] & o_valid[:, None],
                 other=0.0,
             )
-        if VOXELS_ADJACENT:
-            x = tl.load(
-                x_ptr + x_rows[None, :] + x_shift[:, None],
-                mask=is_inside(d_first[None, :], rows(d_shift, FLAT), depth)
-                & is_inside(h_first[None, :], rows(h_shift, FLAT), height)
-                & is_inside(w_first[None, :], rows(w_shift, FLAT), width)
-                & voxel_valid[None, :]
-                & c_valid[:, None],
-                other=0.0,
-            ).T
-        else:
-            x = tl.load(
-                x_ptr + x_rows[:, None] + x_shift[None, :],
-                mask=is_inside(d_first[:, None], columns(d_shift, FLAT), depth)
-                & is_inside(h_first[:, None], columns(h_shift, FLAT), height)
-                & is_inside(w_first[:, None], columns(w_shift, FLAT), width)
-                & voxel_valid[:, None]
-                & c_valid[None, :],
-                other=0.0,
-            )
+        first, shift = (d_first, h_first, w_first), (d_shift, h_shift, w_shift)
+        x = gather(x_ptr + x_rows, x_shift, first, shift, size, voxel_valid, c_valid, FLAT, VOXELS_ADJACENT)  # (K, N)
         if WIDEN:
             grad_output = grad_output.to(tl.float32)
             x = x.to(tl.float32)
