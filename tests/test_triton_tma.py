@@ -191,13 +191,6 @@ from pyvolconv.kernels.triton_blocks import Blocks
 from pyvolconv.kernels.triton_tma import forward, grad_input
 from pyvolconv.kernels.triton_tma_grad_weight import grad_weight
 
-def loop_of(ttgir):
-    # What the innermost loop with a product does, in order.
-    body = max(ttgir.split("scf.for")[1:], key=lambda part: "warp_group_dot" in part.split("scf.yield")[0])
-    body = body.split("scf.yield")[0]
-    places = {name: body.find(name) for name in ("wait_barrier", "warp_group_dot ", "async_tma_copy")}
-    return "-".join(name.strip() for name in sorted(places, key=places.get) if places[name] >= 0)
-
 for case in sys.argv[1:]:
     dtype, layout, size, blocks, precision = eval(case)
     memory_format = getattr(torch, layout)
@@ -211,7 +204,7 @@ for case in sys.argv[1:]:
         grad_weight(x, x, ones, ones, weight, blocks, 0, precision),
     ):
         code = compiled(launches[0])
-        print("wgmma.mma_async" in code.asm["ptx"], code.metadata.shared, loop_of(code.asm["ttgir"]))
+        print("wgmma.mma_async" in code.asm["ptx"], code.metadata.shared, order_of_loop(code.asm["ttgir"]))
 """
 
 HOPPER = [
@@ -229,7 +222,7 @@ def test_operands_are_fetched_ahead_on_hopper(tmp_path):
     """
     rows = compile_on(COMPILE, HOPPER, tmp_path)
     assert len(rows) == 3 * len(HOPPER)
-    for tensor_core, shared_bytes, loop in rows:
+    for tensor_core, shared_bytes, order in rows:
         assert tensor_core == "True"
         assert int(shared_bytes) <= 227 * 1024
-        assert loop == "wait_barrier-warp_group_dot-async_tma_copy"
+        assert order == "ahead"
