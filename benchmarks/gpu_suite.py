@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyvolconv import dispatch, tuned
-from pyvolconv.backends.base import MEMORY_FORMAT, Backend
+from pyvolconv.backends.base import MEMORY_FORMAT, Backend, operand_shapes
 from pyvolconv.candidates import competitors
 from pyvolconv.problem import LAYOUTS, PASSES, ConvProblem, Layout, Pass
 
@@ -55,12 +55,8 @@ def all_of_ours(problem: ConvProblem, pass_: Pass) -> list[Backend]:
 
 
 def operands_of(problem: ConvProblem, pass_: Pass) -> list[Tensor]:
-    shapes = {
-        "forward": (problem.input_shape, problem.weight_shape),
-        "grad_input": (problem.output_shape, problem.weight_shape),
-        "grad_weight": (problem.output_shape, problem.input_shape),
-    }[pass_]
     dtype = getattr(torch, problem.dtype)
+    shapes = operand_shapes(problem, pass_)
     return [_ordered(torch.randn(shape, device=problem.device, dtype=dtype), problem.layout) for shape in shapes]
 
 

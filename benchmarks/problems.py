@@ -50,6 +50,16 @@ PROBLEM_SETS: dict[str, dict[str, str]] = {
         "depthwise-5": "n2g64ic64oc64-i32-k5-p2",
         "transposed": "n2ic32oc64-i64-k2-s2",  # its grad_input is the ConvTranspose3d(64, 32, 2, 2) of a 32^3 input
     },
+    # Windows that touch: patches cut out of volumes, images and latent videos, and layers that halve.
+    "patches": {
+        "video-vit": "n2ic3oc768-i16x112x112-k2x16x16-s2x16x16",
+        "image-vit": "n1ic3oc1152-i1x448x448-k1x14x14-s1x14x14",
+        "volume-4": "n1ic1oc96-i64x96x96-k4-s4",
+        "latent-4": "n1ic4oc1536-i16x60x90-k1x2x2-s1x2x2",
+        "latent-16": "n1ic16oc1536-i20x32x32-k1x2x2-s1x2x2",
+        "halving-16": "n4ic16oc32-i16x64x64-k1x2x2-s1x2x2",
+        "halving-96": "n1ic96oc192-i32x32x32-k2-s2",
+    },
 }
 
 

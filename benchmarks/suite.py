@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import pyvolconv
-from pyvolconv.backends.base import MEMORY_FORMAT, Backend
+from pyvolconv.backends.base import MEMORY_FORMAT, Backend, operand_shapes
 from pyvolconv.backends.registry import select
 from pyvolconv.dispatch import choose
 from pyvolconv.precision import Precision
@@ -29,7 +29,7 @@ from pyvolconv.problem import LAYOUTS, PASSES, ConvProblem, Layout, Pass
 
 from .problems import PROBLEM_SETS, problem
 
-SUITE = PROBLEM_SETS["suite"]
+ENTRIES = PROBLEM_SETS["suite"] | PROBLEM_SETS["patches"]
 LEFT_OUT = 1.5
 """A layout this much slower than its side's better one in the first run is not timed."""
 
@@ -67,11 +67,7 @@ def run(backend: Backend, problem: ConvProblem, pass_: Pass, operands: list[Tens
 
 
 def operands_of(problem: ConvProblem, pass_: Pass) -> list[Tensor]:
-    shapes = {
-        "forward": (problem.input_shape, problem.weight_shape),
-        "grad_input": (problem.output_shape, problem.weight_shape),
-        "grad_weight": (problem.output_shape, problem.input_shape),
-    }[pass_]
+    shapes = operand_shapes(problem, pass_)
     return [torch.randint(-3, 4, shape, dtype=torch.int8).to(getattr(torch, problem.dtype)) for shape in shapes]
 
 
@@ -89,7 +85,7 @@ def check(result: Tensor, exact: Tensor, backend: Backend, problem: ConvProblem,
 def measure(name: str, pass_: Pass, dtype: str, seconds: float) -> Row:
     """At least one round of all candidates, then more until `seconds` are over."""
     (aten,) = select("aten")
-    plain = problem(SUITE[name], "ncdhw", dtype, "cpu")
+    plain = problem(ENTRIES[name], "ncdhw", dtype, "cpu")
     operands = operands_of(plain, pass_)
     exact = run(aten, plain.with_(dtype="float32"), pass_, [operand.float() for operand in operands])
     runs = {}
@@ -157,20 +153,29 @@ def summary(rows: list[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(SUITE), help="comma-separated entries (default: all)")
+    parser.add_argument("--set", default="suite", choices=("suite", "patches"), help="of problems.py (default: suite)")
+    parser.add_argument("--only", help="comma-separated entries (default: all of the set)")
     parser.add_argument("--passes", default=",".join(PASSES), help="comma-separated passes (default: all)")
     parser.add_argument("--dtype", default="float32", help="name of a torch dtype (default: float32)")
     parser.add_argument("--precision", default="default", choices=get_args(Precision), help="see set_precision")
     parser.add_argument("--seconds", type=float, default=2.0, help="timed per entry and pass, at least one round (2)")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args()
+    names = options.only.split(",") if options.only else list(PROBLEM_SETS[options.set])
     passes = [pass_ for pass_ in PASSES if pass_ in options.passes.split(",")]
     torch.manual_seed(0)
     pyvolconv.set_precision(options.precision)
     with pyvolconv.keep_pages() as kept, torch.no_grad():
         pages = "kept" if kept.active else f"not kept ({kept.reason})"
         print(f"{options.dtype}, precision {options.precision}, {torch.get_num_threads()} threads, pages {pages}")
-        rows = list(measure_all(options.only.split(","), passes, options.dtype, options.seconds))
+        rows = list(
+            measure_all(
+                names,
+                passes,
+                options.dtype,
+                options.seconds,
+            )
+        )
     print(summary(rows))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) | {"ratio": row.ratio} for row in rows], indent=1))

@@ -101,10 +101,6 @@ def choose(problem: ConvProblem, pass_: Pass) -> Backend:
     """
     backend = choose_or_none(problem, pass_)
     if backend is None:
-        # What refused may have been the environment, which has changed since.
-        forget_choices()
-        backend = choose_or_none(problem, pass_)
-    if backend is None:
         forced = forced_backend()
         able = [name for name, reasons in _reasons(REGISTRY, problem, pass_).items() if not reasons]
         raise UnsupportedProblemError(problem, pass_, _reasons(_candidates(forced), problem, pass_), forced, able)
@@ -122,7 +118,10 @@ def choose_or_none(problem: ConvProblem, pass_: Pass) -> Backend | None:
         switches = cuda_switches()
     else:
         switches = (convolves_float32_in_bfloat16(), multiplies_float32_in_bfloat16())
-    return _choose(problem, pass_, forced_backend(), torch.get_num_threads(), switches)
+    try:
+        return _choose(problem, pass_, forced_backend(), torch.get_num_threads(), switches)
+    except _NobodyAbleError:
+        return None
 
 
 def run(method: Callable[..., Result], problem: ConvProblem, pass_: Pass, *operands: Any) -> Result:
@@ -224,6 +223,10 @@ def _reasons(candidates: Iterable[Backend], problem: ConvProblem, pass_: Pass) -
     }
 
 
+class _NobodyAbleError(Exception):
+    """No allowed backend can run a pass."""
+
+
 @lru_cache(maxsize=4096)
 def _choose(
     problem: ConvProblem, pass_: Pass, forced: str | None, threads: int, switches: tuple[object, ...]
@@ -232,6 +235,9 @@ def _choose(
     candidates = _candidates(forced)
     reasons = _reasons(candidates, problem, pass_)
     able = [backend for backend in candidates if not reasons[backend.name]]
+    if not able and problem.pool is None:
+        # Not remembered, as a result would be: what refuses may be the environment, and that may change.
+        raise _NobodyAbleError
     if not able:
         return None
     measured = _measured_fastest(problem, pass_, able)

@@ -32,7 +32,7 @@ else:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from pyvolconv import tuned
-from pyvolconv.backends.base import MEMORY_FORMAT, Accuracy, Backend
+from pyvolconv.backends.base import MEMORY_FORMAT, Accuracy, Backend, operand_shapes
 from pyvolconv.backends.registry import REGISTRY
 from pyvolconv.cost import busy
 from pyvolconv.dispatch import forget_choices
@@ -256,14 +256,6 @@ def require() -> Callable[[Backend, ConvProblem, Pass], None]:
     return check
 
 
-def operand_shapes(problem: ConvProblem, pass_: Pass) -> list[tuple[int, ...]]:
-    """Shapes of a pass's operands in the order of the backend's arguments, the bias last."""
-    x, weight, grad_output = problem.input_shape, problem.weight_shape, problem.output_shape
-    if pass_ == "forward":
-        return [x, weight, (problem.out_channels,)] if problem.bias else [x, weight]
-    return [grad_output, weight] if pass_ == "grad_input" else [grad_output, x]
-
-
 @pytest.fixture
 def operands() -> Callable[..., list[Tensor]]:
     """operands(problem, pass_, integers=False): random, dense in the problem's layout, between guards.
@@ -274,7 +266,8 @@ def operands() -> Callable[..., list[Tensor]]:
 
     def make(problem: ConvProblem, pass_: Pass, integers: bool = False) -> list[Tensor]:
         made = []
-        for shape in operand_shapes(problem, pass_):
+        bias = [(problem.out_channels,)] if problem.bias and pass_ == "forward" else []
+        for shape in [*operand_shapes(problem, pass_), *bias]:
             values = torch.randint(-3, 4, shape) if integers else torch.randn(shape, dtype=torch.float64)
             dense = values.to(getattr(torch, problem.dtype))
             if len(shape) == 5:

@@ -37,7 +37,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..epilogue import Activation
-from ..problem import ConvProblem, Pass
+from ..problem import ConvProblem, Pass, Size3
+
+Shape = tuple[int, int, int, int, int]
 
 Self = TypeVar("Self", bound="Backend")
 
@@ -219,3 +221,23 @@ def empty(problem: ConvProblem, what: Literal["input", "output", "weight", "pool
     shape = getattr(problem, _SHAPES[what])
     dtype = torch.uint8 if what == "code" else like.dtype
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=MEMORY_FORMAT[problem.layout])
+
+
+def operand_shapes(problem: ConvProblem, pass_: Pass) -> tuple[Shape, Shape]:
+    """Shapes of the two tensors that a plain pass takes, in the order of its arguments.
+
+    Example:
+        >>> operand_shapes(ConvProblem(2, 3, 4, (8, 8, 8), (3, 3, 3)), "grad_weight")
+        ((2, 4, 6, 6, 6), (2, 3, 8, 8, 8))
+    """
+    return {
+        "forward": (problem.input_shape, problem.weight_shape),
+        "grad_input": (problem.output_shape, problem.weight_shape),
+        "grad_weight": (problem.output_shape, problem.input_shape),
+    }[pass_]
+
+
+def geometry(problem: ConvProblem) -> tuple[Size3, Size3, Size3, int]:
+    """Stride, zeros before each axis, dilation and groups, as the functions in `pyvolconv.kernels` take them."""
+    (depth, _), (height, _), (width, _) = problem.padding
+    return problem.stride, (depth, height, width), problem.dilation, problem.groups

@@ -13,7 +13,7 @@ from ..host import starts_two_wide_fmas
 from ..precision import float32_arithmetic, must_be_deterministic
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from . import cuda_peak
-from .base import MEMORY_FORMAT, Accuracy, Backend, empty
+from .base import MEMORY_FORMAT, Accuracy, Backend, empty, geometry
 from .im2col import COPIED_VALUE
 
 _ROUNDS_LIKE = {"ieee": "float32", "tf32": "float16", "bf16": "bfloat16"}
@@ -49,21 +49,21 @@ class GemmBackend(Backend):
         from ..kernels import gemm
 
         y = empty(problem, "output", like=x)
-        gemm.forward(x, weight, bias, *_geometry(problem), y)
+        gemm.forward(x, weight, bias, *geometry(problem), y)
         return y
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
         from ..kernels import gemm
 
         grad_x = empty(problem, "input", like=grad_output)
-        gemm.grad_input(grad_output, weight, *_geometry(problem), grad_x)
+        gemm.grad_input(grad_output, weight, *geometry(problem), grad_x)
         return grad_x
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
         from ..kernels import gemm
 
         grad_w = empty(problem, "weight", like=x)
-        gemm.grad_weight(grad_output, x, *_geometry(problem), grad_w)
+        gemm.grad_weight(grad_output, x, *geometry(problem), grad_w)
         return grad_w
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
@@ -102,13 +102,6 @@ class GemmBackend(Backend):
         windows = problem.batch * math.prod(problem.output_size) * problem.reduction_length("forward")
         copied = windows * (0.6 + 5 / piece) * COPIED_VALUE[cheap] / problem.flops(pass_)
         return 1 / (1 / 0.8 + copied + (12 if cheap else 5) * problem.min_bytes(pass_) / problem.flops(pass_))
-
-
-def _geometry(
-    problem: ConvProblem,
-) -> tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int], int]:
-    (depth, _), (height, _), (width, _) = problem.padding
-    return problem.stride, (depth, height, width), problem.dilation, problem.groups
 
 
 def _not_one_product(problem: ConvProblem) -> list[str]:
@@ -188,7 +181,7 @@ def _copied_bytes(problem: ConvProblem) -> int:
         torch.empty(shape, device="meta", memory_format=MEMORY_FORMAT[problem.layout])
         for shape in (problem.input_shape, problem.weight_shape, problem.output_shape)
     )
-    if not gemm.copies_windows(*tensors, *_geometry(problem)):
+    if not gemm.copies_windows(*tensors, *geometry(problem)):
         return 0
     windows = problem.batch * math.prod(problem.output_size) * problem.reduction_length("forward")
     return 2 * windows * DTYPE_BYTES[problem.dtype]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..host import starts_two_wide_fmas
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from . import cuda_peak
-from .base import Accuracy, Backend, empty
+from .base import Accuracy, Backend, empty, geometry
 
 COPIED_VALUE = {False: 250, True: 490}
 """FLOPs at the peak of the CPU in the time that a value of a column takes, by `starts_two_wide_fmas`."""
@@ -37,21 +37,21 @@ class Im2colBackend(Backend):
         from ..kernels import im2col
 
         y = empty(problem, "output", like=x)
-        im2col.forward(x, weight, bias, *_geometry(problem), y)
+        im2col.forward(x, weight, bias, *geometry(problem), y)
         return y
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
         from ..kernels import im2col
 
         grad_x = empty(problem, "input", like=grad_output)
-        im2col.grad_input(grad_output, weight, *_geometry(problem), grad_x)
+        im2col.grad_input(grad_output, weight, *geometry(problem), grad_x)
         return grad_x
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
         from ..kernels import im2col
 
         grad_w = empty(problem, "weight", like=x)
-        im2col.grad_weight(grad_output, x, *_geometry(problem), grad_w)
+        im2col.grad_weight(grad_output, x, *geometry(problem), grad_w)
         return grad_w
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
@@ -81,13 +81,6 @@ class Im2colBackend(Backend):
         written_and_read = 2 * problem.batch * math.prod(problem.output_size) * problem.reduction_length("forward")
         copied = written_and_read * problem.groups * DTYPE_BYTES[problem.dtype]
         return cuda_peak.share_of_peak(problem, pass_, reached * cuda_peak.share_of_products(problem), copied)
-
-
-def _geometry(
-    problem: ConvProblem,
-) -> tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int], int]:
-    (depth, _), (height, _), (width, _) = problem.padding
-    return problem.stride, (depth, height, width), problem.dilation, problem.groups
 
 
 def _narrow_matmul_dtype(problem: ConvProblem) -> str | None:

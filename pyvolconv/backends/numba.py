@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..epilogue import ACTIVATIONS, Size3
 from ..problem import ConvProblem, Pass
-from .base import Accuracy, Backend, empty
+from .base import Accuracy, Backend, empty, geometry
 
 _importing_process = os.getpid()
 _parallel_region = threading.Lock()
@@ -50,17 +50,17 @@ class NumbaBackend(Backend):
         y = empty(problem, "output", like=x)
         if bias is None:
             bias = x.new_zeros(problem.out_channels)
-        _call("reference", "forward", (x, weight, bias), _geometry(problem), (y,))
+        _call("reference", "forward", (x, weight, bias), geometry(problem), (y,))
         return y
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
         grad_x = empty(problem, "input", like=grad_output)
-        _call("reference", "grad_input", (grad_output, weight), _geometry(problem), (grad_x,))
+        _call("reference", "grad_input", (grad_output, weight), geometry(problem), (grad_x,))
         return grad_x
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
         grad_w = empty(problem, "weight", like=x)
-        _call("reference", "grad_weight", (grad_output, x), _geometry(problem), (grad_w,))
+        _call("reference", "grad_weight", (grad_output, x), geometry(problem), (grad_w,))
         return grad_w
 
     def forward_max_pool(
@@ -72,7 +72,7 @@ class NumbaBackend(Backend):
         # A NumPy scalar of the tensors' dtype, so that a product with it is rounded as torch rounds it.
         slope = x.new_tensor(problem.negative_slope).numpy()[()]
         sizes = (
-            *_geometry(problem),
+            *geometry(problem),
             ACTIVATIONS.index(problem.activation),
             slope,
             *_pool(problem),
@@ -83,7 +83,7 @@ class NumbaBackend(Backend):
 
     def grad_input_max_pool(self, problem: ConvProblem, grad: Tensor, code: Tensor, weight: Tensor) -> Tensor:
         grad_x = empty(problem, "input", like=grad)
-        sizes = (*_geometry(problem), *_pool(problem))
+        sizes = (*geometry(problem), *_pool(problem))
         _call("reference_max_pool", "grad_input", (grad, code, weight), sizes, (grad_x,))
         return grad_x
 
@@ -91,7 +91,7 @@ class NumbaBackend(Backend):
         self, problem: ConvProblem, grad: Tensor, code: Tensor, x: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         grad_w, grad_b = empty(problem, "weight", like=x), x.new_empty(problem.out_channels)
-        sizes = (*_geometry(problem), *_pool(problem))
+        sizes = (*geometry(problem), *_pool(problem))
         _call("reference_max_pool", "grad_weight", (grad, code, x), sizes, (grad_w, grad_b))
         return grad_w, grad_b if problem.bias else None
 
@@ -101,10 +101,6 @@ class NumbaBackend(Backend):
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
         """One multiplication and one addition at a time, each waiting for the one before: about 1% of peak."""
         return 0.01
-
-
-def _geometry(problem: ConvProblem) -> tuple[Any, ...]:
-    return problem.stride, tuple(begin for begin, _ in problem.padding), problem.dilation, problem.groups
 
 
 def _pool(problem: ConvProblem) -> tuple[Size3, Size3, Size3]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..epilogue import Activation
 from ..problem import ConvProblem, Pass
-from .base import MEMORY_FORMAT, Accuracy, Backend, empty
+from .base import MEMORY_FORMAT, Accuracy, Backend, empty, operand_shapes
 from .cuda_peak import arithmetic
 from .triton_support import device_of, interpreter_asked
 
@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from ..kernels.triton_epilogue import Epilogue
 
 RESULT = {"forward": "output", "grad_input": "input", "grad_weight": "weight"}
-OPERANDS = {
-    "forward": ("input_shape", "weight_shape"),
-    "grad_input": ("output_shape", "weight_shape"),
-    "grad_weight": ("output_shape", "input_shape"),
-}
 
 CALL_SECONDS = 25e-6
 """What a pass takes on the host, an estimate."""
@@ -61,7 +56,7 @@ class TritonLaunches(Backend):
         def without_memory(shape: tuple[int, ...]) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
 
-        operands: list[Tensor | None] = [without_memory(getattr(problem, shape)) for shape in OPERANDS[pass_]]
+        operands: list[Tensor | None] = [without_memory(shape) for shape in operand_shapes(problem, pass_)]
         if pass_ == "forward":
             operands.append(torch.empty(problem.out_channels, dtype=dtype, device="meta") if problem.bias else None)
         result = empty(problem, RESULT[pass_], like=operands[0])  # type: ignore[arg-type]

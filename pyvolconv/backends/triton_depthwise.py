@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..problem import ConvProblem, Pass
 from . import cuda_peak
-from .base import Accuracy
+from .base import Accuracy, geometry
 from .triton_base import CALL_SECONDS, TritonLaunches
-from .triton_support import geometry, missing_here
+from .triton_support import missing_here
 
 LARGEST_GROUP = 8
 """Most channels of a group, of input and of output; each is a loop over all taps."""

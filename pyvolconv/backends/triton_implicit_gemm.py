@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from . import cuda_peak
+from .base import geometry
 from .triton_base import CALL_SECONDS, EpilogueLaunches, multiplication
 from .triton_pooled import PooledLaunches, pooled_configurations, share_of_products_needed
-from .triton_support import geometry, missing_here
+from .triton_support import missing_here
 
 if TYPE_CHECKING:
     from ..kernels.triton_epilogue import Epilogue

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..problem import ConvProblem, Pass
-from .base import MEMORY_FORMAT, empty
+from .base import MEMORY_FORMAT, empty, geometry
 from .triton_base import TritonLaunches, multiplication
-from .triton_support import device_of, geometry
+from .triton_support import device_of
 
 
 class PooledLaunches(TritonLaunches):

@@ -1,4 +1,4 @@
-"""What the backends in Triton share: what this machine lacks, the device of a launch, the geometry kernels take."""
+"""What the backends in Triton share: what this machine lacks, the device of a launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import ConvProblem, Size3
+from ..problem import ConvProblem
 
 _COMMON = "pyvolconv.kernels.triton_common"
 
@@ -41,12 +41,6 @@ def interpreter_asked() -> bool:
 def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def geometry(problem: ConvProblem) -> tuple[Size3, Size3, Size3, int]:
-    """Stride, zeros before each axis, dilation and groups, as the functions in `pyvolconv.kernels` take them."""
-    (depth, _), (height, _), (width, _) = problem.padding
-    return problem.stride, (depth, height, width), problem.dilation, problem.groups
 
 
 def _missing_in_interpreter() -> list[str]:

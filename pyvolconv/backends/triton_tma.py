@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from . import cuda_peak
+from .base import geometry
 from .triton_base import CALL_SECONDS, EpilogueLaunches, input_precision, multiplication
-from .triton_support import geometry, missing_here
+from .triton_support import missing_here
 from .triton_tma_ways import Way, seconds, ways
 
 if TYPE_CHECKING:
