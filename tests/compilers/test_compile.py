@@ -26,6 +26,12 @@ def run(model, x, cotangent=None):
     return [y, *torch.autograd.grad(y, [x, *model.parameters()], cotangent)]
 
 
+def assert_same_run(got, expected):
+    """Gradients in front of a norm are small differences of sums as large as the largest of them."""
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=max(1e-4, 3e-5 * float(other.abs().max())))
+
+
 @pytest.mark.parametrize(
     ("name", "layout", "train"),
     [
@@ -36,8 +42,6 @@ def run(model, x, cotangent=None):
 )
 def test_one_graph_for_all_sizes(name, layout, train):
     """`fullgraph` raises where a graph breaks; torch's own model tells how often AOTAutograd has to compile."""
-    # Always the same values: among others, two voxels of a window may be equal but for rounding.
-    torch.manual_seed(0)
     reference, model = pair(name, layout, train)
     counts = []
     for net in (reference, model):
@@ -50,7 +54,7 @@ def test_one_graph_for_all_sizes(name, layout, train):
             cotangent = torch.randn_like(expected) if train else None
             got, wanted = run(compiled, x, cotangent), run(reference, x, cotangent)
             assert got[0].stride() == wanted[0].stride()
-            assert_close(got, wanted)
+            assert_same_run(got, wanted)
         counts.append(counter.frame_count)
     assert counts[1] <= counts[0] < len(SIZES), "compiled anew for another size"
 
@@ -92,4 +96,4 @@ def test_inductor_trains_a_fused_model():
     for batch in (2, 3):
         x = sample(batch, layout=torch.channels_last_3d)
         cotangent = torch.randn_like(reference(x))
-        assert_close(run(compiled, x, cotangent), run(reference, x, cotangent))
+        assert_same_run(run(compiled, x, cotangent), run(reference, x, cotangent))
