@@ -1,0 +1,232 @@
+// Products of float32 matrices on a processor's matrix unit (AMX), which multiplies bfloat16 and sums in float32.
+//
+// A float32 value is the sum of three bfloat16 ones, x = x0 + x1 + x2, each the rest rounded to the nearest, so that
+// x1 is at most 2^-9 and x2 2^-17 of x, and products of parts are exact in float32. Of the nine in x * y those with an
+// x_i y_j of i + j <= 2 are summed, six; what is left out is below 2^-24 of the product (G. Henry, P. Tang, A.
+// Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", 2019). With
+// two parts and three products the error is 2^-16 of the product.
+//
+// A tile register has 16 rows of 64 bytes: 16 x 16 sums, 16 rows of the left operand with 32 values each, or 16 pairs
+// of rows of the right one, a pair's two values of a column side by side. Eight of them hold a block of 2 x 2 sums and
+// two tiles of each operand. A multiplication takes 16 cycles, and the 16 loads for 24 of them hide behind it.
+#pragma once
+
+#include "../bfloat_pair.h"
+
+namespace pvc {
+namespace {
+
+#if defined(PVC_BFLOAT_PAIRS)
+
+constexpr int64_t kTileRows = 16, kTileValues = 32;  // values of a row of an operand, and of a column
+
+// The processor's tile registers. They are part of the thread's state, and others (oneDNN) remember how they configured
+// them, so what was found is put back.
+class MatrixUnit {
+  public:
+    MatrixUnit() {
+        asm volatile("sttilecfg %0" : "=m"(before_));
+        Configuration all = {};
+        all.palette = 1;
+        for (int tile = 0; tile < 8; ++tile) {
+            all.row_bytes[tile] = 64;
+            all.rows[tile] = kTileRows;
+        }
+        asm volatile("ldtilecfg %0" : : "m"(all));
+    }
+    ~MatrixUnit() {
+        if (before_.palette != 0) {
+            asm volatile("ldtilecfg %0" : : "m"(before_));
+        } else {
+            asm volatile("tilerelease");
+        }
+    }
+    MatrixUnit(const MatrixUnit&) = delete;
+    MatrixUnit& operator=(const MatrixUnit&) = delete;
+
+    // Rows lie `stride` bytes apart.
+    template <int Tile>
+    void load(const void* from, int64_t stride) {
+        asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(Tile) : "memory");
+    }
+    template <int Tile>
+    void store(void* to, int64_t stride) {
+        asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(Tile) : "memory");
+    }
+    template <int Sum, int Left, int Right>
+    void multiply() {
+        asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sum), "i"(Left), "i"(Right));
+    }
+
+  private:
+    struct Configuration {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    };
+    static_assert(sizeof(Configuration) == 64, "what ldtilecfg reads");
+
+    Configuration before_;
+};
+
+// The same in plain C++, for processors without a matrix unit: so that what surrounds it can be tested on all.
+class PlainMatrixUnit {
+  public:
+    template <int Tile>
+    void load(const void* from, int64_t stride) {
+        for (int64_t row = 0; row < kTileRows; ++row) {
+            std::memcpy(tiles_[Tile][row], static_cast<const char*>(from) + row * stride, 64);
+        }
+    }
+    template <int Tile>
+    void store(void* to, int64_t stride) {
+        for (int64_t row = 0; row < kTileRows; ++row) {
+            std::memcpy(static_cast<char*>(to) + row * stride, tiles_[Tile][row], 64);
+        }
+    }
+    template <int Sum, int Left, int Right>
+    void multiply() {
+        for (int64_t row = 0; row < kTileRows; ++row) {
+            for (int64_t pair = 0; pair < kTileRows; ++pair) {
+                for (int64_t column = 0; column < kTileRows; ++column) {
+                    float sum = value(tiles_[Sum][row][column]);
+                    sum += half(tiles_[Left][row][pair], 0) * half(tiles_[Right][pair][column], 0);
+                    sum += half(tiles_[Left][row][pair], 1) * half(tiles_[Right][pair][column], 1);
+                    std::memcpy(&tiles_[Sum][row][column], &sum, sizeof(sum));
+                }
+            }
+        }
+    }
+
+  private:
+    static float value(uint32_t bits) {
+        float number;
+        std::memcpy(&number, &bits, sizeof(number));
+        return number;
+    }
+    static float half(uint32_t pair, int index) { return widen(Bfloat16{static_cast<uint16_t>(pair >> (16 * index))}); }
+
+    uint32_t tiles_[8][kTileRows][kTileRows];
+};
+
+// A block of 16 * Rows x 16 * Columns sums over `steps` times 32 products. Parts of an operand follow one another.
+struct TileProduct {
+    const Bfloat16* left[2];  // of each tile of rows, the first row's value that offset 0 means
+    int64_t left_part;        // values from one part to the next
+    int64_t left_row;         // bytes from one row to the next
+    const int32_t* offsets;   // of each step, in values
+    int64_t steps;
+    const Bfloat16* right;  // [step][part][column tile][16 pairs][16 columns][2]
+    const float* initial;   // what the sums start from
+    int64_t initial_row;    // bytes from one row to the next; 0 for the same row everywhere
+    float* sums;
+    int64_t sums_row;  // bytes
+};
+
+template <int Number>
+struct Tile {
+    static constexpr int number = Number;
+};
+
+template <typename Unit, int Parts, int Rows, int Columns>
+void tile_product(Unit& unit, const TileProduct& p) {
+    static_assert(Rows <= 2 && Columns <= 2, "sums are tiles 0 to 3, left operands 4 and 5, right ones 6 and 7");
+    constexpr int64_t kTile = kTileRows * kTileValues;
+    const auto for_sums = [&](auto&& body) {
+        body(Tile<0>{}, 0, 0);
+        if constexpr (Columns == 2) body(Tile<1>{}, 0, 1);
+        if constexpr (Rows == 2) body(Tile<2>{}, 1, 0);
+        if constexpr (Rows == 2 && Columns == 2) body(Tile<3>{}, 1, 1);
+    };
+    for_sums([&](auto tile, int64_t row, int64_t column) {
+        const char* from =
+            reinterpret_cast<const char*>(p.initial + column * kTileRows) + row * kTileRows * p.initial_row;
+        unit.template load<decltype(tile)::number>(from, p.initial_row);
+    });
+    const auto left = [&](int64_t offset) {
+        unit.template load<4>(p.left[0] + offset, p.left_row);
+        if constexpr (Rows == 2) unit.template load<5>(p.left[1] + offset, p.left_row);
+    };
+    const auto right = [&](const Bfloat16* from) {
+        unit.template load<6>(from, 64);
+        if constexpr (Columns == 2) unit.template load<7>(from + kTile, 64);
+    };
+    const auto multiply = [&] {
+        unit.template multiply<0, 4, 6>();
+        if constexpr (Columns == 2) unit.template multiply<1, 4, 7>();
+        if constexpr (Rows == 2) unit.template multiply<2, 5, 6>();
+        if constexpr (Rows == 2 && Columns == 2) unit.template multiply<3, 5, 7>();
+    };
+    const Bfloat16* weights = p.right;
+    for (int64_t step = 0; step < p.steps; ++step, weights += Parts * Columns * kTile) {
+        const auto source_part = [&](int64_t part) { return p.offsets[step] + part * p.left_part; };
+        const auto weight_part = [&](int64_t part) { return weights + part * Columns * kTile; };
+        left(source_part(0));
+        right(weight_part(0));
+        multiply();
+        if constexpr (Parts >= 2) {
+            right(weight_part(1));
+            multiply();
+        }
+        if constexpr (Parts == 3) {
+            right(weight_part(2));
+            multiply();
+        }
+        if constexpr (Parts >= 2) {
+            left(source_part(1));
+            if constexpr (Parts == 3) {
+                right(weight_part(1));
+                multiply();
+            }
+            right(weight_part(0));
+            multiply();
+        }
+        if constexpr (Parts == 3) {
+            left(source_part(2));
+            multiply();
+        }
+    }
+    for_sums([&](auto tile, int64_t row, int64_t column) {
+        unit.template store<decltype(tile)::number>(
+            reinterpret_cast<char*>(p.sums + column * kTileRows) + row * kTileRows * p.sums_row, p.sums_row);
+    });
+}
+
+// The upper halves of 32 values.
+inline void store_upper(Words first, Words second, Bfloat16* to) {
+    typedef uint16_t Halves __attribute__((vector_size(64)));
+    typedef Halves UnalignedHalves __attribute__((aligned(2), may_alias));
+    constexpr Halves kUpper = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                               33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    *reinterpret_cast<UnalignedHalves*>(to) =
+        __builtin_shuffle(reinterpret_cast<Halves>(first), reinterpret_cast<Halves>(second), kUpper);
+}
+
+// from[i] = to[i] + to[part_stride + i] + ..., `Parts` of them, for `count` values; a multiple of 32 is read and
+// written. Ties are rounded away from zero. Returns whether all values are finite and have finite first parts.
+template <int Parts>
+bool split_values(const float* from, int64_t count, Bfloat16* to, int64_t part_stride) {
+    using V = Vector<float>;
+    constexpr uint32_t kHalf = 0x8000, kUpper = 0xffff0000, kMagnitude = 0x7fffffff, kInfinite = 0x7f800000;
+    Words largest = {};
+    for (int64_t i = 0; i < count; i += kTileValues) {
+        typename V::type rest[2] = {V::load(from + i), V::load(from + i + V::lanes)};
+        for (int part = 0; part < Parts; ++part) {
+            Words rounded[2];
+            for (int v = 0; v < 2; ++v) {
+                rounded[v] = (reinterpret_cast<Words>(rest[v]) + kHalf) & kUpper;
+                if (part == 0) largest = largest > (rounded[v] & kMagnitude) ? largest : rounded[v] & kMagnitude;
+                rest[v] -= reinterpret_cast<typename V::type>(rounded[v]);
+            }
+            store_upper(rounded[0], rounded[1], to + part * part_stride + i);
+        }
+    }
+    uint32_t all = 0;
+    for (int lane = 0; lane < V::lanes; ++lane) all = all > largest[lane] ? all : largest[lane];
+    return all < kInfinite;
+}
+
+#endif
+
+}  // namespace
+}  // namespace pvc
