@@ -1,5 +1,11 @@
 #include "dispatch.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -28,6 +34,20 @@ const Isa kIsas[] = {
 };
 
 std::atomic<const Isa*> selected{nullptr};
+
+// Tile registers are 8 KB of state of every thread, which Linux keeps only for processes that asked for it.
+bool may_use_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+    constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+    return (edx & kAmxBf16) != 0 && (edx & kAmxTile) != 0 &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
 
 std::string join(const std::vector<std::string>& names) {
     std::string text;
@@ -97,6 +117,11 @@ bool has_bfloat16() {
 #else
     return false;
 #endif
+}
+
+bool has_matrix_unit() {
+    static const bool allowed = may_use_tiles();
+    return current_kernels().split.forward != nullptr && allowed;
 }
 
 void use_isa(const std::string& name) { selected.store(find(name), std::memory_order_release); }

@@ -22,6 +22,9 @@ const KernelTable& current_kernels();
 // Whether KernelTable::bfloat16 and float32_by_bfloat16 can run.
 bool has_bfloat16();
 
+// Whether KernelTable::split can run on the processor's own matrix unit. Asks the system for leave to use it, once.
+bool has_matrix_unit();
+
 // Selects one for the rest of the process. Throws std::invalid_argument like current_isa().
 void use_isa(const std::string& name);
 

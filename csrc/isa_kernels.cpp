@@ -12,6 +12,7 @@
 #include "algorithm/pooled_forward.h"
 #include "algorithm/sparse_grad_input.h"
 #include "algorithm/sparse_grad_weight.h"
+#include "algorithm/split_gather.h"
 #include "algorithm/winograd_gather.h"
 #include "algorithm/winograd_grad_weight.h"
 #include "algorithm/winograd_pooled.h"
@@ -40,9 +41,37 @@ void bfloat16_grad_input(const ConvProblem& problem, const uint16_t* grad_output
 
 constexpr BfloatTable<float> kByBfloat16 = {bfloat_forward<float>, bfloat_grad_input<float>};
 constexpr BfloatTable<uint16_t> kBfloat16 = {bfloat16_forward, bfloat16_grad_input};
+
+// Calls pass(unit, parts) with a type and a number that are known when it is compiled.
+template <typename Pass>
+bool with_unit_and_parts(bool plain, int parts, const Pass& pass) {
+    const auto with_parts = [&](auto unit) {
+        if (parts == 1) return pass(unit, Number<1>{});
+        return parts == 2 ? pass(unit, Number<2>{}) : pass(unit, Number<3>{});
+    };
+    return plain ? with_parts(Type<PlainMatrixUnit>{}) : with_parts(Type<MatrixUnit>{});
+}
+
+bool split_forward_by(const ConvProblem& problem, int parts, bool plain, const float* x, const float* weight,
+                      const float* bias, float* y) {
+    return with_unit_and_parts(plain, parts, [&](auto unit, auto count) {
+        return split_forward<typename decltype(unit)::type, decltype(count)::number>(problem, x, weight, bias, y);
+    });
+}
+
+bool split_grad_input_by(const ConvProblem& problem, int parts, bool plain, const float* grad_output,
+                         const float* weight, float* grad_input) {
+    return with_unit_and_parts(plain, parts, [&](auto unit, auto count) {
+        return split_grad_input<typename decltype(unit)::type, decltype(count)::number>(problem, grad_output, weight,
+                                                                                        grad_input);
+    });
+}
+
+constexpr SplitTable kSplit = {split_forward_by, split_grad_input_by};
 #else
 constexpr BfloatTable<float> kByBfloat16 = {};
 constexpr BfloatTable<uint16_t> kBfloat16 = {};
+constexpr SplitTable kSplit = {};
 #endif
 
 }  // namespace
@@ -58,6 +87,7 @@ const KernelTable PVC_JOIN(kernels_, PVC_ISA) = {
      first_layer_grad_weight<double>, first_layer_pooled<double>},
     kByBfloat16,
     kBfloat16,
+    kSplit,
     measure_fma_peak,
 };
 

@@ -49,11 +49,22 @@ struct BfloatTable {
     void (*grad_input)(const ConvProblem&, const Storage* grad_output, const Storage* weight, Storage* grad_input);
 };
 
+// float32 by products of bfloat16 parts on a matrix unit, one group; algorithm/split_gather.h. `parts` is 1 to 3;
+// `plain` computes as the unit would without one. Return false where an operand has no parts: nothing is promised about
+// the result then. Null where the instruction set of the table has none; the unit needs AMX and the system's leave.
+struct SplitTable {
+    bool (*forward)(const ConvProblem&, int parts, bool plain, const float* x, const float* weight,
+                    const float* bias /* or null */, float* y);
+    bool (*grad_input)(const ConvProblem&, int parts, bool plain, const float* grad_output, const float* weight,
+                       float* grad_input);
+};
+
 struct KernelTable {
     PassTable<float> float32;
     PassTable<double> float64;
     BfloatTable<float> float32_by_bfloat16;
     BfloatTable<uint16_t> bfloat16;
+    SplitTable split;
     double (*fma_peak)(double seconds);  // measured float32 FLOP/s of all threads of the caller
 };
 

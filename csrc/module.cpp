@@ -321,6 +321,42 @@ void bfloat16_grad_input(const Plan& plan, bool float32, uintptr_t grad_output, 
     });
 }
 
+// Calls body(passes), without the interpreter lock, for the passes by products of parts.
+template <typename Body>
+void with_split(const Plan& plan, int parts, bool plain, const Body& body) {
+    const pvc::KernelTable& kernels = pvc::current_kernels();
+    if (kernels.split.forward == nullptr) throw std::invalid_argument("products of parts need AVX-512");
+    if (!plain && !pvc::has_matrix_unit()) {
+        throw std::invalid_argument("this processor has no matrix unit (AMX), or the system does not allow its use");
+    }
+    if (plan.double_precision || plan.problem.groups != 1 || parts < 1 || parts > 3) {
+        throw std::invalid_argument("products of parts need float32, one group and 1 to 3 parts");
+    }
+    const py::gil_scoped_release release;
+    body(kernels);
+}
+
+void split_forward(const Plan& plan, int parts, bool plain, uintptr_t x, uintptr_t weight, uintptr_t bias,
+                   uintptr_t y) {
+    with_split(plan, parts, plain, [&](const pvc::KernelTable& kernels) {
+        if (!kernels.split.forward(plan.problem, parts, plain, pointer<float>(x), pointer<float>(weight),
+                                   pointer<float>(bias), pointer<float>(y))) {
+            forward_as(kernels.float32, plan, x, weight, bias, y);
+        }
+    });
+}
+
+void split_grad_input(const Plan& plan, int parts, bool plain, uintptr_t grad_output, uintptr_t weight,
+                      uintptr_t result) {
+    with_split(plan, parts, plain, [&](const pvc::KernelTable& kernels) {
+        if (!kernels.split.grad_input(plan.problem, parts, plain, pointer<float>(grad_output), pointer<float>(weight),
+                                      pointer<float>(result))) {
+            kernels.float32.grad_input(plan.problem, pointer<float>(grad_output), pointer<float>(weight),
+                                       pointer<float>(result));
+        }
+    });
+}
+
 double fma_peak(double seconds) {
     const pvc::KernelTable& kernels = pvc::current_kernels();
     const py::gil_scoped_release release;
@@ -383,6 +419,12 @@ PYBIND11_MODULE(_C, module) {
     module.def("bfloat16_grad_input", &bfloat16_grad_input, py::arg("plan"), py::arg("float32"), py::arg("grad_output"),
                py::arg("weight"), py::arg("grad_input"));
     module.def("has_bfloat16", &pvc::has_bfloat16);
+
+    module.def("split_forward", &split_forward, py::arg("plan"), py::arg("parts"), py::arg("plain"), py::arg("x"),
+               py::arg("weight"), py::arg("bias"), py::arg("y"));
+    module.def("split_grad_input", &split_grad_input, py::arg("plan"), py::arg("parts"), py::arg("plain"),
+               py::arg("grad_output"), py::arg("weight"), py::arg("grad_input"));
+    module.def("has_matrix_unit", &pvc::has_matrix_unit);
 
     module.def("compiled_isas", &pvc::compiled_isas);
     module.def("supported_isas", &pvc::supported_isas);

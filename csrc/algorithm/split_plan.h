@@ -67,19 +67,24 @@ struct SplitPlan {
 // Chooses `tiling`, `chunk` and what goes with them. Weights beyond a core's cache are read again for each tile, so
 // then a task has many voxels, of several samples if need be, and few target channels.
 inline void cut_into_tasks(const Gather& gather, SplitPlan& plan) {
-    constexpr int64_t kSumBytes = kL2Bytes, kManyVoxels = 512, kFewBlocks = 4, kAnySize = int64_t{1} << 40;
+    constexpr int64_t kSumBytes = kL2Bytes, kLargeWeights = 6 << 20, kAnySize = int64_t{1} << 40;
+    constexpr int64_t kManyVoxels = 1024, kFewBlocks = 4, kFewTasks = 8, kManyTasks = 16;
     const int64_t source_bytes = larger(kL2Bytes, l2_bytes() / 2), value_bytes = plan.parts * 2;
     const int64_t targets = gather.axis[0].count * gather.axis[1].count * gather.axis[2].count;
     const int64_t taps = gather.axis[0].taps * gather.axis[1].taps * gather.axis[2].taps;
     plan.blocks = ceil_divide(gather.target_channels, SplitPlan::kColumns);
     plan.blocks_a_task = plan.blocks;
     plan.samples = 1;
-    if (taps * gather.source_channels * gather.target_channels * value_bytes > source_bytes) {
-        plan.blocks_a_task = ceil_divide(plan.blocks, ceil_divide(plan.blocks, kFewBlocks));
+    int64_t others = gather.batch, enough = kManyVoxels / 4;
+    if (taps * gather.source_channels * gather.target_channels * value_bytes > kLargeWeights) {
+        const int64_t tiles = ceil_divide(gather.batch * targets, kManyVoxels);
+        const int64_t groups = larger(ceil_divide(kFewTasks, tiles), ceil_divide(plan.blocks, kFewBlocks));
+        plan.blocks_a_task = ceil_divide(plan.blocks, smaller(groups, plan.blocks));
         const int64_t samples = smaller(larger(kManyVoxels / targets, 1), gather.batch);
         plan.samples = ceil_divide(gather.batch, ceil_divide(gather.batch, samples));
+        others = targets <= kManyVoxels ? kManyTasks : gather.batch * ceil_divide(plan.blocks, plan.blocks_a_task);
+        enough = kManyVoxels / plan.samples;
     }
-    const int64_t others = ceil_divide(gather.batch, plan.samples) * ceil_divide(plan.blocks, plan.blocks_a_task);
     const int64_t most = choose_tiling(gather, {kAnySize, kAnySize, others, 1, true}).voxels();
     do {
         ++plan.chunks;
@@ -89,7 +94,7 @@ inline void cut_into_tasks(const Gather& gather, SplitPlan& plan) {
         const int64_t voxels = kSumBytes / (waiting * static_cast<int64_t>(sizeof(float)));
         const int64_t packed = source_bytes / (plan.chunk * value_bytes * plan.samples);
         plan.tiling = choose_tiling(gather, {packed, voxels, others, 1, true});
-    } while (plan.chunk > 2 * kTileValues && plan.samples * plan.tiling.voxels() < smaller(kManyVoxels / 2, most));
+    } while (plan.chunk > 2 * kTileValues && plan.tiling.voxels() < smaller(enough, most));
     plan.chunks = ceil_divide(gather.source_channels, plan.chunk);
 }
 

@@ -1,36 +1,94 @@
 // Weights as right operands of a matrix unit: split into parts, pairs of reduction elements side by side.
 #pragma once
 
+#include "pack_source.h"
 #include "split_plan.h"
-#include "transpose.h"
 
 namespace pvc {
 namespace {
 
 #if defined(PVC_BFLOAT_PAIRS)
 
-// The 32 values of a step for one target channel, zero beyond the run and the channels that exist.
-inline void read_step(const Gather& gather, const SplitPlan& plan, const float* channel, int64_t chunk, int64_t run,
-                      int64_t step, float* values) {
-    const GatherAxis* axis = gather.axis;
-    const int64_t widths = plan.joined ? 1 : axis[2].taps, tap = run / widths;
-    const int64_t index[3] = {tap / axis[1].taps, tap % axis[1].taps, run % widths};
-    const float* from = channel;
-    for (int a = 0; a < 3; ++a) {
-        from += (axis[a].weight_first + index[a] * axis[a].weight_step) * gather.weight_tap_stride[a];
+// The weights of one step: a run's elements from `element` on, of one chunk, with target channels from `target` on.
+class StepWeights {
+  public:
+    StepWeights(const Gather& gather, const SplitPlan& plan, const float* weight, int64_t chunk, int64_t step)
+        : gather_(gather), plan_(plan), first_source_(chunk * plan.chunk) {
+        const GatherAxis* axis = gather.axis;
+        const int64_t run = step / plan.run_steps, widths = plan.joined ? 1 : axis[2].taps, tap = run / widths;
+        const int64_t index[3] = {tap / axis[1].taps, tap % axis[1].taps, run % widths};
+        weight_ = weight;
+        for (int a = 0; a < 3; ++a) {
+            weight_ += (axis[a].weight_first + index[a] * axis[a].weight_step) * gather.weight_tap_stride[a];
+        }
+        element_ = step % plan.run_steps * kTileValues;
     }
-    const int64_t width_stride = axis[2].weight_step * gather.weight_tap_stride[2];
-    int64_t element = step * kTileValues, width = element / plan.chunk, source = element % plan.chunk;
-    for (int64_t i = 0; i < kTileValues; ++i, ++element) {
-        const int64_t existing = chunk * plan.chunk + source;
-        const bool exists = element < plan.run && existing < gather.source_channels;
-        values[i] = exists ? from[width * width_stride + existing * gather.weight_source_stride] : 0;
-        if (++source == plan.chunk) {
-            source = 0;
-            ++width;
+
+    // values[element][target channel], 32 x 16, zero where there is none.
+    void read(int64_t target, float* values) const {
+        const int64_t targets = smaller(kTileRows, gather_.target_channels - target);
+        if (targets < kTileRows) fill_zero(values, kTileValues * kTileRows);
+        if (targets <= 0) return;
+        if (gather_.weight_target_stride == 1) {
+            for_each_piece([&](int64_t i, const float* from, int64_t count) {
+                for (int64_t k = 0; k < count; ++k) {
+                    float* to = values + (i + k) * kTileRows;
+                    if (from == nullptr) {
+                        fill_zero(to, kTileRows);
+                    } else {
+                        copy_values(from + target + k * gather_.weight_source_stride, to, targets);
+                    }
+                }
+            });
+            return;
+        }
+        alignas(64) float rows[kTileRows * kTileValues];
+        for (int64_t column = 0; column < targets; ++column) {
+            const int64_t channel = (target + column) * gather_.weight_target_stride;
+            float* row = rows + column * kTileValues;
+            for_each_piece([&](int64_t i, const float* from, int64_t count) {
+                if (from == nullptr) {
+                    fill_zero(row + i, count);
+                } else if (gather_.weight_source_stride == 1) {
+                    copy_values(from + channel, row + i, count);
+                } else {
+                    for (int64_t k = 0; k < count; ++k) {
+                        row[i + k] = from[channel + k * gather_.weight_source_stride];
+                    }
+                }
+            });
+        }
+        transpose(rows, kTileValues, values, kTileRows, targets, kTileValues);
+    }
+
+  private:
+    // Calls body(i, from, count) for elements i to i + count - 1 of the step: source channels from `from` on of one
+    // tap, or, where it is null, zeros.
+    template <typename Body>
+    void for_each_piece(const Body& body) const {
+        const int64_t width_stride = gather_.axis[2].weight_step * gather_.weight_tap_stride[2];
+        for (int64_t i = 0; i < kTileValues;) {
+            const int64_t element = element_ + i, source = element % plan_.chunk;
+            const int64_t channel = first_source_ + source, left = kTileValues - i;
+            if (element >= plan_.run) {
+                body(i, nullptr, left);
+                return;
+            }
+            const bool exists = channel < gather_.source_channels;
+            const int64_t until =
+                exists ? smaller(gather_.source_channels - channel, plan_.chunk - source) : plan_.chunk - source;
+            const int64_t count = smaller(until, left);
+            const float* from = weight_ + element / plan_.chunk * width_stride + channel * gather_.weight_source_stride;
+            body(i, exists ? from : nullptr, count);
+            i += count;
         }
     }
-}
+
+    const Gather& gather_;
+    const SplitPlan& plan_;
+    int64_t first_source_, element_;
+    const float* weight_;
+};
 
 // All steps of one chunk for one block of target channels. Returns whether all values can be split.
 template <int Parts>
@@ -38,29 +96,14 @@ bool pack_split_weights(const Gather& gather, const SplitPlan& plan, const float
                         Bfloat16* packed) {
     constexpr int64_t kTile = kTileRows * kTileValues;
     const int64_t columns = plan.block_columns(block, gather.target_channels), tiles = columns / kTileRows;
-    const int64_t steps = plan.steps();
-    Bfloat16* to = packed + block * plan.block_weights() + chunk * steps * plan.step_weights(columns);
+    Bfloat16* to = packed + block * plan.block_weights() + chunk * plan.steps() * plan.step_weights(columns);
     alignas(64) float values[kTile];
-    alignas(64) Bfloat16 parts[Parts * kTile];
     bool splits = true;
-    for (int64_t step = 0; step < steps; ++step, to += plan.step_weights(columns)) {
+    for (int64_t step = 0; step < plan.steps(); ++step, to += plan.step_weights(columns)) {
+        const StepWeights weights(gather, plan, weight, chunk, step);
         for (int64_t tile = 0; tile < tiles; ++tile) {
-            const int64_t first = block * SplitPlan::kColumns + tile * kTileRows;
-            for (int64_t column = 0; column < kTileRows; ++column) {
-                float* row = values + column * kTileValues;
-                if (first + column < gather.target_channels) {
-                    read_step(gather, plan, weight + (first + column) * gather.weight_target_stride, chunk,
-                              step / plan.run_steps, step % plan.run_steps, row);
-                } else {
-                    fill_zero(row, kTileValues);
-                }
-            }
-            splits &= split_values<Parts>(values, kTile, parts, kTile);
-            for (int64_t part = 0; part < Parts; ++part) {
-                transpose(reinterpret_cast<const float*>(parts + part * kTile), kTileRows,
-                          reinterpret_cast<float*>(to + (part * tiles + tile) * kTile), kTileRows, kTileRows,
-                          kTileRows);
-            }
+            weights.read(block * SplitPlan::kColumns + tile * kTileRows, values);
+            splits &= split_row_pairs<Parts>(values, to + tile * kTile, tiles * kTile);
         }
     }
     return splits;

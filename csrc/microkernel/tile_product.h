@@ -123,9 +123,14 @@ struct TileProduct {
     int64_t sums_row;  // bytes
 };
 
-template <int Number>
-struct Tile {
-    static constexpr int number = Number;
+template <int N>
+struct Number {
+    static constexpr int number = N;
+};
+
+template <typename T>
+struct Type {
+    using type = T;
 };
 
 template <typename Unit, int Parts, int Rows, int Columns>
@@ -133,10 +138,10 @@ void tile_product(Unit& unit, const TileProduct& p) {
     static_assert(Rows <= 2 && Columns <= 2, "sums are tiles 0 to 3, left operands 4 and 5, right ones 6 and 7");
     constexpr int64_t kTile = kTileRows * kTileValues;
     const auto for_sums = [&](auto&& body) {
-        body(Tile<0>{}, 0, 0);
-        if constexpr (Columns == 2) body(Tile<1>{}, 0, 1);
-        if constexpr (Rows == 2) body(Tile<2>{}, 1, 0);
-        if constexpr (Rows == 2 && Columns == 2) body(Tile<3>{}, 1, 1);
+        body(Number<0>{}, 0, 0);
+        if constexpr (Columns == 2) body(Number<1>{}, 0, 1);
+        if constexpr (Rows == 2) body(Number<2>{}, 1, 0);
+        if constexpr (Rows == 2 && Columns == 2) body(Number<3>{}, 1, 1);
     };
     for_sums([&](auto tile, int64_t row, int64_t column) {
         const char* from =
@@ -202,28 +207,60 @@ inline void store_upper(Words first, Words second, Bfloat16* to) {
         __builtin_shuffle(reinterpret_cast<Halves>(first), reinterpret_cast<Halves>(second), kUpper);
 }
 
+// Splits values off one after another: `next` gives those of the next part, in the upper halves of words, and keeps the
+// rest. Ties are rounded away from zero.
+class Splitter {
+  public:
+    Words next(typename Vector<float>::type& rest, bool first) {
+        constexpr uint32_t kHalf = 0x8000, kUpper = 0xffff0000, kMagnitude = 0x7fffffff;
+        const Words part = (reinterpret_cast<Words>(rest) + kHalf) & kUpper;
+        if (first) largest_ = largest_ > (part & kMagnitude) ? largest_ : part & kMagnitude;
+        rest -= reinterpret_cast<typename Vector<float>::type>(part);
+        return part;
+    }
+
+    // Whether all first parts were finite.
+    bool splits() const {
+        constexpr uint32_t kInfinite = 0x7f800000;
+        uint32_t all = 0;
+        for (int lane = 0; lane < Vector<float>::lanes; ++lane) all = all > largest_[lane] ? all : largest_[lane];
+        return all < kInfinite;
+    }
+
+  private:
+    Words largest_ = {};
+};
+
 // from[i] = to[i] + to[part_stride + i] + ..., `Parts` of them, for `count` values; a multiple of 32 is read and
-// written. Ties are rounded away from zero. Returns whether all values are finite and have finite first parts.
+// written. Returns whether all values are finite and have finite first parts.
 template <int Parts>
 bool split_values(const float* from, int64_t count, Bfloat16* to, int64_t part_stride) {
     using V = Vector<float>;
-    constexpr uint32_t kHalf = 0x8000, kUpper = 0xffff0000, kMagnitude = 0x7fffffff, kInfinite = 0x7f800000;
-    Words largest = {};
+    Splitter splitter;
     for (int64_t i = 0; i < count; i += kTileValues) {
-        typename V::type rest[2] = {V::load(from + i), V::load(from + i + V::lanes)};
+        typename V::type first = V::load(from + i), second = V::load(from + i + V::lanes);
         for (int part = 0; part < Parts; ++part) {
-            Words rounded[2];
-            for (int v = 0; v < 2; ++v) {
-                rounded[v] = (reinterpret_cast<Words>(rest[v]) + kHalf) & kUpper;
-                if (part == 0) largest = largest > (rounded[v] & kMagnitude) ? largest : rounded[v] & kMagnitude;
-                rest[v] -= reinterpret_cast<typename V::type>(rounded[v]);
-            }
-            store_upper(rounded[0], rounded[1], to + part * part_stride + i);
+            const Words upper = splitter.next(first, part == 0);
+            store_upper(upper, splitter.next(second, part == 0), to + part * part_stride + i);
         }
     }
-    uint32_t all = 0;
-    for (int lane = 0; lane < V::lanes; ++lane) all = all > largest[lane] ? all : largest[lane];
-    return all < kInfinite;
+    return splitter.splits();
+}
+
+// The parts of from[32][16] as tiles of a right operand, [pair of rows][16 columns][2]. As split_values otherwise.
+template <int Parts>
+bool split_row_pairs(const float* from, Bfloat16* to, int64_t part_stride) {
+    using V = Vector<float>;
+    Splitter splitter;
+    for (int64_t pair = 0; pair < kTileRows; ++pair, from += kTileValues, to += kTileValues) {
+        typename V::type first = V::load(from), second = V::load(from + V::lanes);
+        for (int part = 0; part < Parts; ++part) {
+            const Words lower = splitter.next(first, part == 0) >> 16;
+            const Words both = lower | splitter.next(second, part == 0);
+            V::store(reinterpret_cast<float*>(to + part * part_stride), reinterpret_cast<typename V::type>(both));
+        }
+    }
+    return splitter.splits();
 }
 
 #endif

@@ -9,6 +9,7 @@ from __future__ import annotations
 from .aten import AtenBackend
 from .base import Backend
 from .cpp import CppDirect
+from .cpp_amx import CppAmx
 from .cpp_bfloat16 import CppBfloat16
 from .cpp_first_layer import CppFirstLayer
 from .cpp_widened import CppWidened
@@ -28,6 +29,7 @@ REGISTRY: tuple[Backend, ...] = (
     CppDirect(),
     CppWinograd(),
     CppFirstLayer(),
+    CppAmx(),
     CppBfloat16(),
     CppWidened(),
     Im2colBackend(),
