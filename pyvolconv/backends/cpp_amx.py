@@ -24,7 +24,7 @@ from .cpp import call, kernels, load_extension, plan_of
 PRODUCTS = {1: 1, 2: 3, 3: 6}
 """Products of two values' parts that are summed, by the number of parts."""
 
-ROUNDING = {1: 2.0**16, 2: 96.0, 3: 0.0}
+ROUNDING = {1: 2.0**16, 2: 2.0**8, 3: 0.0}
 """What a product loses beside the rounding of sums, in steps of float32's eps."""
 
 
@@ -71,9 +71,13 @@ class CppAmx(Backend):
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
         count = parts()
-        # Each product is added for itself: that many sums in place of one, with half a step of rounding each.
+        length = problem.reduction_length(pass_)
+        sources = problem.in_channels if pass_ == "forward" else problem.out_channels
+        # The unit sums up to 32 products, of one tap or more, and adds that sum to what was there: half a step of
+        # rounding for each addition, as in a plain sum, and what parts leave out.
+        additions = PRODUCTS[count] * (length // sources) * -(-sources // 32) + min(length, 17)
         return Accuracy(
-            constant=max(1.0, PRODUCTS[count] / 2) + ROUNDING[count] / problem.reduction_length(pass_),
+            constant=max(1.0, (additions / 2 + 0.5 + ROUNDING[count]) / length),
             accumulate_dtype="float32",
             bitwise_reproducible=True,
             exact_integers=count == 3,
