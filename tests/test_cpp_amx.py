@@ -193,6 +193,15 @@ def test_what_cannot_be_split_is_left_to_direct(bits, which, layout, parts, unit
     assert same_bits(run_pass(unit, problem, each_pass, args), run_pass(DIRECT, problem, each_pass, args))
 
 
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("text", ["n1ic3100oc3-i4x5x6-k3-p1", "n1ic3oc3100-i4x5x6-k3-p1"])
+def test_what_cannot_be_split_in_the_last_chunk(text, which, own, each_pass, operands, run_pass):
+    problem = ConvProblem.parse(f"cpu-float32-ncdhw-{text}")
+    args = operands(problem, each_pass)
+    args[which][-1, -1, -1, -1, -1] = torch.nan
+    assert same_bits(run_pass(own, problem, each_pass, args), run_pass(DIRECT, problem, each_pass, args))
+
+
 def test_largest_value_that_is_split(unit, parts, assert_within_bound):
     """It is not left to others, and its first part is bfloat16's largest number."""
     problem = ConvProblem.parse("cpu-float32-ndhwc-n1ic2oc1-i1x1x2-k1")
