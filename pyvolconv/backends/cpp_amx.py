@@ -2,7 +2,7 @@
 
 A float32 value is exactly the sum of three bfloat16 ones. Of the nine products of two values' parts the six that matter
 are summed in float32, which leaves an error of the order of float32's own; the unit is 16 times as fast as float32
-FMAs, so direct convolution runs above their peak. Where `set_precision("high")` allows more rounding, two parts
+FMAs, so that convolution runs above their peak; Winograd's F(2, 3) along one axis makes three taps two. Where `set_precision("high")` allows more rounding, two parts
 and three products do; where `torch.backends.mkldnn.conv.fp32_precision` is "bf16", one (G. Henry, P. Tang, A. Heinecke,
 "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", 2019).
 
@@ -71,11 +71,15 @@ class CppAmx(Backend):
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
         count = parts()
-        # Each product is added for itself: that many sums in place of one, with half a step of rounding each.
+        reach = tuple(3 * _may_be_transformed(problem, axis) for axis in (0, 1))
+        mixed = 2 if any(reach) else 1
+        # Each product of parts is added for itself: that many sums in place of one, with half a step of rounding each.
+        rounding = mixed * ROUNDING[count] / problem.reduction_length(pass_)
         return Accuracy(
-            constant=max(1.0, PRODUCTS[count] / 2) + ROUNDING[count] / problem.reduction_length(pass_),
+            constant=max(1.0, mixed * PRODUCTS[count] / 2) + rounding,
             accumulate_dtype="float32",
             bitwise_reproducible=True,
+            reach=(*reach, 0),
             exact_integers=count == 3,
         )
 
@@ -91,6 +95,10 @@ class CppAmx(Backend):
         used *= size[2] / (-(-size[2] // 16) * 16)
         products = PRODUCTS[parts()] * taps / used / (10.4 * 0.85)
         return taps / products
+
+
+def _may_be_transformed(problem: ConvProblem, axis: int) -> bool:
+    return problem.kernel_size[axis] == 3 and problem.stride[axis] == problem.dilation[axis] == 1
 
 
 def parts() -> int:
