@@ -29,7 +29,7 @@ class StepWeights {
     // values[element][target channel], 32 x 16, zero where there is none.
     void read(int64_t target, float* values) const {
         const int64_t targets = smaller(kTileRows, gather_.target_channels - target);
-        if (targets < kTileRows) fill_zero(values, kTileValues * kTileRows);
+        if (targets < kTileRows) std::memset(values, 0, kTileValues * kTileRows * sizeof(float));
         if (targets <= 0) return;
         if (gather_.weight_target_stride == 1) {
             for_each_piece([&](int64_t i, const float* from, int64_t count) {
@@ -101,7 +101,7 @@ inline void read_point(const Gather& gather, const SplitPlan& plan, const float*
         StepWeights(gather, plan, weight, chunk, step, 0).read(target, values);
         return;
     }
-    fill_zero(values, kTile);
+    std::memset(values, 0, kTile * sizeof(float));
     for (int64_t tap = 0; tap < 3; ++tap) {
         const float factor = kSplitPoints[point].weight[tap];
         if (factor == 0) continue;

@@ -28,6 +28,10 @@ ROUNDING = {1: 2.0**16, 2: 96.0, 3: 0.0}
 """What a product loses beside the rounding of sums, in steps of float32's eps."""
 
 
+TILE, STEP = 16, 32
+"""Rows and columns of a tile of sums, and the summed values of one product of tiles."""
+
+
 class CppAmx(Backend):
     """Forward and grad_input of any window, stride and dilation, both layouts; one group."""
 
@@ -84,21 +88,44 @@ class CppAmx(Backend):
         )
 
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
-        """The unit makes products of parts at 10.4 times the rate of FMAs, of which 0.85 is reached."""
-        targets, sources = problem.out_channels, problem.in_channels
-        size = problem.output_size
+        """The expected time in FMAs at peak, fitted to measurements (docs/performance.md): 7.5 products of parts take
+        as long as one, rows and columns of tiles that are computed in vain included; a part of a source value takes 18
+        (ncdhw: 26), each time it is packed, a result 37 (52), a part of a weight 50."""
+        count = parts()
+        sources, targets, size = problem.in_channels, problem.out_channels, problem.output_size
+        strides, packed = (1, 1, 1), math.prod(problem.stride)
         if pass_ == "grad_input":
-            targets, sources, size = sources, targets, problem.input_size
-        taps = math.prod(problem.kernel_size)
-        run = problem.kernel_size[2] * sources
-        used = sources * problem.kernel_size[2] / (-(-run // 32) * 32) * targets / (-(-targets // 16) * 16)
-        used *= size[2] / (-(-size[2] // 16) * 16)
-        products = PRODUCTS[parts()] * taps / used / (10.4 * 0.85)
-        return taps / products
+            sources, targets, size = targets, sources, problem.input_size
+            strides, packed = problem.stride, 1  # a source value is packed once for every residue of the stride
+        taps = [max(1.0, k / s) for k, s in zip(problem.kernel_size, strides, strict=True)]
+        mixed = [_computed(size[axis], 2) for axis in (0, 1) if _may_be_transformed(problem, axis)]
+        along = 2 / 3 * min(mixed) if mixed else 1.0
+        if problem.dilation[2] == 1:
+            steps = -(-math.ceil(taps[2] * sources) // STEP)
+        else:
+            steps = math.ceil(taps[2]) * -(-sources // STEP)
+        width = math.ceil(size[2] / strides[2])
+        rows = min(_computed(width, TILE), 1.05 * (width + problem.kernel_size[2] - 1) / width)
+        voxels = problem.batch * math.prod(size)
+        products = (
+            PRODUCTS[count] * taps[0] * taps[1] * along * steps * STEP * rows * _computed(targets, TILE) * targets
+        )
+        around = 2.0 if mixed else 1.5 if max(problem.kernel_size[:2]) > 1 else 1.0
+        in_order = problem.layout == "ndhwc"
+        packing = around * packed * sources * count * (18 if in_order else 26)
+        storing = targets * (37 if in_order else 52)
+        weights = math.prod(problem.weight_shape) * count * 50
+        time = voxels * (products / 7.5 + packing + storing) + weights
+        return problem.flops(pass_) / 2 / time
 
 
 def _may_be_transformed(problem: ConvProblem, axis: int) -> bool:
     return problem.kernel_size[axis] == 3 and problem.stride[axis] == problem.dilation[axis] == 1
+
+
+def _computed(size: int, tile: int) -> float:
+    """How many times as much is computed where an axis is cut into tiles."""
+    return -(-size // tile) * tile / size
 
 
 def parts() -> int:
