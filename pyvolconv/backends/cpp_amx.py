@@ -2,9 +2,10 @@
 
 A float32 value is exactly the sum of three bfloat16 ones. Of the nine products of two values' parts the six that matter
 are summed in float32, which leaves an error of the order of float32's own; the unit is 16 times as fast as float32
-FMAs, so that convolution runs above their peak; Winograd's F(2, 3) along one axis makes three taps two. Where `set_precision("high")` allows more rounding, two parts
-and three products do; where `torch.backends.mkldnn.conv.fp32_precision` is "bf16", one (G. Henry, P. Tang, A. Heinecke,
-"Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", 2019).
+FMAs, so that convolution runs above their peak; Winograd's F(2, 3) along one axis makes three taps two. Where
+`set_precision("high")` allows more rounding, two parts and three products do; where
+`torch.backends.mkldnn.conv.fp32_precision` is "bf16", one (G. Henry, P. Tang, A. Heinecke, "Leveraging the bfloat16
+Artificial Intelligence Datatype For Higher-Precision Computations", 2019).
 
 Operands with an infinity, a NaN, or a value that rounds to an infinite bfloat16 have no such parts: those are
 computed by `cpp.direct`.
@@ -75,15 +76,15 @@ class CppAmx(Backend):
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
         count = parts()
-        reach = tuple(3 * _may_be_transformed(problem, axis) for axis in (0, 1))
-        mixed = 2 if any(reach) else 1
+        depth, height = (3 * _may_be_transformed(problem, axis) for axis in (0, 1))
+        mixed = 2 if depth or height else 1
         # Each product of parts is added for itself: that many sums in place of one, with half a step of rounding each.
         rounding = mixed * ROUNDING[count] / problem.reduction_length(pass_)
         return Accuracy(
             constant=max(1.0, mixed * PRODUCTS[count] / 2) + rounding,
             accumulate_dtype="float32",
             bitwise_reproducible=True,
-            reach=(*reach, 0),
+            reach=(depth, height, 0),
             exact_integers=count == 3,
         )
 
