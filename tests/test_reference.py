@@ -8,6 +8,8 @@ import torch
 from pyvolconv.backends.base import Accuracy
 from pyvolconv.problem import ConvProblem
 
+from .error_bound import largest_constant
+
 TINY = (
     "n2ic2oc3-i3x4x3-k2x3x2-p1-bias",
     "n1ic3oc2-i5x4x5-k3x2x2-s2x1x3-p1x0x2-d1x2x1",
@@ -45,7 +47,7 @@ def test_bound_refuses_one_missing_product(float32_problem, pass_, operands, ref
     """The planted error: one tap left out for one value of the result, in every problem of the set."""
     problem = float32_problem
     args = operands(problem, pass_)
-    accuracy = Accuracy(constant=2.0, accumulate_dtype=problem.dtype, bitwise_reproducible=True)
+    accuracy = Accuracy(largest_constant(problem, pass_), problem.dtype, bitwise_reproducible=True)
     correct = reference(problem, pass_, args)
     assert error_in_bounds(correct.to(args[0].dtype), problem, pass_, args, accuracy) <= 1
 

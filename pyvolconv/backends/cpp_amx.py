@@ -25,7 +25,7 @@ from .cpp import call, kernels, load_extension, plan_of
 PRODUCTS = {1: 1, 2: 3, 3: 6}
 """Products of two values' parts that are summed, by the number of parts."""
 
-ROUNDING = {1: 2.0**16, 2: 96.0, 3: 0.0}
+ROUNDING = {1: 2.0**16, 2: 2.0**8, 3: 0.0}
 """What a product loses beside the rounding of sums, in steps of float32's eps."""
 
 
@@ -76,12 +76,15 @@ class CppAmx(Backend):
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
         count = parts()
-        depth, height = (3 * _may_be_transformed(problem, axis) for axis in (0, 1))
+        length = problem.reduction_length(pass_)
+        sources = problem.in_channels if pass_ == "forward" else problem.out_channels
+        depth, height = (3 * _may_be_transformed(problem, pass_, axis) for axis in (0, 1))
         mixed = 2 if depth or height else 1
-        # Each product of parts is added for itself: that many sums in place of one, with half a step of rounding each.
-        rounding = mixed * ROUNDING[count] / problem.reduction_length(pass_)
+        # The unit sums up to 32 products, of one tap or more, and adds that sum to what was there: half a step of
+        # rounding for each addition, as in a plain sum, and what parts leave out.
+        additions = PRODUCTS[count] * (length // sources) * -(-sources // STEP) + min(length, 17)
         return Accuracy(
-            constant=max(1.0, mixed * PRODUCTS[count] / 2) + rounding,
+            constant=mixed * max(1.0, (additions / 2 + 0.5 + ROUNDING[count]) / length),
             accumulate_dtype="float32",
             bitwise_reproducible=True,
             reach=(depth, height, 0),
@@ -99,7 +102,7 @@ class CppAmx(Backend):
             sources, targets, size = targets, sources, problem.input_size
             strides, packed = problem.stride, 1  # a source value is packed once for every residue of the stride
         taps = [max(1.0, k / s) for k, s in zip(problem.kernel_size, strides, strict=True)]
-        mixed = [_computed(size[axis], 2) for axis in (0, 1) if _may_be_transformed(problem, axis)]
+        mixed = [_computed(size[axis], 2) for axis in (0, 1) if _may_be_transformed(problem, pass_, axis)]
         along = 2 / 3 * min(mixed) if mixed else 1.0
         if problem.dilation[2] == 1:
             steps = -(-math.ceil(taps[2] * sources) // STEP)
@@ -120,8 +123,12 @@ class CppAmx(Backend):
         return problem.flops(pass_) / 2 / time
 
 
-def _may_be_transformed(problem: ConvProblem, axis: int) -> bool:
-    return problem.kernel_size[axis] == 3 and problem.stride[axis] == problem.dilation[axis] == 1
+def _may_be_transformed(problem: ConvProblem, pass_: Pass, axis: int) -> bool:
+    return (
+        pass_ != "grad_weight"
+        and problem.kernel_size[axis] == 3
+        and problem.stride[axis] == problem.dilation[axis] == 1
+    )
 
 
 def _computed(size: int, tile: int) -> float:
