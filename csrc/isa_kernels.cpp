@@ -9,6 +9,7 @@
 #include "algorithm/direct_grad_weight.h"
 #include "algorithm/first_layer.h"
 #include "algorithm/first_layer_grad_weight.h"
+#include "algorithm/instance_norm.h"
 #include "algorithm/pooled_forward.h"
 #include "algorithm/sparse_grad_input.h"
 #include "algorithm/sparse_grad_weight.h"
@@ -59,6 +60,8 @@ const KernelTable PVC_JOIN(kernels_, PVC_ISA) = {
     kByBfloat16,
     kBfloat16,
     measure_fma_peak,
+    {instance_norm_forward<float>, instance_norm_backward<float>},
+    {instance_norm_forward<double>, instance_norm_backward<double>},
 };
 
 }  // namespace pvc

@@ -1,6 +1,7 @@
 // The entry points that each instruction set provides; dispatch.cpp picks one table at run time.
 #pragma once
 
+#include "instance_norm.h"
 #include "problem.h"
 
 namespace pvc {
@@ -55,6 +56,8 @@ struct KernelTable {
     BfloatTable<float> float32_by_bfloat16;
     BfloatTable<uint16_t> bfloat16;
     double (*fma_peak)(double seconds);  // measured float32 FLOP/s of all threads of the caller
+    InstanceNormTable<float> instance_norm_float32;
+    InstanceNormTable<double> instance_norm_float64;
 };
 
 extern const KernelTable kernels_avx512;

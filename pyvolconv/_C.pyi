@@ -36,6 +36,21 @@ class PooledPlan:
         pooled_size: _Size3,
     ) -> None: ...
 
+@final
+class InstanceNorm:
+    def __init__(
+        self,
+        *,
+        samples: int,
+        voxels: int,
+        channels: int,
+        parameters: int,
+        eps: float,
+        activation: str,
+        negative_slope: float,
+        slopes: int,
+    ) -> None: ...
+
 def forward(plan: Plan, x: int, weight: int, bias: int, y: int) -> None: ...
 def grad_input(plan: Plan, grad_output: int, weight: int, grad_input: int) -> None: ...
 def grad_weight(plan: Plan, grad_output: int, x: int, grad_weight: int) -> None: ...
@@ -55,6 +70,23 @@ def first_layer_forward_max_pool(plan: PooledPlan, x: int, weight: int, bias: in
 def bfloat16_forward(plan: Plan, float32: bool, x: int, weight: int, bias: int, y: int) -> None: ...
 def bfloat16_grad_input(plan: Plan, float32: bool, grad_output: int, weight: int, grad_input: int) -> None: ...
 def has_bfloat16() -> bool: ...
+def instance_norm_forward(
+    plan: InstanceNorm, double_precision: bool, x: int, weight: int, bias: int, slopes: int, y: int, statistics: int
+) -> None: ...
+def instance_norm_backward(
+    plan: InstanceNorm,
+    double_precision: bool,
+    grad_output: int,
+    x: int,
+    weight: int,
+    bias: int,
+    slopes: int,
+    statistics: int,
+    grad_input: int,
+    grad_weight: int,
+    grad_bias: int,
+    grad_slopes: int,
+) -> None: ...
 def compiled_isas() -> list[str]: ...
 def supported_isas() -> list[str]: ...
 def current_isa() -> str: ...
