@@ -72,8 +72,8 @@ def accelerate(
         fuse: whether chains run as one pass; without it modules are only replaced one by one.
         tune: whether the convolutions of the example are timed; without it the cost model decides.
         keep_channels_last: whether InstanceNorm3d returns channels_last_3d for a tensor in that format. Torch's returns
-            a contiguous one, which every convolution of a channels_last_3d model has to bring back; code between modules
-            that calls `view` on the result must then call `reshape`.
+            a contiguous one, which every convolution of a channels_last_3d model has to bring back; where code between
+            modules calls `view` on the result it must then call `reshape`.
 
     Returns:
         The same `model`.

@@ -325,15 +325,12 @@ def _fold(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm3d) -> tuple[Te
 
 def describe(chain: Sequence[nn.Module]) -> str:
     """A chain in one line, for the report."""
-    links = [original_class(module).__name__ for module in chain]
-    is_norm = isinstance(chain[0], nn.InstanceNorm3d)
-    activated = (
-        not is_norm
-        and link_of(chain[-1]) == "activation"
-        and has_activation_in_the_pass(cast("Tensor", chain[0].weight))
-    )
-    if link_of(chain[-1]) == "pool" or activated or is_norm:
-        return " + ".join(links) + " in one pass"
-    if isinstance(chain[-1], nn.LeakyReLU) and not chain[-1].inplace:
-        return " + ".join(links) + ", in place without gradients"
-    return " + ".join(links) + (", in place" if isinstance(chain[-1], (nn.ReLU, nn.LeakyReLU)) else ", folded")
+    links = " + ".join(original_class(module).__name__ for module in chain)
+    first, last = chain[0], chain[-1]
+    if isinstance(first, nn.InstanceNorm3d) or link_of(last) == "pool":
+        return f"{links} in one pass"
+    if link_of(last) == "activation" and has_activation_in_the_pass(cast("Tensor", first.weight)):
+        return f"{links} in one pass"
+    if isinstance(last, nn.LeakyReLU) and not last.inplace:
+        return f"{links}, in place without gradients"
+    return f"{links}, in place" if isinstance(last, (nn.ReLU, nn.LeakyReLU)) else f"{links}, folded"

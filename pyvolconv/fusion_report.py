@@ -31,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """A row for every 3-D convolution and InstanceNorm3d of a model, in the order of `model.modules()`; `str()` is a table.
+    """A row for every 3-D convolution and InstanceNorm3d, in the order of `model.modules()`; `str()` is a table.
 
     Attributes:
         rows: what became of each.

@@ -111,8 +111,8 @@ def instance_norm_activation(
             not.
 
     Returns:
-        The result, contiguous as torch's but for `keep_channels_last`; None for torch to compute, or to refuse: the call
-        is not ordinary, a dtype, device or layout is another, or something does not fit.
+        The result, contiguous as torch's but for `keep_channels_last`; None for torch to compute, or to refuse: the
+        call is not ordinary, a dtype, device or layout is another, or something does not fit.
 
     Example:
         >>> import torch

@@ -117,7 +117,7 @@ class LazyConvTranspose3d(nn.LazyConvTranspose3d, ConvTranspose3d):  # type: ign
 
 
 class InstanceNorm3d(nn.InstanceNorm3d):
-    """`torch.nn.InstanceNorm3d` by this package's pass on the CPU, forward and backward: the same arguments and results.
+    """`torch.nn.InstanceNorm3d` by this package's pass on the CPU, forward and backward: same arguments and results.
 
     Contiguous float32 and float64 tensors go this way, in ordinary calls: under `torch.compile`, transforms, autocast,
     tracers and modes torch's own runs, and for everything that keeps running statistics. Sums are of doubles, so a

@@ -29,6 +29,31 @@ constexpr int64_t kNormChunk = 16 * 1024;    // elements
 constexpr int64_t kNormBlock = 4 * 1024;     // elements of which a column at a time is summed: they stay in L1
 constexpr int64_t kNormSerial = 16 * 1024;   // elements that are not worth waking other threads for
 constexpr int64_t kNormPlanesPerThread = 4;  // from so many samples on each is one thread's, while it is in its cache
+constexpr int64_t kNormAhead = 8 * 1024;     // bytes between what is read and what is asked for
+constexpr int64_t kNormStreamed = 16 << 20;  // bytes of a result from which on it is written past the caches
+
+inline void ask_for_line_ahead_of(const void* address) {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + kNormAhead));
+}
+
+// Writes of vectors that are all aligned, to a result that is to go past the caches or not.
+template <bool Stream, typename T>
+inline void store_normalized(T* to, typename Vector<T>::type value) {
+    if constexpr (Stream) {
+        Vector<T>::stream(to, value);
+    } else {
+        Vector<T>::store(to, value);
+    }
+}
+
+template <typename T>
+bool goes_past_caches(const InstanceNormProblem& problem, const T* result) {
+    const int64_t elements = problem.samples * problem.voxels * problem.channels;
+    // Every sample begins at a vector.
+    const bool aligned = reinterpret_cast<uintptr_t>(result) % PVC_VECTOR_BYTES == 0 &&
+                         (problem.samples == 1 || problem.voxels * problem.channels % Vector<T>::lanes == 0);
+    return kStreams && aligned && elements * static_cast<int64_t>(sizeof(T)) >= kNormStreamed;
+}
 
 // The lanes of a vector as doubles.
 template <typename T>
@@ -228,6 +253,7 @@ void sum_for_statistics(const NormWalk<T>& walk, int64_t chunk, const T* x, doub
         Vector<double>::type origin[D::parts], sum[D::parts] = {}, squares[D::parts] = {};
         for (int p = 0; p < D::parts; ++p) origin[p] = D::load(first + column * V::lanes, p);
         for (int64_t r = 0; r < rows; ++r) {
+            ask_for_line_ahead_of(from + r * walk.row);
             for (int p = 0; p < D::parts; ++p) {
                 const Vector<double>::type d = D::load(from + r * walk.row, p) - origin[p];
                 sum[p] += d;
@@ -275,7 +301,7 @@ inline void for_each_vector(const NormWalk<T>& walk, int64_t chunk, const Consta
     }
 }
 
-template <NormActivation A, typename T>
+template <NormActivation A, bool Stream, typename T>
 void normalize(const NormWalk<T>& walk, int64_t chunk, const RowConstants<T>& row, const T* x, T* y) {
     using V = Vector<T>;
     using vector = typename V::type;
@@ -290,10 +316,15 @@ void normalize(const NormWalk<T>& walk, int64_t chunk, const RowConstants<T>& ro
         return norm_activation<A, T>((value - c.hi) * c.scale + c.shift, c.slope);
     };
     for_each_vector(
-        walk, chunk, constants, [&](const Column& c, int64_t i) { V::store(y + i, of(c, V::load(x + i))); },
+        walk, chunk, constants,
+        [&](const Column& c, int64_t i) {
+            ask_for_line_ahead_of(x + i);
+            store_normalized<Stream>(y + i, of(c, V::load(x + i)));
+        },
         [&](const Column& c, int64_t i, int64_t count) {
             V::store_partial(y + i, of(c, V::load_partial(x + i, count)), count);
         });
+    if constexpr (Stream) V::finish_stream();
 }
 
 // Sums of h, of h (x - hi), and for PReLU of what its weights multiplied, g z where z is not positive: [3][channels].
@@ -312,6 +343,8 @@ void sum_for_gradients(const NormWalk<T>& walk, int64_t chunk, const RowConstant
                      slope = V::load(row.slope + lane);
         Vector<double>::type sum[kSums][D::parts] = {};
         for (int64_t r = 0; r < rows; ++r) {
+            ask_for_line_ahead_of(from + r * walk.row);
+            ask_for_line_ahead_of(grads + r * walk.row);
             const vector d = V::load(from + r * walk.row) - hi, z = d * scale + shift;
             const vector g = V::load(grads + r * walk.row), h = through_activation<A, T>(z, g, slope);
             for (int p = 0; p < D::parts; ++p) {
@@ -348,7 +381,7 @@ void sum_for_gradients(const NormWalk<T>& walk, int64_t chunk, const RowConstant
 }
 
 // dx = scale h + (x - hi) by_x + constant, the last two [2][channels].
-template <NormActivation A, typename T>
+template <NormActivation A, bool Stream, typename T>
 void write_gradient(const NormWalk<T>& walk, int64_t chunk, const RowConstants<T>& row, const T* by_channel,
                     const T* grad, const T* x, T* grad_input) {
     using V = Vector<T>;
@@ -370,17 +403,23 @@ void write_gradient(const NormWalk<T>& walk, int64_t chunk, const RowConstants<T
     };
     for_each_vector(
         walk, chunk, constants,
-        [&](const Column& c, int64_t i) { V::store(grad_input + i, of(c, V::load(x + i), V::load(grad + i))); },
+        [&](const Column& c, int64_t i) {
+            ask_for_line_ahead_of(x + i);
+            ask_for_line_ahead_of(grad + i);
+            store_normalized<Stream>(grad_input + i, of(c, V::load(x + i), V::load(grad + i)));
+        },
         [&](const Column& c, int64_t i, int64_t count) {
             V::store_partial(grad_input + i, of(c, V::load_partial(x + i, count), V::load_partial(grad + i, count)),
                              count);
         });
+    if constexpr (Stream) V::finish_stream();
 }
 
 template <NormActivation A, typename T>
 void instance_norm_forward_as(const InstanceNormProblem& problem, const T* x, const T* weight, const T* bias,
                               const T* slopes, T* y, double* statistics) {
     const NormWalk<T> walk(problem);
+    const bool past_caches = goes_past_caches(problem, y);
     const int64_t sample_size = problem.voxels * problem.channels, planes = problem.samples * problem.channels;
     double* partials = scratch<double>(Scratch::shared_partials, problem.samples * walk.chunks * 2 * walk.channels);
     const auto partial = [&](int64_t sample, int64_t chunk) {
@@ -407,7 +446,8 @@ void instance_norm_forward_as(const InstanceNormProblem& problem, const T* x, co
         },
         [&](int64_t sample, int64_t chunk) {
             const RowConstants<T> row(problem, walk, sample, weight, bias, slopes, statistics);
-            normalize<A>(walk, chunk, row, x + sample * sample_size, y + sample * sample_size);
+            const auto run = past_caches ? normalize<A, true, T> : normalize<A, false, T>;
+            run(walk, chunk, row, x + sample * sample_size, y + sample * sample_size);
         });
 }
 
@@ -417,6 +457,7 @@ void instance_norm_backward_as(const InstanceNormProblem& problem, const T* grad
                                T* grad_bias, T* grad_slopes) {
     constexpr int kSums = Slopes ? 3 : 2;
     const NormWalk<T> walk(problem);
+    const bool past_caches = goes_past_caches(problem, grad_input);
     const int64_t sample_size = problem.voxels * problem.channels, planes = problem.samples * problem.channels;
     const int64_t partials_size = problem.samples * walk.chunks * kSums * walk.channels;
     double* partials = scratch<double>(Scratch::shared_partials, partials_size + kSums * planes);
@@ -454,9 +495,9 @@ void instance_norm_backward_as(const InstanceNormProblem& problem, const T* grad
         [&](int64_t sample, int64_t chunk) {
             if (grad_input == nullptr) return;
             const RowConstants<T> row(problem, walk, sample, weight, bias, slopes, statistics);
-            write_gradient<A>(walk, chunk, row, by_channel + 2 * sample * walk.channels,
-                              grad_output + sample * sample_size, x + sample * sample_size,
-                              grad_input + sample * sample_size);
+            const auto run = past_caches ? write_gradient<A, true, T> : write_gradient<A, false, T>;
+            run(walk, chunk, row, by_channel + 2 * sample * walk.channels, grad_output + sample * sample_size,
+                x + sample * sample_size, grad_input + sample * sample_size);
         });
     const auto add_up = [&](int which, T* result, int64_t count) {
         if (result == nullptr) return;
