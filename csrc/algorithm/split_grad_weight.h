@@ -85,8 +85,7 @@ class SplitGradWeightTask {
                 const int64_t h = row % box.height.rows, d = step / box.panel_steps + row / box.height.rows;
                 const int64_t w = in_row % box.extent[2], sample = in_row / box.extent[2];
                 if (in_row >= row_voxels || h >= box.extent[1]) {
-                    voxel += in_row >= row_voxels ? box.pitch - in_row : 
-                             (box.height.rows - h) * box.pitch - in_row;
+                    voxel += in_row >= row_voxels ? box.pitch - in_row : (box.height.rows - h) * box.pitch - in_row;
                     continue;
                 }
                 const int64_t run = smaller(box.extent[2] - w, end - voxel);
@@ -218,8 +217,7 @@ class SplitGradWeightTask {
         }
         from.origin[0] += depth;
         const bool dense = box.height.dense();
-        const PackedAxis packed[3] = {
-            {1, 1, 1, 1, true}, {1, dense ? box.height.rows : 1, 1, 1, true}, box.width};
+        const PackedAxis packed[3] = {{1, 1, 1, 1, true}, {1, dense ? box.height.rows : 1, 1, 1, true}, box.width};
         const int64_t origin = from.origin[1];
         for (int64_t h = 0; h < box.height.rows; h += packed[1].rows) {
             from.origin[1] = origin + box.height.position(h);

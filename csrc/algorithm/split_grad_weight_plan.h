@@ -88,7 +88,7 @@ struct SplitBox {
 
 struct SplitGradWeightPlan {
     int parts;
-    bool joined;  // columns of all taps along the width are one run
+    bool joined;           // columns of all taps along the width are one run
     int64_t taps, widths;  // taps along depth and height, and along the width
     int64_t channels, targets;
     EvenCut tiles;  // of 16 source channels, cut into blocks
@@ -113,7 +113,7 @@ struct SplitGradWeightPlan {
 struct SplitCosts {
     double step;                 // one tile of sums, 32 voxels
     double source_value = 0.30;  // a value of the source copied and split
-    double source_pair = 0.015;   // and put beside its neighbour, for each part and column
+    double source_pair = 0.015;  // and put beside its neighbour, for each part and column
     double gradient_value = 0.30;
     double sums_tile = 25;  // a tile of sums read and written
 
@@ -155,13 +155,12 @@ inline void choose_box(const GatherAxis axis[3], SplitGradWeightPlan& plan) {
                 for (int64_t samples = 1; samples <= (whole ? plan.batch : 1); samples = finer(samples, plan.batch)) {
                     const SplitBox box(axis, samples, extent);
                     const int64_t gradient = smaller(plan.target_tiles(), 2) * kTileRows * value_bytes;
-                    const int64_t bytes =
-                        box.packed_voxels() * column_bytes + box.steps() * kTileValues * gradient;
+                    const int64_t bytes = box.packed_voxels() * column_bytes + box.steps() * kTileValues * gradient;
                     if (bytes > budget && !(last && samples == 1)) break;
                     fitting = samples;
-                    const double count = static_cast<double>(ceil_divide(plan.batch, samples) *
-                                                             pieces(axis[0].count, d) * pieces(axis[1].count, h) *
-                                                             pieces(axis[2].count, w));
+                    const double count =
+                        static_cast<double>(ceil_divide(plan.batch, samples) * pieces(axis[0].count, d) *
+                                            pieces(axis[1].count, h) * pieces(axis[2].count, w));
                     const double cost = box_cost(plan, axis, samples, extent) * count;
                     if (best >= 0 && cost >= best) continue;
                     best = cost;

@@ -9,16 +9,13 @@ namespace {
 
 #if defined(PVC_BFLOAT_PAIRS)
 
-// Splits `count` values of `first`, or of first +- second.
+// Splits `count` values of first + sign * second.
 template <int Parts>
 bool split_combined(const float* first, const float* second, int sign, int64_t count, Bfloat16* to, int64_t stride) {
     using V = Vector<float>;
     const auto load = [](const float* from, int64_t n) {
         return n == V::lanes ? V::load(from) : V::load_partial(from, n);
     };
-    if (second == nullptr) {
-        return split_values<Parts>(count, [&](int64_t i, int64_t n) { return load(first + i, n); }, to, stride);
-    }
     if (sign > 0) {
         const auto sum = [&](int64_t i, int64_t n) { return load(first + i, n) + load(second + i, n); };
         return split_values<Parts>(count, sum, to, stride);
@@ -64,7 +61,7 @@ class SplitSource {
         block.origin[0] += source_position(gather_.axis[0], plan_.tiling.axis[0], d);
         pack_source(gather_, plane_axes_, false, block, source, planes_);
         const int64_t stride = plan_.part_values();
-        if (plan_.transformed < 0) return split_combined<Parts>(planes_, nullptr, 0, plane_values_, to, stride);
+        if (plan_.transformed < 0) return split_values<Parts>(planes_, plane_values_, to, stride);
         bool splits = true;
         for (const SplitPoint& point : kSplitPoints) {
             for (int64_t h = 0; h < plan_.tiling.axis[1].tile; ++h) {

@@ -272,6 +272,16 @@ bool split_values(int64_t count, const Value& value, Bfloat16* to, int64_t part_
     return splitter.splits();
 }
 
+// The same for an array.
+template <int Parts>
+bool split_values(const float* from, int64_t count, Bfloat16* to, int64_t part_stride) {
+    using V = Vector<float>;
+    const auto value = [&](int64_t i, int64_t n) {
+        return n == V::lanes ? V::load(from + i) : V::load_partial(from + i, n);
+    };
+    return split_values<Parts>(count, value, to, part_stride);
+}
+
 // The parts of from[32][16] as tiles of a right operand, [pair of rows][16 columns][2]. As split_values otherwise.
 template <int Parts>
 bool split_row_pairs(const float* from, Bfloat16* to, int64_t part_stride) {

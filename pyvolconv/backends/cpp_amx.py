@@ -34,7 +34,7 @@ TILE, STEP = 16, 32
 
 
 class CppAmx(Backend):
-    """Forward and grad_input of any window, stride and dilation, both layouts; one group."""
+    """Any window, stride and dilation, both layouts; one group."""
 
     name = "cpp.amx"
     family = "cpp"
@@ -50,8 +50,6 @@ class CppAmx(Backend):
             reasons.append(f"device is {problem.device}; it runs on cpu")
         if problem.dtype != "float32":
             reasons.append(f"dtype is {problem.dtype}; it computes float32")
-        if pass_ == "grad_weight":
-            reasons.append("it has no grad_weight")
         if problem.groups != 1:
             reasons.append(f"it has {problem.groups} groups; it needs one")
         if problem.pool is not None:
@@ -72,7 +70,10 @@ class CppAmx(Backend):
         return result
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
-        raise NotImplementedError(f"{self.name} has no grad_weight: {problem}")
+        result = empty(problem, "weight", x)
+        options = (parts(), self.plain)
+        call(kernels().split_grad_weight, plan_of(problem), grad_output, x, result, options=options)
+        return result
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
         count = parts()
@@ -124,11 +125,9 @@ class CppAmx(Backend):
 
 
 def _may_be_transformed(problem: ConvProblem, pass_: Pass, axis: int) -> bool:
-    return (
-        pass_ != "grad_weight"
-        and problem.kernel_size[axis] == 3
-        and problem.stride[axis] == problem.dilation[axis] == 1
-    )
+    if pass_ == "grad_weight":
+        return False
+    return problem.kernel_size[axis] == 3 and problem.stride[axis] == problem.dilation[axis] == 1
 
 
 def _computed(size: int, tile: int) -> float:
