@@ -12,7 +12,7 @@ namespace {
 
 #if defined(PVC_BFLOAT_PAIRS)
 
-constexpr int64_t kTile = kTileRows * kTileValues;      // values of an operand's tile
+constexpr int64_t kTile = kTileRows * kTileValues;    // values of an operand's tile
 constexpr int64_t kTileSums = kTileRows * kTileRows;  // sums of a tile
 
 // A block of Rows x Columns tiles of sums over `steps` times 32 voxels.
@@ -22,8 +22,8 @@ struct VoxelProduct {
     int64_t left_part, right_part;
     const int32_t* offsets;  // of the right operand, of each step, in values
     int64_t steps;
-    bool first;        // sums start from zero, not from what is in `sums`
-    float* sums[2];    // of each tile of rows, a tile of sums for each tile of columns
+    bool first;      // sums start from zero, not from what is in `sums`
+    float* sums[2];  // of each tile of rows, a tile of sums for each tile of columns
 };
 
 template <typename Unit, int Parts, int Rows, int Columns>
