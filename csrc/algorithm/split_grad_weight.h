@@ -25,16 +25,7 @@ class SplitGradWeightTask {
     bool run(int64_t first_block, int64_t last_block, int64_t first_box, int64_t last_box, float* sums) {
         bool splits = true;
         for (int64_t index = first_box; index < last_box; ++index) {
-            const int64_t place[4] = {index / (plan_.boxes[0] * plan_.boxes[1] * plan_.boxes[2]),
-                                      index / (plan_.boxes[1] * plan_.boxes[2]) % plan_.boxes[0],
-                                      index / plan_.boxes[2] % plan_.boxes[1], index % plan_.boxes[2]};
-            first_sample_ = place[0] * plan_.samples;
-            int64_t extent[3];
-            for (int a = 0; a < 3; ++a) {
-                first_[a] = place[a + 1] * plan_.extent[a];
-                extent[a] = smaller(plan_.extent[a], gather_.axis[a].count - first_[a]);
-            }
-            const SplitBox box(gather_.axis, smaller(plan_.samples, plan_.batch - first_sample_), extent);
+            const SplitBox box = place_box(index, first_sample_, first_);
             list_steps(box);
             splits &= pack_gradient(box);
             float* of_block = sums;
@@ -51,9 +42,23 @@ class SplitGradWeightTask {
     using V = Vector<float>;
     static_assert(V::lanes == kTileRows, "a vector is a row of sums");
 
-    // Of each step, where in the packed source it begins.
+    SplitBox place_box(int64_t index, int64_t& first_sample, int64_t first[3]) const {
+        const int64_t* boxes = plan_.boxes;
+        const int64_t place[3] = {index / (boxes[1] * boxes[2]) % boxes[0], index / boxes[2] % boxes[1],
+                                  index % boxes[2]};
+        first_sample = index / (boxes[0] * boxes[1] * boxes[2]) * plan_.samples;
+        int64_t extent[3];
+        for (int a = 0; a < 3; ++a) {
+            first[a] = place[a] * plan_.extent[a];
+            extent[a] = smaller(plan_.extent[a], gather_.axis[a].count - first[a]);
+        }
+        return SplitBox(gather_.axis, smaller(plan_.samples, plan_.batch - first_sample), extent);
+    }
+
+    // Of each step, where in the packed source it begins; makes room for `voxels_`, of each voxel of a row, where in a
+    // split plane its first channel lies.
     void list_steps(const SplitBox& box) {
-        offsets_ = scratch<int32_t>(Scratch::tile_lists, box.steps() + 2 * box.pitch);
+        offsets_ = scratch<int32_t>(Scratch::tile_lists, box.steps() + box.pitch);
         voxels_ = offsets_ + box.steps();
         for (int64_t panel = 0; panel < box.panels; ++panel) {
             for (int64_t step = 0; step < box.panel_steps; ++step) {
@@ -67,7 +72,8 @@ class SplitGradWeightTask {
 
     // Voxels of a step that follow one another in the gradient too.
     struct Piece {
-        int64_t first, count, from;  // in the step; offset of its first voxel, in voxels of the tensor
+        int64_t first, count;  // in the step
+        int64_t from;          // tensor_voxel of the first one
     };
 
     bool pack_gradient(const SplitBox& box) {
@@ -99,6 +105,7 @@ class SplitGradWeightTask {
                 }
                 voxel += run;
             }
+            if (gather_.layout == Layout::ndhwc) read_rows(pieces, count);
             for (int64_t tile = 0; tile < plan_.target_tiles(); ++tile) {
                 splits &= pack_gradient_step(pieces, count, tile * kTileRows,
                                              gradient_ + tile * Parts * part + step * kTile, part);
@@ -107,13 +114,23 @@ class SplitGradWeightTask {
         return splits;
     }
 
-    // Of the sample's first channel in ncdhw, of the tensor in ndhwc; samples in units that `value` knows.
+    // How far into the gradient a voxel of the box lies: in ndhwc in voxels, in ncdhw (first channel) in values.
     int64_t tensor_voxel(int64_t sample, int64_t d, int64_t h, int64_t w) const {
         const GatherAxis* axis = gather_.axis;
         const int64_t depth = axis[0].count, height = axis[1].count, width = axis[2].count;
         const int64_t samples = (first_sample_ + sample) * depth * height * width;
         const int64_t in_sample = ((first_[0] + d) * height + first_[1] + h) * width + first_[2] + w;
         return samples * (gather_.layout == Layout::ndhwc ? 1 : plan_.targets) + in_sample;
+    }
+
+    // Row after row: processors see that coming, and find in L1 what is then read in another order.
+    void read_rows(const Piece* pieces, int64_t count) const {
+        for (int64_t i = 0; i < count; ++i) {
+            const float* from = grad_output_ + pieces[i].from * plan_.targets;
+            for (int64_t k = 0; k < pieces[i].count * plan_.targets; k += kTileRows) {
+                asm volatile("" : : "r"(from[k]));
+            }
+        }
     }
 
     bool pack_gradient_step(const Piece* pieces, int64_t count, int64_t target, Bfloat16* to, int64_t part) const {
@@ -299,30 +316,27 @@ inline void store_split_sums(const Gather& gather, const SplitGradWeightPlan& pl
     const int64_t taps = plan.taps * plan.widths, width = columns * kTileRows;
     const int64_t tap_width = plan.joined ? channels : plan.run_tiles(channels) * kTileRows;
     const bool last = gather.layout == Layout::ndhwc;
-    float* rows = scratch<float>(Scratch::tile_rows, plan.taps * width);
+    const int64_t row_size = plan.taps * width;
+    float* rows = scratch<float>(Scratch::tile_rows, kTileRows * row_size);  // [target channel][tile][column]
     float* packed = scratch<float>(Scratch::tile_output, taps * channels);
-    for (int64_t k = 0; k < targets; ++k, sums += kTileRows) {
-        for (int64_t tile = 0; tile < plan.taps * columns; ++tile) {
-            V::type total = V::load(sums + tile * kTileSums);
+    for (int64_t tile = 0; tile < plan.taps * columns; ++tile, sums += kTileSums) {
+        for (int64_t k = 0; k < targets; ++k) {
+            V::type total = V::load(sums + k * kTileRows);
             for (int64_t split = 1; split < plan.splits; ++split) {
-                total += V::load(sums + tile * kTileSums + split * partial_size);
+                total += V::load(sums + k * kTileRows + split * partial_size);
             }
-            V::store(rows + tile * kTileRows, total);
+            V::store(rows + k * row_size + tile * kTileRows, total);
         }
+    }
+    for (int64_t k = 0; k < targets; ++k) {
         float* to = grad_weight + (target_tile * kTileRows + k) * gather.weight_target_stride +
                     first * gather.weight_source_stride;
-        if (last || taps == 1) {
-            for (int64_t tap = 0; tap < taps; ++tap) {
-                const float* from = rows + tap / plan.widths * width + tap % plan.widths * tap_width;
-                copy_values(from, to + tap * gather.weight_tap_stride[2], channels);
-            }
-            continue;
-        }
+        const bool in_place = last || taps == 1;
         for (int64_t tap = 0; tap < taps; ++tap) {
-            const float* from = rows + tap / plan.widths * width + tap % plan.widths * tap_width;
-            copy_values(from, packed + tap * channels, channels);
+            const float* from = rows + k * row_size + tap / plan.widths * width + tap % plan.widths * tap_width;
+            copy_values(from, in_place ? to + tap * gather.weight_tap_stride[2] : packed + tap * channels, channels);
         }
-        transpose(packed, channels, to, taps, taps, channels);
+        if (!in_place) transpose(packed, channels, to, taps, taps, channels);
     }
 }
 

@@ -111,69 +111,87 @@ struct SplitGradWeightPlan {
 
 // What the parts of a pass take on one core of a Sapphire Rapids, nanoseconds; only their ratios matter to a plan.
 struct SplitCosts {
-    double step;                 // one tile of sums, 32 voxels
-    double source_value = 0.30;  // a value of the source copied and split
-    double source_pair = 0.015;  // and put beside its neighbour, for each part and column
-    double gradient_value = 0.30;
-    double sums_tile = 25;  // a tile of sums read and written
+    double step;                   // a tile of sums, 32 voxels
+    double source_value = 0.9;     // a value of the source read, copied and split
+    double pair = 0.1;             // a value of a packed column, for each part
+    double gradient_value = 0.9;   // a value of the gradient read, transposed and split
+    double gradient_again = 0.02;  // the same read by another block of source channels, for each part
+    double source_row = 100;       // a row of the source, for each block of channels
+    double gradient_row = 40;      // a row of the gradient, for each tile of channels
+    double sums_tile = 50;         // a tile of sums read and written
 
     explicit SplitCosts(int parts) : step(parts == 3 ? 45 : parts == 2 ? 24 : 10) {}
 };
 
-inline double box_cost(const SplitGradWeightPlan& plan, const GatherAxis axis[3], int64_t samples,
-                       const int64_t extent[3]) {
+// Of one box.
+inline double box_cost(const SplitGradWeightPlan& plan, const SplitBox& box) {
     const SplitCosts cost(plan.parts);
-    const SplitBox box(axis, samples, extent);
+    const auto number = [](int64_t count) { return static_cast<double>(count); };
     int64_t columns = 0;
     for (int64_t block = 0; block < plan.blocks(); ++block) columns += plan.column_tiles(plan.block_channels(block));
-    const double products = static_cast<double>(columns * plan.taps * plan.target_tiles());
-    const double rows = static_cast<double>(box.depth.rows * box.height.rows);
-    return products * (static_cast<double>(box.steps()) * cost.step + cost.sums_tile) +
-           rows * static_cast<double>(samples * box.width.rows * plan.channels) * cost.source_value +
-           rows * static_cast<double>(box.pitch * columns * kTileRows * plan.parts) * cost.source_pair +
-           static_cast<double>(box.steps() * kTileValues * plan.target_tiles() * kTileRows) * cost.gradient_value;
+    const double products = number(columns * plan.taps * plan.target_tiles());
+    const double rows = number(box.depth.rows * box.height.rows), parts = plan.parts;
+    const double gradient = number(box.steps() * kTileValues * plan.target_tiles() * kTileRows);
+    return products * (number(box.steps()) * cost.step + cost.sums_tile) +
+           rows * number(box.samples * box.width.rows * plan.channels) * cost.source_value +
+           rows * number(box.samples * plan.blocks()) * cost.source_row +
+           rows * number(box.pitch * columns * kTileRows) * parts * cost.pair +
+           number(box.samples * box.extent[0] * box.extent[1] * plan.target_tiles()) * cost.gradient_row +
+           gradient * (cost.gradient_value + number(plan.blocks() - 1) * parts * cost.gradient_again);
 }
 
-// Takes the box with the lowest cost per voxel among those that fit.
-inline void choose_box(const GatherAxis axis[3], SplitGradWeightPlan& plan) {
-    const int64_t budget = larger(l2_bytes(), 2 * kL2Bytes) * 5 / 8;
-    const int64_t value_bytes = plan.parts * 2, widest = plan.block_channels(plan.blocks() - 1);
-    const int64_t column_bytes = plan.column_tiles(widest) * kTileRows * value_bytes;
+// Bytes that products of a block of source channels with 32 target channels read.
+inline int64_t box_bytes(const SplitGradWeightPlan& plan, const SplitBox& box) {
+    const int64_t columns = plan.column_tiles(plan.block_channels(plan.blocks() - 1));
+    const int64_t rows = smaller(plan.target_tiles(), 2);
+    return (box.packed_voxels() * columns + box.steps() * kTileValues * rows) * kTileRows * plan.parts * 2;
+}
+
+// Takes the box and the blocks with the lowest cost per voxel among those that fit.
+inline SplitGradWeightPlan choose_box(const GatherAxis axis[3], SplitGradWeightPlan plan) {
+    constexpr int64_t kLeastTiles = 2;  // 64 bytes of a voxel's channels at a time are read no faster than 128
+    const int64_t budget = larger(l2_bytes(), 2 * kL2Bytes) * 11 / 16, tiles = ceil_divide(plan.channels, kTileRows);
     const auto finer = [](int64_t parts, int64_t most) {
         return parts == most ? most + 1 : smaller(parts + larger(parts / 3, 1), most);
     };
-    const auto pieces = [](int64_t size, int64_t parts) { return ceil_divide(size, ceil_divide(size, parts)); };
-    double best = -1;
-    for (int64_t w = 1; w <= axis[2].count; w = finer(w, axis[2].count)) {
-        for (int64_t h = 1; h <= axis[1].count; h = finer(h, axis[1].count)) {
-            for (int64_t d = 1; d <= axis[0].count; d = finer(d, axis[0].count)) {
-                const int64_t extent[3] = {ceil_divide(axis[0].count, d), ceil_divide(axis[1].count, h),
-                                           ceil_divide(axis[2].count, w)};
-                const bool last = w == axis[2].count && h == axis[1].count && d == axis[0].count;
-                const bool whole = w * h * d == 1;
-                int64_t fitting = 0;
-                for (int64_t samples = 1; samples <= (whole ? plan.batch : 1); samples = finer(samples, plan.batch)) {
-                    const SplitBox box(axis, samples, extent);
-                    const int64_t gradient = smaller(plan.target_tiles(), 2) * kTileRows * value_bytes;
-                    const int64_t bytes = box.packed_voxels() * column_bytes + box.steps() * kTileValues * gradient;
-                    if (bytes > budget && !(last && samples == 1)) break;
-                    fitting = samples;
-                    const double count =
-                        static_cast<double>(ceil_divide(plan.batch, samples) * pieces(axis[0].count, d) *
-                                            pieces(axis[1].count, h) * pieces(axis[2].count, w));
-                    const double cost = box_cost(plan, axis, samples, extent) * count;
-                    if (best >= 0 && cost >= best) continue;
-                    best = cost;
-                    plan.samples = samples;
-                    for (int a = 0; a < 3; ++a) plan.extent[a] = extent[a];
+    const auto pieces = [](int64_t size, int64_t extent) { return ceil_divide(size, extent); };
+    SplitGradWeightPlan best = plan;
+    best.nanoseconds = -1;
+    const auto try_box = [&](int64_t samples, const int64_t extent[3], bool smallest) {
+        const SplitBox box(axis, samples, extent);
+        if (box_bytes(plan, box) > budget && !smallest) return false;
+        const int64_t count = pieces(plan.batch, samples) * pieces(axis[0].count, extent[0]) *
+                              pieces(axis[1].count, extent[1]) * pieces(axis[2].count, extent[2]);
+        const double cost = box_cost(plan, box) * static_cast<double>(count);
+        if (best.nanoseconds >= 0 && cost >= best.nanoseconds) return true;
+        best = plan;
+        best.nanoseconds = cost;
+        best.samples = samples;
+        for (int a = 0; a < 3; ++a) {
+            best.extent[a] = extent[a];
+            best.boxes[a] = pieces(axis[a].count, extent[a]);
+        }
+        return true;
+    };
+    for (int64_t block = kLeastTiles; block < 2 * larger(tiles, kLeastTiles); block *= 2) {
+        plan.tiles = EvenCut(tiles, block);
+        for (int64_t w = 1; w <= axis[2].count; w = finer(w, axis[2].count)) {
+            for (int64_t h = 1; h <= axis[1].count; h = finer(h, axis[1].count)) {
+                for (int64_t d = 1; d <= axis[0].count; d = finer(d, axis[0].count)) {
+                    const int64_t extent[3] = {ceil_divide(axis[0].count, d), ceil_divide(axis[1].count, h),
+                                               ceil_divide(axis[2].count, w)};
+                    const bool whole = w * h * d == 1;
+                    const bool smallest = block == kLeastTiles && extent[0] * extent[1] * extent[2] == 1;
+                    if (!try_box(1, extent, smallest)) continue;
+                    for (int64_t samples = 2; whole && samples <= plan.batch; samples = finer(samples, plan.batch)) {
+                        if (!try_box(samples, extent, false)) break;
+                    }
+                    break;  // smaller ones only repeat more
                 }
-                if (fitting > 0) break;  // smaller ones only repeat more
             }
         }
-        if (best >= 0) break;
     }
-    plan.nanoseconds = best;
-    for (int a = 0; a < 3; ++a) plan.boxes[a] = ceil_divide(axis[a].count, plan.extent[a]);
+    return best;
 }
 
 // Splits make partial sums to add, groups have the gradient packed again.
@@ -200,17 +218,16 @@ inline void choose_tasks(const GatherAxis axis[3], SplitGradWeightPlan& plan) {
 }
 
 inline SplitGradWeightPlan make_split_grad_weight_plan(const Gather& gather, int parts) {
-    constexpr int64_t kColumns = 256;  // at least, of a block: what reads the gradient once more
     const GatherAxis* axis = gather.axis;
-    const int64_t taps = axis[0].taps * axis[1].taps, widths = axis[2].taps;
-    const int64_t most = larger(ceil_divide(kColumns, taps * widths * kTileRows), widths > 3 ? 1 : 2);
+    const int64_t widths = axis[2].taps;
+    const bool joined = widths == 1 || (axis[2].tap_step == 1 && axis[2].source_step <= widths);
     SplitGradWeightPlan plan = {parts,
-                                widths == 1 || (axis[2].tap_step == 1 && axis[2].source_step <= widths),
-                                taps,
+                                joined,
+                                axis[0].taps * axis[1].taps,
                                 widths,
                                 gather.source_channels,
                                 gather.target_channels,
-                                EvenCut(ceil_divide(gather.source_channels, kTileRows), most),
+                                EvenCut(1, 1),
                                 1,
                                 {},
                                 {},
@@ -218,7 +235,7 @@ inline SplitGradWeightPlan make_split_grad_weight_plan(const Gather& gather, int
                                 1,
                                 1,
                                 0};
-    choose_box(axis, plan);
+    plan = choose_box(axis, plan);
     choose_tasks(axis, plan);
     return plan;
 }

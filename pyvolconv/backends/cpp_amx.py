@@ -96,6 +96,8 @@ class CppAmx(Backend):
         """The expected time in FMAs at peak, fitted to measurements (docs/performance.md): 7.5 products of parts take
         as long as one, rows and columns of tiles that are computed in vain included; a part of a source value takes 18
         (ncdhw: 26), each time it is packed, a result 37 (52), a part of a weight 50."""
+        if pass_ == "grad_weight":
+            return problem.flops(pass_) / 2 / _grad_weight_time(problem, parts())
         count = parts()
         sources, targets, size = problem.in_channels, problem.out_channels, problem.output_size
         strides, packed = (1, 1, 1), math.prod(problem.stride)
@@ -122,6 +124,25 @@ class CppAmx(Backend):
         weights = math.prod(problem.weight_shape) * count * 50
         time = voxels * (products / 7.5 + packing + storing) + weights
         return problem.flops(pass_) / 2 / time
+
+
+def _grad_weight_time(problem: ConvProblem, count: int) -> float:
+    """The expected time in FMAs at peak. Rows of tiles are target channels, columns are taps along the width and source
+    channels, and 32 voxels are summed in a step, which takes 2400 FMAs with two parts and 4400 with three; a value of
+    an operand takes 85 each time it is packed, a part of it 10 more."""
+    voxels = problem.batch * math.prod(problem.output_size)
+    axes = list(zip(problem.kernel_size, problem.stride, problem.dilation, strict=True))
+    packed = voxels * math.prod(s + ((k - 1) * min(d, 2) + 1 - s) / 8 for k, s, d in axes[:2])
+    width, kernel = problem.output_size[2], problem.kernel_size[2]
+    positions = ((width - 1) * problem.stride[2] + kernel) / width
+    columns = -(-kernel * problem.in_channels // TILE)
+    rows = -(-problem.out_channels // TILE)
+    tiles = math.prod(problem.kernel_size[:2]) * columns * rows
+    splits = min(max(1.0, 2000 / tiles), 8.0)
+    products = voxels / (STEP * 0.94) * tiles * {1: 1100, 2: 2400, 3: 4400}[count]
+    packing = packed * (problem.in_channels * positions * 85 + TILE * columns * count * 10)
+    gradient = voxels * TILE * rows * 95
+    return products + packing + gradient + splits * tiles * 17_000
 
 
 def _may_be_transformed(problem: ConvProblem, pass_: Pass, axis: int) -> bool:
