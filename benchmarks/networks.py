@@ -6,8 +6,8 @@ pages kept. Before anything is timed the outputs and all parameter gradients are
 
 Needs the packages that CONTRIBUTING.md installs for tests of clients, whose builders these are; a network whose package
 is missing or does not load is left out and named.
-`--keep-channels-last` has InstanceNorm3d keep that format, as `accelerate` does on request; `--profile` prints where the
-time of our better training step goes.
+`--keep-channels-last` has InstanceNorm3d keep that format, as `accelerate` does on request; `--profile` prints where
+the time of our better training step goes.
 """
 
 from __future__ import annotations
