@@ -1,8 +1,9 @@
 """How much rounding error a faster algorithm may add: what `pyvolconv.set_precision` chose.
 
 "default" allows algorithms whose error is of the order of a plain sum's: Winograd F(2x2x2), F(2x2x4) and
-F(2x4x2). "high" also allows F(2x4x4) and F(4x4x4), which are faster and round more: docs/performance.md has the
-measured errors.
+F(2x4x2), and products of three bfloat16 parts of each value on a matrix unit. "high" also allows F(2x4x4), F(4x4x4) and
+products of two parts (an error of up to 2**-15 of each product), which are faster and round more: docs/performance.md
+has the measured errors.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -318,9 +320,56 @@ TORCH = {
 }
 
 
+TILES = """
+#include <stdint.h>
+#include <string.h>
+typedef struct { uint8_t bytes[64]; } Configuration;
+static uint8_t values[1024];
+void configure(int rows) {
+    Configuration wanted = {{1}};
+    wanted.bytes[16] = 64;
+    wanted.bytes[48] = (uint8_t)rows;
+    __asm__ volatile("ldtilecfg %0" : : "m"(wanted));
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm0" : : "r"(values), "r"((int64_t)64) : "memory");
+}
+void release(void) { __asm__ volatile("tilerelease"); }
+int configured_rows(void) {
+    Configuration found;
+    memset(&found, 0, sizeof(found));
+    __asm__ volatile("sttilecfg %0" : "=m"(found));
+    return found.bytes[0] == 0 ? 0 : found.bytes[48];
+}
+"""
+"""What a library does that uses the unit, and remembers how it configured the tiles of a thread."""
+
+
+def test_tiles_are_left_as_they_were(own, each_pass, operands, run_pass, threads, tmp_path):
+    """oneDNN's convolutions and products release theirs at the end; others may not."""
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc to compile a user of the unit with")
+    source, library = tmp_path / "tiles.c", tmp_path / "tiles.so"
+    source.write_text(TILES)
+    built = subprocess.run(["gcc", "-O1", "-shared", "-fPIC", source, "-o", library], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    tiles = ctypes.CDLL(str(library))
+    threads(1)
+    problem = ConvProblem.parse("cpu-float32-ndhwc-n1ic20oc40-i4x5x6-k3-p1")
+    args = operands(problem, each_pass)
+    tiles.release()
+    expected = run_pass(own, problem, each_pass, args)
+    assert tiles.configured_rows() == 0, "a thread that used no tiles has some"
+    tiles.configure(5)
+    try:
+        assert tiles.configured_rows() == 5
+        assert torch.equal(run_pass(own, problem, each_pass, args), expected)
+        assert tiles.configured_rows() == 5, "other tiles than before"
+    finally:
+        tiles.release()
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_kernels_of_torch_that_use_the_unit_stay_right(count, own, each_pass, operands, run_pass, threads):
-    """oneDNN remembers for each thread how it configured the tiles: ours before, between and after its kernels."""
+    """Tiles are state of a thread, of which oneDNN keeps account: ours before, between and after its kernels."""
     threads(count)
     problem = ConvProblem.parse("cpu-float32-ndhwc-n2ic40oc50-i6x7x8-k3-p1")
     args = operands(problem, each_pass)

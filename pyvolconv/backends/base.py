@@ -65,9 +65,10 @@ class Accuracy:
         |got - exact| <= constant * u * K * conv(|x|, |w|) + eps(result dtype) * |exact|
 
     to within the distance of numbers below the result dtype's smallest normal one (of `cpp.bfloat16`, which takes such
-    operands for zero, times the other operand). An algorithm that mixes neighbouring
-    voxels (Winograd) has a `reach`: the product of absolute values is then the largest within that
-    many voxels of the result, of the convolution continued beyond the ends of the result.
+    operands for zero, times the other operand). `cpp.amx` takes parts of operands, sums and results below 2**-126 for
+    zero: an operand may count for that much less of itself, and each of up to 18 additions for a product may lose as
+    much. An algorithm that mixes neighbouring voxels (Winograd) has a `reach`: the product of absolute values is then
+    the largest within that many voxels of the result, of the convolution continued beyond the ends of the result.
 
     Operands are finite there. Whether an infinite or NaN weight (of grad_weight: gradient) makes a result NaN whose
     window reaches into the padding depends on the kernel, in torch too: most multiply it by the zeros that stand for
