@@ -6,7 +6,8 @@ pages kept. Before anything is timed the outputs and all parameter gradients are
 
 Needs the packages that CONTRIBUTING.md installs for tests of clients, whose builders these are; a network whose package
 is missing or does not load is left out and named.
-`--profile` prints where the time of our better training step goes.
+`--keep-channels-last` has InstanceNorm3d keep that format, as `accelerate` does on request; `--profile` prints where
+the time of our better training step goes.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
 }
 
 
-def variants(network: Network) -> Iterator[tuple[str, Network]]:
+def variants(network: Network, keep_channels_last: bool = False) -> Iterator[tuple[str, Network]]:
     """The same network from the same weights: by torch and by pyvolconv, in both memory formats."""
     for label, memory_format in FORMATS.items():
         inputs = tuple(x.to(memory_format=memory_format) if x.dim() == 5 else x for x in network.inputs)
@@ -69,7 +70,7 @@ def variants(network: Network) -> Iterator[tuple[str, Network]]:
                 if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):  # others have parameters of rank 4
                     module.to(memory_format=memory_format)
             if who == "pyvolconv":
-                pyvolconv.accelerate(model)
+                pyvolconv.accelerate(model, keep_channels_last=keep_channels_last)
             yield f"{who} {label}", replace(network, model=model, inputs=inputs)
 
 
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each candidate (default 5)")
     parser.add_argument("--only", default="", help="parts of networks' names, with commas between them")
     parser.add_argument("--profile", action="store_true", help="print the operators of our better training step")
+    parser.add_argument("--keep-channels-last", action="store_true", help="accelerate(model, keep_channels_last=True)")
     arguments = parser.parse_args()
     pyvolconv.keep_pages()
     console = Console(width=120)
@@ -133,7 +135,7 @@ def main() -> None:
         with torch.no_grad():
             samples, classes, *voxels = made(copy.deepcopy(made.model), made.inputs).shape
         labels = torch.randint(classes, (samples, *voxels))
-        candidates = dict(variants(made))
+        candidates = dict(variants(made, arguments.keep_channels_last))
         for kind in ("inference", "training"):
             steps = {
                 label: inference(network) if kind == "inference" else training(network, labels)

@@ -9,10 +9,12 @@
 #include "algorithm/direct_grad_weight.h"
 #include "algorithm/first_layer.h"
 #include "algorithm/first_layer_grad_weight.h"
+#include "algorithm/instance_norm.h"
 #include "algorithm/pooled_forward.h"
 #include "algorithm/sparse_grad_input.h"
 #include "algorithm/sparse_grad_weight.h"
 #include "algorithm/split_gather.h"
+#include "algorithm/split_grad_weight.h"
 #include "algorithm/winograd_gather.h"
 #include "algorithm/winograd_grad_weight.h"
 #include "algorithm/winograd_pooled.h"
@@ -67,7 +69,15 @@ bool split_grad_input_by(const ConvProblem& problem, int parts, bool plain, cons
     });
 }
 
-constexpr SplitTable kSplit = {split_forward_by, split_grad_input_by};
+bool split_grad_weight_by(const ConvProblem& problem, int parts, bool plain, const float* grad_output, const float* x,
+                          float* grad_weight) {
+    return with_unit_and_parts(plain, parts, [&](auto unit, auto count) {
+        return split_grad_weight<typename decltype(unit)::type, decltype(count)::number>(problem, grad_output, x,
+                                                                                         grad_weight);
+    });
+}
+
+constexpr SplitTable kSplit = {split_forward_by, split_grad_input_by, split_grad_weight_by};
 #else
 constexpr BfloatTable<float> kByBfloat16 = {};
 constexpr BfloatTable<uint16_t> kBfloat16 = {};
@@ -89,6 +99,8 @@ const KernelTable PVC_JOIN(kernels_, PVC_ISA) = {
     kBfloat16,
     kSplit,
     measure_fma_peak,
+    {instance_norm_forward<float>, instance_norm_backward<float>},
+    {instance_norm_forward<double>, instance_norm_backward<double>},
 };
 
 }  // namespace pvc

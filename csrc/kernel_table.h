@@ -1,6 +1,7 @@
 // The entry points that each instruction set provides; dispatch.cpp picks one table at run time.
 #pragma once
 
+#include "instance_norm.h"
 #include "problem.h"
 
 namespace pvc {
@@ -57,6 +58,8 @@ struct SplitTable {
                     const float* bias /* or null */, float* y);
     bool (*grad_input)(const ConvProblem&, int parts, bool plain, const float* grad_output, const float* weight,
                        float* grad_input);
+    bool (*grad_weight)(const ConvProblem&, int parts, bool plain, const float* grad_output, const float* x,
+                        float* grad_weight);
 };
 
 struct KernelTable {
@@ -66,6 +69,8 @@ struct KernelTable {
     BfloatTable<uint16_t> bfloat16;
     SplitTable split;
     double (*fma_peak)(double seconds);  // measured float32 FLOP/s of all threads of the caller
+    InstanceNormTable<float> instance_norm_float32;
+    InstanceNormTable<double> instance_norm_float64;
 };
 
 extern const KernelTable kernels_avx512;

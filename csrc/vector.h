@@ -108,6 +108,21 @@ struct Vector {
 #endif
     }
 
+    // Two scalars in all pairs of neighbouring lanes.
+    static inline type broadcast_pair(const T* scalars) {
+        type value;
+#if defined(__AVX512F__) && PVC_VECTOR_BYTES == 64
+        if constexpr (sizeof(T) == 4) {
+            asm("vbroadcastsd %1, %0" : "=v"(value) : "m"(*reinterpret_cast<const T(*)[2]>(scalars)));
+        } else {
+            asm("vbroadcastf64x2 %1, %0" : "=v"(value) : "m"(*reinterpret_cast<const T(*)[2]>(scalars)));
+        }
+#else
+        for (int i = 0; i < lanes; ++i) value[i] = scalars[i % 2];
+#endif
+        return value;
+    }
+
     static inline type multiply_add(type a, const T* scalar, type sum) {
 #if defined(__AVX512F__) && PVC_VECTOR_BYTES == 64
         if constexpr (sizeof(T) == 4) {

@@ -4,7 +4,7 @@ conv3d, conv_transpose3d        functions, as in torch.nn.functional
 conv3d_activation               convolution, residual and activation in one pass
 conv3d_max_pool                 convolution, activation and max-pool in one pass
 Conv3d, ConvTranspose3d         modules, as in torch.nn; also LazyConv3d, LazyConvTranspose3d
-InstanceNorm3d                  torch.nn's, in inference by torch's faster way
+InstanceNorm3d                  torch.nn's, forward and backward by one pass each
 accelerate(model), revert       swap a model's convolutions in place, and back
 patch()                         a block in which torch's own functions are computed by these
 fusion_report(model)            what became of each convolution, and why no more

@@ -42,12 +42,20 @@ _REPLACEMENTS: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
 _REPLACED = tuple(torch_class for torch_class, _ in _REPLACEMENTS)
 
 
-def accelerate(model: Model, example_input: Any = None, *, fuse: bool = True, tune: bool = True) -> Model:
+def accelerate(
+    model: Model,
+    example_input: Any = None,
+    *,
+    fuse: bool = True,
+    tune: bool = True,
+    keep_channels_last: bool = False,
+) -> Model:
     """Swap every `nn.Conv3d`, `nn.ConvTranspose3d` and `nn.InstanceNorm3d` of `model`, user subclasses included.
 
     With `fuse`, chains of Conv3d, BatchNorm3d (while in eval mode), ReLU, LeakyReLU, SiLU or GELU, and MaxPool3d run as
-    one pass where it can be proven that nobody sees what is in between: in `nn.Sequential` of any nesting, and in
-    forward code that torch.fx can follow. `fusion_report(model)` says what became of each convolution, and why no more.
+    one pass, and so do InstanceNorm3d and a ReLU, LeakyReLU or PReLU behind it, where it can be proven that nobody sees
+    what is in between: in `nn.Sequential` of any nesting, and in forward code that torch.fx can follow.
+    `fusion_report(model)` says what became of each convolution and InstanceNorm3d, and why no more.
 
     With an example the model is checked, and tuned to this machine: it runs forward before and after the swap, then
     backward (where gradients are enabled), and every pass of every convolution that this asks for is timed in all
@@ -63,6 +71,9 @@ def accelerate(model: Model, example_input: Any = None, *, fuse: bool = True, tu
             convolution cannot be run, or anything else raises an exception, tuning included.
         fuse: whether chains run as one pass; without it modules are only replaced one by one.
         tune: whether the convolutions of the example are timed; without it the cost model decides.
+        keep_channels_last: whether InstanceNorm3d returns channels_last_3d for a tensor in that format. Torch's returns
+            a contiguous one, which every convolution of a channels_last_3d model has to bring back; where code between
+            modules calls `view` on the result it must then call `reshape`.
 
     Returns:
         The same `model`.
@@ -87,13 +98,13 @@ def accelerate(model: Model, example_input: Any = None, *, fuse: bool = True, tu
         raise TypeError(f"accelerate() takes a torch.nn.Module, got {type(model).__name__}")
     if example_input is None:
         with _all_or_nothing(model):
-            _swap(model, fuse)
+            _swap(model, fuse, keep_channels_last)
         return model
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
     with _noted(arguments):
         before = forward(model, arguments)
     with _all_or_nothing(model):
-        _swap(model, fuse)
+        _swap(model, fuse, keep_channels_last)
         after, asked = forward_and_backward(model, arguments)
         if after != before:
             raise RuntimeError(f"accelerate() changed the result on example_input from {before} to {after}; undone")
@@ -147,16 +158,17 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _swap(model: nn.Module, fuse: bool) -> None:
+def _swap(model: nn.Module, fuse: bool, keep_channels_last: bool) -> None:
     """Swaps what is not ours yet; chains are looked for anew."""
     for module in model.modules():
-        if not isinstance(module, _REPLACED):
+        if not isinstance(module, _REPLACED) or isinstance(module, nn.InstanceNorm3d):
             _revert(module)
         for torch_class, our_class in _REPLACEMENTS:
             if isinstance(module, torch_class) and not isinstance(module, our_class):
                 # A parametrized module has a class of its own, made at run time, which its removal expects to find.
                 original = type(module).__bases__[0] if is_parametrized(module) else type(module)
-                _replace_class(module, original, _derived(original, our_class))  # type: ignore[arg-type]
+                keeps = keep_channels_last and torch_class is nn.InstanceNorm3d
+                _replace_class(module, original, _derived(original, our_class, keeps))  # type: ignore[arg-type]
     for path, (base, members) in find(model).classes.items() if fuse else ():
         module = model.get_submodule(path)
         module.__class__ = _derive(type(module), base, members)
@@ -186,8 +198,8 @@ def _replace_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]
 
 
 @cache
-def _derived(original: type[nn.Module], ours: type[nn.Module]) -> type[nn.Module]:
-    return _derive(original, ours, {})
+def _derived(original: type[nn.Module], ours: type[nn.Module], keeps_channels_last: bool = False) -> type[nn.Module]:
+    return _derive(original, ours, {"keeps_channels_last": True} if keeps_channels_last else {})
 
 
 def _derive(original: type[nn.Module], ours: type[nn.Module] | None, own: dict[str, Any]) -> type[nn.Module]:

@@ -1,4 +1,4 @@
-"""Chains of modules that run as one pass: Conv3d, BatchNorm3d in eval mode, an activation, MaxPool3d.
+"""Chains of modules that run as one pass: Conv3d, BatchNorm3d in eval mode, an activation, MaxPool3d; and others.
 
 Modules are given in the order in which they are called, each fed with what the one before returned and nothing else. A
 chain starts at a convolution and goes on as long as the next module is the next link and nothing forbids it. It runs as
@@ -7,6 +7,9 @@ chain starts at a convolution and goes on as long as the next module is the next
     without          on CUDA conv3d_activation; on the CPU, where it saves no pass, conv3d, then ReLU in place (the
                      convolution's result is nobody else's), or LeakyReLU where no gradient is kept or the module is
                      `inplace`, or any other activation as it is
+
+Another kind starts at an InstanceNorm3d without running statistics and ends at a ReLU, LeakyReLU or PReLU, with dropout
+that drops nothing between them; it runs as `instance_norm_activation` where that takes the call, else module by module.
 
 A BatchNorm3d in eval mode is an affine map per channel, folded into the convolution's weight and bias at every call:
 both are small, gradients reach every parameter, and nothing can be out of date. Everything that may change between
@@ -31,9 +34,10 @@ from .elsewhere import is_recorded_for_elsewhere
 from .epilogue import LARGEST_WINDOW, NEGATIVE_SLOPE, Activation, Size3
 from .functional import conv3d
 from .fused_functional import conv3d_max_pool
-from .nn import Conv3d
+from .instance_norm import instance_norm_activation
+from .nn import Conv3d, InstanceNorm3d
 
-Link = Literal["convolution", "normalization", "activation", "pool"]
+Link = Literal["convolution", "normalization", "activation", "pool", "instance normalization", "PReLU", "dropout"]
 
 _LINKS: dict[type[nn.Module], Link] = {
     Conv3d: "convolution",
@@ -44,8 +48,13 @@ _LINKS: dict[type[nn.Module], Link] = {
     nn.SiLU: "activation",
     nn.GELU: "activation",
     nn.MaxPool3d: "pool",
+    InstanceNorm3d: "instance normalization",
+    nn.InstanceNorm3d: "instance normalization",
+    nn.PReLU: "PReLU",
+    nn.Dropout: "dropout",
+    nn.Dropout3d: "dropout",
 }
-_ORDER: tuple[Link, ...] = ("convolution", "normalization", "activation", "pool")
+CONVOLUTION_CHAIN: tuple[Link, ...] = ("convolution", "normalization", "activation", "pool")
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -99,6 +108,11 @@ def obstacle(module: nn.Module, in_any_mode: bool = False) -> str:
         return f"padding_mode={module.padding_mode!r}"
     if isinstance(module, nn.BatchNorm3d):
         return _obstacle_of_norm(module, in_any_mode)
+    if isinstance(module, nn.InstanceNorm3d) and (module.running_mean is not None or module.running_var is not None):
+        return "InstanceNorm3d keeps running statistics"
+    if isinstance(module, (nn.Dropout, nn.Dropout3d)):
+        drops = module.training and not in_any_mode and module.p != 0
+        return f"{original.__name__} is in training mode" if drops or not 0 <= module.p <= 1 else ""
     if isinstance(module, nn.LeakyReLU) and not 0 <= module.negative_slope < math.inf:
         return f"LeakyReLU has negative_slope={module.negative_slope}"
     return _obstacle_of_pool(module) if isinstance(module, nn.MaxPool3d) else ""
@@ -164,16 +178,31 @@ def chain_length(
         leave: whether the module at an index must be called as it is for a reason of the caller's.
         in_any_mode: leave out what `train()` and `eval()` change.
     """
+    if link_of(modules[start]) == "instance normalization":
+        return _norm_chain_length(modules, start, leave, in_any_mode)
     next_link, length = 0, 0
     for index in range(start, len(modules)):
         link = link_of(modules[index])
-        if link is None or (index == start) != (link == "convolution"):
+        if link not in CONVOLUTION_CHAIN or (index == start) != (link == "convolution"):
             break
-        if _ORDER.index(link) < next_link or leave(index) or obstacle(modules[index], in_any_mode):
+        if CONVOLUTION_CHAIN.index(link) < next_link or leave(index) or obstacle(modules[index], in_any_mode):
             break
-        next_link, length = _ORDER.index(link) + 1, length + 1
+        next_link, length = CONVOLUTION_CHAIN.index(link) + 1, length + 1
     saves_nothing = length == 2 and isinstance(modules[start + 1], (nn.SiLU, nn.GELU))
     return 1 if saves_nothing else max(length, 1)
+
+
+def _norm_chain_length(
+    modules: Sequence[nn.Module], start: int, leave: Callable[[int], bool], in_any_mode: bool
+) -> int:
+    for index in range(start, len(modules)):
+        link = link_of(modules[index])
+        is_first, is_last = index == start, link == "PReLU" or isinstance(modules[index], (nn.ReLU, nn.LeakyReLU))
+        if not (is_first or is_last or link == "dropout") or leave(index) or obstacle(modules[index], in_any_mode):
+            break
+        if is_last:
+            return index - start + 1
+    return 1
 
 
 def run(modules: Sequence[nn.Module], x: Any, leave: Callable[[int], bool] = lambda index: False) -> Any:
@@ -187,14 +216,38 @@ def run(modules: Sequence[nn.Module], x: Any, leave: Callable[[int], bool] = lam
 
 
 def _run_watched(chain: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """Hooks that say of themselves that they watch only (the profiler's) see the chain as its convolution."""
-    convolution = chain[0]
-    for hook in convolution._forward_pre_hooks.values():
-        hook(convolution, (x,))
-    y = _run_chain(chain, x)
-    for hook in convolution._forward_hooks.values():
-        hook(convolution, (x,), y)
+    """Hooks that say of themselves that they watch only (the profiler's) see the chain as its first module."""
+    first = chain[0]
+    for hook in first._forward_pre_hooks.values():
+        hook(first, (x,))
+    y = _run_norm_chain(chain, x) if isinstance(first, nn.InstanceNorm3d) else _run_chain(chain, x)
+    for hook in first._forward_hooks.values():
+        hook(first, (x,), y)
     return y
+
+
+def _run_norm_chain(chain: Sequence[nn.Module], x: Tensor) -> Tensor:
+    norm, *links = chain
+    activation = links[-1]
+    assert isinstance(norm, nn.InstanceNorm3d)
+    # Of another number of channels the module complains or warns.
+    if x.dim() == 5 and x.shape[1] == norm.num_features:
+        y = instance_norm_activation(
+            x,
+            norm.weight,
+            norm.bias,
+            activation.weight if isinstance(activation, nn.PReLU) else None,
+            eps=norm.eps,
+            activation="none" if isinstance(activation, nn.PReLU) else activation_name(activation),
+            negative_slope=activation.negative_slope if isinstance(activation, nn.LeakyReLU) else NEGATIVE_SLOPE,
+            keep_channels_last=getattr(norm, "keeps_channels_last", False),
+        )
+        if y is not None:
+            return y
+    x = norm.forward(x)
+    for module in links:
+        x = module(x)
+    return x
 
 
 def _run_chain(chain: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -272,10 +325,12 @@ def _fold(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm3d) -> tuple[Te
 
 def describe(chain: Sequence[nn.Module]) -> str:
     """A chain in one line, for the report."""
-    links = [original_class(module).__name__ for module in chain]
-    activated = link_of(chain[-1]) == "activation" and has_activation_in_the_pass(cast("Tensor", chain[0].weight))
-    if link_of(chain[-1]) == "pool" or activated:
-        return " + ".join(links) + " in one pass"
-    if isinstance(chain[-1], nn.LeakyReLU) and not chain[-1].inplace:
-        return " + ".join(links) + ", in place without gradients"
-    return " + ".join(links) + (", in place" if isinstance(chain[-1], (nn.ReLU, nn.LeakyReLU)) else ", folded")
+    links = " + ".join(original_class(module).__name__ for module in chain)
+    first, last = chain[0], chain[-1]
+    if isinstance(first, nn.InstanceNorm3d) or link_of(last) == "pool":
+        return f"{links} in one pass"
+    if link_of(last) == "activation" and has_activation_in_the_pass(cast("Tensor", first.weight)):
+        return f"{links} in one pass"
+    if isinstance(last, nn.LeakyReLU) and not last.inplace:
+        return f"{links}, in place without gradients"
+    return f"{links}, in place" if isinstance(last, (nn.ReLU, nn.LeakyReLU)) else f"{links}, folded"

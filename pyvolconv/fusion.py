@@ -102,7 +102,7 @@ def find(model: nn.Module) -> Findings:
         elif (
             link_of(module) is None
             and _has_code_of_its_own(module)
-            and any(link_of(inner) == "convolution" for inner in module.modules())
+            and any(link_of(inner) in ("convolution", "instance normalization") for inner in module.modules())
         ):
             try:
                 _find_in_forward(path, module, findings)

@@ -1,4 +1,4 @@
-"""What became of every 3-D convolution of a model, and why no more: `fusion_report(model)`."""
+"""What became of every 3-D convolution and InstanceNorm3d of a model, and why no more: `fusion_report(model)`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import cast
 
 from torch import nn
 
-from .chains import flatten, has_global_hooks, is_plain_sequential, link_of, obstacle, original_class
+from .chains import CONVOLUTION_CHAIN, flatten, has_global_hooks, is_plain_sequential, link_of, obstacle, original_class
 from .fused_graph import called_by
 from .fusion import Findings, find
-from .nn import Conv3d, ConvTranspose3d
+from .nn import Conv3d, ConvTranspose3d, InstanceNorm3d
 
 
 @dataclass(frozen=True)
 class Row:
-    """One convolution.
+    """One convolution, or InstanceNorm3d.
 
     Attributes:
         module: its path in the model.
@@ -31,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """A row for every 3-D convolution of a model, in the order of `model.modules()`; `str()` is a table.
+    """A row for every 3-D convolution and InstanceNorm3d, in the order of `model.modules()`; `str()` is a table.
 
     Attributes:
         rows: what became of each.
@@ -51,7 +51,7 @@ class FusionReport:
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
-    """What `accelerate` made of each 3-D convolution, as the model stands now.
+    """What `accelerate` made of each 3-D convolution and InstanceNorm3d, as the model stands now.
 
     Args:
         model: any module; it is only looked at. One that was not accelerated says so in every row.
@@ -77,14 +77,14 @@ def fusion_report(model: nn.Module) -> FusionReport:
         tuple(
             _row(path, module, model, findings)
             for path, module in model.named_modules()
-            if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d))
+            if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d, nn.InstanceNorm3d))
         )
     )
 
 
 def _row(path: str, module: nn.Module, model: nn.Module, findings: Findings) -> Row:
     name = original_class(module).__name__
-    if not isinstance(module, (Conv3d, ConvTranspose3d)):
+    if not isinstance(module, (Conv3d, ConvTranspose3d, InstanceNorm3d)):
         return Row(path, f"{name} of torch", "not accelerated")
     alone = f"{name} alone"
     if isinstance(module, nn.ConvTranspose3d):
@@ -112,7 +112,7 @@ def _why_alone(path: str, module: nn.Module, model: nn.Module, findings: Finding
         place = [inner for inner, _ in items].index(name)
         if place + 1 < len(items):
             inner, following = items[place + 1]
-            return _why_not_with(f"{owner}.{inner}" if owner else inner, following, findings)
+            return _why_not_with(module, f"{owner}.{inner}" if owner else inner, following, findings)
         if not owner:
             return "nothing follows"
         return _why_not_in_code(owner, model, findings)
@@ -130,10 +130,15 @@ def _owner(path: str, model: nn.Module) -> tuple[str, str]:
     return ".".join(parts[:cut]), ".".join(parts[cut:])
 
 
-def _why_not_with(path: str, following: nn.Module, findings: Findings) -> str:
+def _why_not_with(module: nn.Module, path: str, following: nn.Module, findings: Findings) -> str:
     name = original_class(following).__name__
+    if isinstance(module, nn.InstanceNorm3d):
+        why = obstacle(following, in_any_mode=True) if link_of(following) else ""
+        return why or f"{name} follows, which does not run in its pass"
     link = link_of(following)
-    if link in (None, "convolution"):
+    if link == "instance normalization":
+        return f"{name} follows, which reads all of its input before it writes"
+    if link not in CONVOLUTION_CHAIN[1:]:
         return f"{name} follows, which is no link of a chain"
     if path in findings.shared:
         return f"{name} stands in several places, or shares a parameter"
@@ -160,4 +165,5 @@ def _why_not_in_code(path: str, model: nn.Module, findings: Findings) -> str:
     called = called_by(users[0], root)
     if not called:
         return f"{code} hands its result to what is no link of a chain"
-    return _why_not_with(f"{owner}.{called[0][0]}" if owner else called[0][0], called[0][1], findings)
+    path = f"{owner}.{called[0][0]}" if owner else called[0][0]
+    return _why_not_with(root.get_submodule(name), path, called[0][1], findings)

@@ -5,12 +5,12 @@ They subclass torch's, so attributes, repr, state_dict, initialisation and isins
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .elsewhere import is_recorded_for_elsewhere, script_as
 from .functional import conv3d, conv_transpose3d
+from .instance_norm import instance_norm_activation
 
 
 class Conv3d(nn.Conv3d):
@@ -117,12 +117,15 @@ class LazyConvTranspose3d(nn.LazyConvTranspose3d, ConvTranspose3d):  # type: ign
 
 
 class InstanceNorm3d(nn.InstanceNorm3d):
-    """`torch.nn.InstanceNorm3d`; in inference on the CPU by torch's group normalization, several times faster there.
+    """`torch.nn.InstanceNorm3d` by this package's pass on the CPU, forward and backward: same arguments and results.
 
-    Groups of one channel are the same definition: (x - mean) / sqrt(variance + eps) over the voxels of each channel of
-    each sample, times weight plus bias. Where gradients are enabled it stays as it was, because the derivatives of
-    group normalization cancel when a mean is larger than its deviation; so does what keeps running statistics or is
-    not contiguous.
+    Contiguous float32 and float64 tensors go this way, in ordinary calls: under `torch.compile`, transforms, autocast,
+    tracers and modes torch's own runs, and for everything that keeps running statistics. Sums are of doubles, so a
+    mean of many deviations costs no accuracy, and bits are the same at every thread count.
+
+    Attributes:
+        keeps_channels_last: False; set to True, tensors in channels_last_3d go this way too, and their results stay
+            so, while torch's are contiguous.
 
     Shapes: input and output (N, C, D, H, W) or (C, D, H, W).
 
@@ -135,16 +138,14 @@ class InstanceNorm3d(nn.InstanceNorm3d):
         torch.Size([2, 4, 5, 5, 5])
     """
 
+    keeps_channels_last: bool = False
+
     def _normalize(self, input: Tensor) -> Tensor:
-        samples, channels = input.shape[:2]
-        plain = self.running_mean is None and (self.training or not self.track_running_stats)
-        plain &= self.weight is None or self.weight.dtype == input.dtype
-        plain &= input.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-        plain &= not torch.is_grad_enabled() and not is_recorded_for_elsewhere()
-        # Of a mean over one voxel, or none, torch complains in its own words.
-        several = plain and input.numel() > samples * channels > 0
-        if several and input.device.type == "cpu" and input.is_contiguous():
-            return F.group_norm(input, channels, self.weight, self.bias, self.eps)
+        if self.running_mean is None and self.running_var is None and not is_recorded_for_elsewhere():
+            keep = self.keeps_channels_last
+            y = instance_norm_activation(input, self.weight, self.bias, eps=self.eps, keep_channels_last=keep)
+            if y is not None:
+                return y
         result: Tensor = super()._apply_instance_norm(input)  # type: ignore[no-untyped-call]
         return result
 

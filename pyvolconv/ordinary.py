@@ -24,10 +24,14 @@ _of_tensors: set[int] = set()
 _of_threads: set[tuple[int, int]] = set()
 
 
-def is_ordinary(*tensors: Tensor | None) -> bool:
+def is_ordinary(*tensors: Tensor | None, under_profiler: bool = False) -> bool:
     """Whether nothing but autograd would step into an operator call with these operands, here and now.
 
     Forward-mode derivatives count as something else, and so does the profiler, which wants to see operators.
+
+    Args:
+        tensors: the operands; None stands for one that is left out.
+        under_profiler: whether a call is ordinary while the profiler records, too.
 
     Example:
         >>> is_ordinary(torch.zeros(2)), is_ordinary(torch.zeros(2), None), is_ordinary(torch.zeros(2, device="meta"))
@@ -36,7 +40,7 @@ def is_ordinary(*tensors: Tensor | None) -> bool:
         ...     is_ordinary(torch.zeros(2))
         False
     """
-    if torch.compiler.is_compiling() or _profiling() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or (_profiling() and not under_profiler) or forward_ad._current_level >= 0:
         return False
     if (_included().raw_repr(), _excluded().raw_repr()) not in _of_threads:
         return False

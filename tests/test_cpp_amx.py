@@ -21,7 +21,7 @@ from pyvolconv.problem import LAYOUTS, PASSES, ConvProblem
 
 from .conftest import between_guards
 
-WITH = PASSES[:2]
+WITH = PASSES
 """The passes that the backend has."""
 
 DIRECT = CppDirect()

@@ -216,6 +216,15 @@ def test_results_survive_json(data):
     assert TrainResult.from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False))) == result
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_one_channel_is_not_copied_for_its_memory_format(channels):
+    x = torch.randn(2, channels, 3, 4, 5)
+    to = loop.to_device(x, torch.device("cpu"), torch.channels_last_3d)
+    assert torch.equal(to, x)
+    assert to.stride() == x.to(memory_format=torch.channels_last_3d).stride()
+    assert (to.data_ptr() == x.data_ptr()) == (channels == 1)
+
+
 def test_memory_format_reaches_the_model(data):
     seen = []
     model = fresh("cnn").to(memory_format=torch.channels_last_3d)

@@ -20,13 +20,14 @@ namespace pvc {
 namespace {
 
 // The lowest byte of each lane, packed. With AVX2, GCC 12 would move them one by one.
-template <typename T>
+template <typename T, int Bytes = PVC_VECTOR_BYTES>
 struct LaneBytes {
-    typedef uint8_t type __attribute__((vector_size(Vector<T>::lanes)));
+    typedef uint8_t type __attribute__((vector_size(Bytes / sizeof(T))));
+    typedef typename VectorType<T>::integer integers __attribute__((vector_size(Bytes)));
 
-    static inline type narrow(typename VectorType<T>::integers lanes) {
+    static inline type narrow(integers lanes) {
 #if defined(__AVX2__) && PVC_VECTOR_BYTES == 32
-        if constexpr (sizeof(T) == 4) {
+        if constexpr (sizeof(T) == 4 && Bytes == 32) {
             const __m256i all = reinterpret_cast<__m256i>(lanes);
             const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
             const __m128i bytes = _mm_packus_epi16(words, words);
@@ -217,10 +218,6 @@ void pool_row_channels_last(const PooledProblem& problem, const PoolRow<T>& row)
         }
     }
 }
-
-struct EvenLanes {
-    static constexpr int lane(int i) { return 2 * i; }
-};
 
 // Lanes are neighbouring windows along the width, as many as lie inside the output; a window that does not is computed
 // alone. Reads up to two vectors beyond the row.

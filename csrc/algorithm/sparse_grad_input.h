@@ -18,6 +18,7 @@
 
 #include "../microkernel/sparse_scatter.h"
 #include "sparse_gradient.h"
+#include "window_grad_input.h"
 
 namespace pvc {
 namespace {
@@ -324,7 +325,11 @@ class SparseGradInput {
 template <typename T>
 void sparse_grad_input(const PooledProblem& problem, const T* grad_pooled, const uint8_t* code, const T* weight,
                        T* grad_input) {
-    SparseGradInput<T>(problem, grad_pooled, code, grad_input).run(weight);
+    if (WindowGradInput<T>::suits(problem)) {
+        WindowGradInput<T>(problem, grad_pooled, code, grad_input).run(weight);
+    } else {
+        SparseGradInput<T>(problem, grad_pooled, code, grad_input).run(weight);
+    }
 }
 
 }  // namespace

@@ -9,14 +9,16 @@ namespace {
 
 #if defined(PVC_BFLOAT_PAIRS)
 
-// The weights of one step: a run's elements from `element` on, of one chunk, with target channels from `target` on.
+// The weights of one step: 32 elements of a run, of one chunk and, along the transformed axis, one tap.
 class StepWeights {
   public:
-    StepWeights(const Gather& gather, const SplitPlan& plan, const float* weight, int64_t chunk, int64_t step)
+    StepWeights(const Gather& gather, const SplitPlan& plan, const float* weight, int64_t chunk, int64_t step,
+                int64_t tap)
         : gather_(gather), plan_(plan), first_source_(chunk * plan.chunk) {
-        const GatherAxis* axis = gather.axis;
-        const int64_t run = step / plan.run_steps, widths = plan.joined ? 1 : axis[2].taps, tap = run / widths;
-        const int64_t index[3] = {tap / axis[1].taps, tap % axis[1].taps, run % widths};
+        const GatherAxis* axis = plan.point.axis;
+        const int64_t run = step / plan.run_steps, widths = plan.joined ? 1 : axis[2].taps, taps = run / widths;
+        int64_t index[3] = {taps / axis[1].taps, taps % axis[1].taps, run % widths};
+        if (plan.transformed >= 0) index[plan.transformed] = tap;
         weight_ = weight;
         for (int a = 0; a < 3; ++a) {
             weight_ += (axis[a].weight_first + index[a] * axis[a].weight_step) * gather.weight_tap_stride[a];
@@ -27,7 +29,7 @@ class StepWeights {
     // values[element][target channel], 32 x 16, zero where there is none.
     void read(int64_t target, float* values) const {
         const int64_t targets = smaller(kTileRows, gather_.target_channels - target);
-        if (targets < kTileRows) fill_zero(values, kTileValues * kTileRows);
+        if (targets < kTileRows) std::memset(values, 0, kTileValues * kTileRows * sizeof(float));
         if (targets <= 0) return;
         if (gather_.weight_target_stride == 1) {
             for_each_piece([&](int64_t i, const float* from, int64_t count) {
@@ -90,20 +92,43 @@ class StepWeights {
     const float* weight_;
 };
 
-// All steps of one chunk for one block of target channels. Returns whether all values can be split.
+// values[32][16] of one step and point: what the taps along the transformed axis combine to.
+inline void read_point(const Gather& gather, const SplitPlan& plan, const float* weight, int64_t chunk, int64_t point,
+                       int64_t step, int64_t target, float* values) {
+    using V = Vector<float>;
+    constexpr int64_t kTile = kTileRows * kTileValues;
+    if (plan.transformed < 0) {
+        StepWeights(gather, plan, weight, chunk, step, 0).read(target, values);
+        return;
+    }
+    std::memset(values, 0, kTile * sizeof(float));
+    for (int64_t tap = 0; tap < 3; ++tap) {
+        const float factor = kSplitPoints[point].weight[tap];
+        if (factor == 0) continue;
+        alignas(64) float one[kTile];
+        StepWeights(gather, plan, weight, chunk, step, tap).read(target, one);
+        for (int64_t i = 0; i < kTile; i += V::lanes) {
+            V::store(values + i, V::load(values + i) + factor * V::load(one + i));
+        }
+    }
+}
+
+// All points and steps of one chunk for one block of target channels. Returns whether all values can be split.
 template <int Parts>
 bool pack_split_weights(const Gather& gather, const SplitPlan& plan, const float* weight, int64_t block, int64_t chunk,
                         Bfloat16* packed) {
     constexpr int64_t kTile = kTileRows * kTileValues;
     const int64_t columns = plan.block_columns(block, gather.target_channels), tiles = columns / kTileRows;
-    Bfloat16* to = packed + block * plan.block_weights() + chunk * plan.steps() * plan.step_weights(columns);
+    Bfloat16* to = packed + block * plan.block_weights() + chunk * plan.chunk_weights(columns);
     alignas(64) float values[kTile];
     bool splits = true;
-    for (int64_t step = 0; step < plan.steps(); ++step, to += plan.step_weights(columns)) {
-        const StepWeights weights(gather, plan, weight, chunk, step);
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-            weights.read(block * SplitPlan::kColumns + tile * kTileRows, values);
-            splits &= split_row_pairs<Parts>(values, to + tile * kTile, tiles * kTile);
+    for (int64_t point = 0; point < plan.points(); ++point) {
+        for (int64_t step = 0; step < plan.steps(); ++step, to += plan.step_weights(columns)) {
+            for (int64_t tile = 0; tile < tiles; ++tile) {
+                const int64_t target = block * SplitPlan::kColumns + tile * kTileRows;
+                read_point(gather, plan, weight, chunk, point, step, target, values);
+                splits &= split_row_pairs<Parts>(values, to + tile * kTile, tiles * kTile);
+            }
         }
     }
     return splits;

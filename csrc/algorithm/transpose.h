@@ -10,6 +10,14 @@
 namespace pvc {
 namespace {
 
+// Every second lane of two vectors, for Transpose::pick.
+struct EvenLanes {
+    static constexpr int lane(int i) { return 2 * i; }
+};
+struct OddLanes {
+    static constexpr int lane(int i) { return 2 * i + 1; }
+};
+
 template <typename T>
 struct Transpose {
     using V = Vector<T>;

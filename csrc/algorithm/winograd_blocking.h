@@ -26,6 +26,7 @@ struct WinogradBlocking {
     int64_t targets, vectors;
     bool half_target;        // the last vector is half of one
     int64_t panel_vectors;   // of a whole panel (panel.h)
+    bool pairs;              // panels of one vector and a half take two source channels at once
     int64_t blocks;          // of at most `most_vectors` vectors, whole panels but the last
     int64_t batch, samples;  // of a box
     int64_t voxels[3];       // target voxels to compute
@@ -45,6 +46,7 @@ struct WinogradBlocking {
     // Of the panel that begins with a vector.
     int64_t panel_size(int64_t vector) const { return smaller(panel_vectors, vectors - vector); }
     bool panel_half(int64_t vector) const { return half(vector + panel_size(vector) - 1); }
+    bool panel_paired(int64_t vector) const { return pairs && panel_size(vector) == 2 && panel_half(vector); }
     int64_t panel_columns(int64_t vector) const {
         return panel_size(vector) * lanes - (panel_half(vector) ? lanes / 2 : 0);
     }
@@ -139,6 +141,9 @@ WinogradBlocking<T> choose_winograd(const Gather& gather, const WinogradScheme<T
     b.vectors = ceil_divide(b.targets, b.lanes);
     b.half_target = fills_half<T>(b.targets);
     b.panel_vectors = scheme.panel_vectors;
+    const AxisShape& outer = scheme.shape[scheme.outer()];
+    // A larger first-level cache than 32 KiB comes with units that execute a vector of 64 bytes as fast as half of one.
+    b.pairs = has_paired_panels(outer.outputs) && outer.stride == 1 && b.sources % 2 == 0 && l1_bytes() > kL1Bytes;
     b.blocks = ceil_divide(b.vectors, b.most_vectors);
     for (int a = 0; a < 3; ++a) {
         const CellAxis cells = gather.cells(a);

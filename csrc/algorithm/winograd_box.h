@@ -23,6 +23,7 @@ namespace {
 template <typename T>
 struct RowSums {
     const T* sums;
+    const uint8_t* codes;  // of largest sums, or null
     int64_t stride[3];
     int64_t first[3], count[3];
     int64_t channel, channels, width;
@@ -56,14 +57,15 @@ class WinogradBox {
         });
     }
 
-    // Calls store(RowSums) with the largest value of each 2x2x2 window in place of the sums, none less than `least`;
-    // counts are still those of voxels.
+    // Calls store(RowSums) with the largest value of each 2x2x2 window in place of the sums, none less than `least`,
+    // and its code if `codes`, `nothing` where none is above `least`; counts are still those of voxels.
     template <typename Store>
-    void run_largest(const T* source, T least, const Store& store) {
-        largest_ = scratch<T>(Scratch::tile_pooled,
-                              scheme_.outputs[p_] / 2 * scheme_.outputs[q_] / 2 * box.tiles[q_] * b_.widest_block());
+    void run_largest(const T* source, T least, bool codes, int32_t nothing, const Store& store) {
+        const int64_t values = scheme_.outputs[p_] / 2 * scheme_.outputs[q_] / 2 * box.tiles[q_] * b_.widest_block();
+        largest_ = scratch<T>(Scratch::tile_pooled, values);
+        codes_ = codes ? scratch<uint8_t>(Scratch::tile_codes, values) : nullptr;
         compute(source, [&](RowSums<T>& row, int64_t tile) {
-            find_largest(source, row, tile, least);
+            find_largest(source, row, tile, least, nothing);
             store(row);
         });
     }
@@ -100,6 +102,7 @@ class WinogradBox {
         for (int64_t vector = first; vector < end; vector += b_.panel_vectors) {
             a.weight = weights_.transformed + b_.panel_weights(vector) +
                        scheme_.plane_weight(point) * outer_weights * b_.sources * b_.panel_columns(vector);
+            a.paired = b_.panel_paired(vector);
             a.target = product_ + point * product_pitch_ + (vector - first) * b_.lanes;
             scheme_.kernels.panel(b_.panel_size(vector), b_.panel_half(vector), box.all_tiles, a);
         }
@@ -129,15 +132,21 @@ class WinogradBox {
     // One tile of the box, all channels of the row's block. Returns whether an output is not finite.
     template <typename Arguments>
     bool transform_tile(bool (*const kernel[2])(const Arguments&), Arguments& a, const RowSums<T>& row, int64_t tile,
-                        T* to) const {
+                        int64_t to) const {
         bool spoilt = false;
         for (int64_t c = 0; c < row.width; c += b_.lanes) {
             a.from = product_ + tile * row.width + c;
             a.initial = weights_.initial + row.channel + c;
-            a.to = to + c;
+            place(a, to + c);
             spoilt |= kernel[b_.half((row.channel + c) / b_.lanes)](a);
         }
         return spoilt;
+    }
+
+    void place(TileTarget<T>& a, int64_t at) const { a.to = sums_ + at; }
+    void place(TileLargest<T>& a, int64_t at) const {
+        a.to = largest_ + at;
+        a.codes = codes_ == nullptr ? nullptr : codes_ + at;
     }
 
     // The row of tiles from tile `first` of the box on.
@@ -151,14 +160,15 @@ class WinogradBox {
         const T* direct_weights = nullptr;
         for (int64_t q = 0; q < box.tiles[q_]; ++q) {
             T* to = sums_ + q * scheme_.outputs[q_] * row.width;
-            if (!transform_tile(scheme_.kernels.target, a, row, first + q, to)) continue;
+            if (!transform_tile(scheme_.kernels.target, a, row, first + q, to - sums_)) continue;
             if (direct_weights == nullptr) direct_weights = pack_direct(row);
             compute_direct(source, row, q, direct_weights, to);
         }
     }
 
-    void find_largest(const T* source, RowSums<T>& row, int64_t first, T least) {
+    void find_largest(const T* source, RowSums<T>& row, int64_t first, T least, int32_t nothing) {
         TileLargest<T> a = {};
+        a.nothing = nothing;
         a.point = product_pitch_;
         a.output = box.all_tiles * row.width;
         a.least = least;
@@ -170,34 +180,39 @@ class WinogradBox {
         a.row = scheme_.outputs[q_] / 2 * box.tiles[q_] * row.width;
         const T* direct_weights = nullptr;
         for (int64_t q = 0; q < box.tiles[q_]; ++q) {
-            T* to = largest_ + q * scheme_.outputs[q_] / 2 * row.width;
+            const int64_t place = q * scheme_.outputs[q_] / 2 * row.width;
             a.exist[2] = smaller(exist(q_, row.first[q_] + q * scheme_.outputs[q_]), scheme_.outputs[q_]);
-            if (!transform_tile(scheme_.kernels.largest, a, row, first + q, to)) continue;
+            if (!transform_tile(scheme_.kernels.largest, a, row, first + q, place)) continue;
             if (direct_weights == nullptr) direct_weights = pack_direct(row);
             compute_direct(source, row, q, direct_weights, sums_);
             for (int64_t h = 0; h < a.exist[1]; h += 2) {
                 for (int64_t w = 0; w < a.exist[2]; w += 2) {
-                    largest_of_sums(row, a, h, w, to + h / 2 * a.row + w / 2 * a.column);
+                    largest_of_sums(row, a, h, w, place + h / 2 * a.row + w / 2 * a.column);
                 }
             }
         }
         row.sums = largest_;
+        row.codes = codes_;
         row.stride[o_] = 0;
         row.stride[p_] = a.row;
         row.stride[q_] = a.column;
     }
 
     // Of the window that begins at (h, w) of the tile in sums_. NaN is larger than any number.
-    void largest_of_sums(const RowSums<T>& row, const TileLargest<T>& a, int64_t h, int64_t w, T* to) const {
+    void largest_of_sums(const RowSums<T>& row, const TileLargest<T>& a, int64_t h, int64_t w, int64_t to) const {
         for (int64_t c = 0; c < row.width; ++c) {
             T best = a.least;
+            int64_t code = a.nothing;
             for (int64_t voxel = 0; voxel < 8; ++voxel) {
                 const int64_t at[3] = {voxel / 4, h + voxel / 2 % 2, w + voxel % 2};
                 if (at[0] >= a.exist[0] || at[1] >= a.exist[1] || at[2] >= a.exist[2]) continue;
                 const T value = sums_[at[0] * row.stride[o_] + at[1] * row.stride[p_] + at[2] * row.stride[q_] + c];
-                if (value > best || value != value) best = value;
+                if (!(value > best || value != value)) continue;
+                best = value;
+                code = voxel;
             }
-            to[c] = best;
+            largest_[to + c] = best;
+            if (codes_ != nullptr) codes_[to + c] = static_cast<uint8_t>(code);
         }
     }
 
@@ -260,6 +275,7 @@ class WinogradBox {
     T* product_;
     T* sums_;
     T* largest_ = nullptr;
+    uint8_t* codes_ = nullptr;
 };
 
 }  // namespace

@@ -10,19 +10,18 @@
 namespace pvc {
 namespace {
 
-// Whether values alone are asked for that winograd_largest.h can give.
+// Whether winograd_largest.h can give what is asked for.
 template <typename T>
-bool finds_largest(const PooledProblem& problem, const WinogradScheme<T>& scheme, const uint8_t* code) {
+bool finds_largest(const PooledProblem& problem, const WinogradScheme<T>& scheme) {
     const int64_t* window = problem.pool_window;
-    return code == nullptr && window[0] == 2 && window[1] == 2 && window[2] == 2 &&
-           scheme.kernels.largest[0] != nullptr &&
+    return window[0] == 2 && window[1] == 2 && window[2] == 2 && scheme.kernels.largest[0] != nullptr &&
            (problem.activation == Activation::relu || problem.activation == Activation::none);
 }
 
 template <typename T>
 void store_windows(const PooledProblem& problem, const PooledTarget<T>& target, int64_t sample, const RowSums<T>& row) {
     const VolumeStrides& strides = target.strides;
-    T* to = target.pooled + sample * strides.sample + row.channel * strides.channel;
+    int64_t to = sample * strides.sample + row.channel * strides.channel;
     int64_t cells[3];
     for (int a = 0; a < 3; ++a) {
         const int64_t first = row.first[a] / 2;
@@ -30,8 +29,12 @@ void store_windows(const PooledProblem& problem, const PooledTarget<T>& target, 
         to += first * strides.axis[a];
     }
     for (int64_t h = 0; h < cells[1]; ++h) {
-        copy_matrix(row.sums + h * row.stride[1], RowStrides{row.stride[2], 1}, to + h * strides.axis[1],
-                    RowStrides{strides.axis[2], strides.channel}, cells[2], row.channels);
+        const RowStrides own = {row.stride[2], 1}, other = {strides.axis[2], strides.channel};
+        const int64_t from = h * row.stride[1], place = to + h * strides.axis[1];
+        copy_matrix(row.sums + from, own, target.pooled + place, other, cells[2], row.channels);
+        if (target.code != nullptr) {
+            copy_codes(row.codes + from, own, target.code + place, other, cells[2], row.channels);
+        }
     }
 }
 
@@ -44,12 +47,14 @@ void winograd_pooled(const PooledProblem& problem, const int64_t outputs[3], con
     const PooledTarget<T> target = {
         pooled, code, volume_strides(problem.conv.layout, problem.conv.out_channels, problem.pooled_size)};
     const int64_t* window = problem.pool_window;
-    if (finds_largest<T>(problem, *b.scheme, code)) {
-        const T least = problem.activation == Activation::relu ? T(0) : -static_cast<T>(__builtin_inf());
+    if (finds_largest<T>(problem, *b.scheme)) {
+        const bool relu = problem.activation == Activation::relu;
+        const T least = relu ? T(0) : -static_cast<T>(__builtin_inf());
         return parallel_for(gather.batch * b.box_count(), [&](int64_t task) {
             WinogradBox<T> convolution(gather, weights, task);
-            convolution.run_largest(
-                x, least, [&](const RowSums<T>& row) { store_windows(problem, target, convolution.box.sample, row); });
+            convolution.run_largest(x, least, code != nullptr, relu ? kNoVoxel : 0, [&](const RowSums<T>& row) {
+                store_windows(problem, target, convolution.box.sample, row);
+            });
         });
     }
     parallel_for(gather.batch * b.box_count(), [&](int64_t task) {

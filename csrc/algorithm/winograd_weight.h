@@ -9,7 +9,8 @@ namespace pvc {
 namespace {
 
 // [panel][weight of the plane], and there [source channel][shared weight of the outer axis][column], then [source
-// channel][weight apart][column]; and what the sums start from.
+// channel][weight apart][column], where panels are paired [pair of source channels][weight][column][of the pair]; and
+// what the sums start from.
 template <typename T>
 struct WinogradWeights {
     const Gather& gather;
@@ -52,22 +53,25 @@ struct WinogradWeights {
                 pack_taps(gather, weight + source * gather.weight_source_stride + first * gather.weight_target_stride,
                           1, 1, smaller(lanes, b.targets - first), lanes, taps);
                 scheme.kernels.weight(a);
-                store(points, source, columns, width, transformed + b.panel_weights(panel) + column);
+                store(points, source, panel, column, width);
             }
         }
     }
 
-    void store(const T* points, int64_t source, int64_t columns, int64_t width, T* to) const {
+    // Columns from `column` on of a panel.
+    void store(const T* points, int64_t source, int64_t panel, int64_t column, int64_t width) const {
         const WinogradScheme<T>& scheme = *blocking.scheme;
         const AxisShape& outer = scheme.shape[scheme.outer()];
         const int64_t lanes = blocking.lanes, sources = blocking.sources, plane_weights = scheme.plane_weights();
+        const int64_t step = blocking.panel_paired(panel) ? 2 : 1, columns = blocking.panel_columns(panel);
+        T* to = transformed + blocking.panel_weights(panel) + step * column + source % step;
         for (int64_t weight = 0; weight < plane_weights; ++weight, to += outer.weights * sources * columns) {
             for (int64_t o = 0; o < outer.weights; ++o) {
-                const int64_t first =
-                    outer.is_shared[o] ? source * outer.shared : sources * outer.shared + source * outer.apart;
-                const int64_t row = first + outer.weight_row[o];
+                const int64_t apart = outer.is_shared[o] ? 0 : sources * outer.shared * columns;
+                const int64_t count = outer.is_shared[o] ? outer.shared : outer.apart;
+                T* row = to + apart + (source / step * count + outer.weight_row[o]) * step * columns;
                 const T* from = points + (o * plane_weights + weight) * lanes;
-                for (int64_t i = 0; i < width; ++i) to[row * columns + i] = from[i];
+                for (int64_t i = 0; i < width; ++i) row[i * step] = from[i];
             }
         }
     }

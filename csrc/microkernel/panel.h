@@ -10,9 +10,11 @@
 //
 // A register tile is M times MR rows by NR vectors of columns. Where vectors have 64 bytes, the last may be half of
 // one: 24 columns then cost three halves, not four, on processors that execute such a vector in two halves, and no more
-// than two vectors on the others.
+// than two vectors on the others. There three vectors may take two elements k at once: neighbouring lanes hold both
+// products of one column, and are added up at last (PairedTile).
 #pragma once
 
+#include "../algorithm/transpose.h"
 #include "../algorithm/winograd_strided_axis.h"
 #include "../isa.h"
 
@@ -27,6 +29,7 @@ struct PanelArguments {
     const T* weight;      // [k][shared weight][column], then [k][weight apart][column]
     T* target;            // [output][row][column]
     int64_t output_pitch, row_pitch;
+    bool paired;  // columns are one vector and a half, `depth` is even, weights are [k / 2][weight][column][k % 2]
 };
 
 template <int N>
@@ -137,6 +140,84 @@ void panel_tile(const PanelArguments<T>& a) {
     tile.run(a);
 }
 
+// Three vectors of two products for each of one and a half vectors of columns.
+template <typename T, int Kind, int MR>
+class PairedTile {
+    using Axis = WinogradAxis<Kind>;
+    using V = Vector<T>;
+    using vector = typename V::type;
+    using Half = VectorPart<T, kHalfVectors>;
+    static constexpr int M = Axis::outputs, N = 3, row = Axis::points * V::lanes;
+
+    vector sum_[M][MR][N] = {};
+
+    template <bool Shared>
+    __attribute__((always_inline)) inline const T* add(const PanelArguments<T>& a, const T* weights) {
+        constexpr int products = Shared ? PanelWeights<Kind>::shared_products : PanelWeights<Kind>::apart_products;
+        constexpr int rows = Shared ? PanelWeights<Kind>::shared : PanelWeights<Kind>::apart;
+        const T* chunk = a.source;
+        for (int64_t left = a.depth; left > 0; left -= V::lanes, chunk += a.chunk_pitch) {
+            const T* end = chunk + (left < V::lanes ? left : V::lanes);
+            for (const T* from = chunk; from < end; from += 2, weights += rows * N * V::lanes) {
+#pragma GCC unroll 4
+                for (int i = 0; i < products; ++i) {
+                    const PointProduct product = (Shared ? Axis::shared : Axis::apart)[i];
+                    const T* vectors = weights + PanelWeights<Kind>::row(product.weight) * N * V::lanes;
+                    vector weight[N];
+#pragma GCC unroll 3
+                    for (int n = 0; n < N; ++n) weight[n] = V::load(vectors + n * V::lanes);
+#pragma GCC unroll 16
+                    for (int m = 0; m < MR; ++m) {
+                        const vector pair = V::broadcast_pair(from + m * row + product.point * V::lanes);
+#pragma GCC unroll 3
+                        for (int n = 0; n < N; ++n) sum_[product.output][m][n] += pair * weight[n];
+                    }
+                }
+            }
+        }
+        return weights;
+    }
+
+    // The sums of neighbouring lanes, first those of `a`.
+    static inline vector add_pairs(vector a, vector b) {
+        return Transpose<T>::template pick<EvenLanes>(a, b) + Transpose<T>::template pick<OddLanes>(a, b);
+    }
+
+  public:
+    __attribute__((always_inline)) inline void run(const PanelArguments<T>& a) {
+        const T* apart = add<true>(a, a.weight);
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 3
+            for (int n = 0; n < N; ++n) Axis::interior(&sum_[0][m][n], MR * N);
+        }
+        add<false>(a, apart);
+#pragma GCC unroll 4
+        for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 16
+            for (int m = 0; m < MR; m += 2) {
+                const int next = m + 1 < MR ? m + 1 : m;
+                T* to = a.target + i * a.output_pitch + m * a.row_pitch;
+                V::store(to, add_pairs(sum_[i][m][0], sum_[i][m][1]));
+                if (next > m) V::store(to + a.row_pitch, add_pairs(sum_[i][next][0], sum_[i][next][1]));
+                const vector last = add_pairs(sum_[i][m][2], sum_[i][next][2]);
+                typename Half::type halves[2];
+                std::memcpy(halves, &last, sizeof(last));
+                Half::store(to + V::lanes, halves[0]);
+                if (next > m) Half::store(to + a.row_pitch + V::lanes, halves[1]);
+            }
+        }
+    }
+};
+
+template <typename T, int Kind, int MR>
+void paired_tile(const PanelArguments<T>& a) {
+    PairedTile<T, Kind, MR> tile;
+    tile.run(a);
+}
+
+constexpr int kPairedRows = 4;
+
 // Vectors of columns of a register tile, and its rows. With M = 4 a weight would serve three rows if there were two
 // vectors, and GCC 12 then loads it anew for each.
 constexpr int panel_vectors(int outputs) { return outputs == 2 ? 2 : 1; }
@@ -162,17 +243,34 @@ PanelKernel<T> panel_kernel(int64_t rows, bool half) {
     return panel_kernel_of<T, Kind, most, NR, false>(rows);
 }
 
+// Whether an axis has panels that are paired.
+constexpr bool has_paired_panels(int kind) { return kHalfVectors && kind == 2; }
+
+template <typename T, int Kind, int MR = kPairedRows>
+PanelKernel<T> paired_kernel(int64_t rows) {
+    if (rows == MR) return paired_tile<T, Kind, MR>;
+    if constexpr (MR > 1) return paired_kernel<T, Kind, MR - 1>(rows);
+    return nullptr;
+}
+
+template <typename T, int Kind>
+PanelKernel<T> panel_kernel(int64_t vectors, bool half, bool paired, int64_t rows) {
+    if constexpr (has_paired_panels(Kind)) {
+        if (paired) return paired_kernel<T, Kind>(rows);
+    }
+    if (vectors == 1) return panel_kernel<T, Kind, 1>(rows, half);
+    return panel_kernel<T, Kind, panel_vectors(WinogradAxis<Kind>::outputs)>(rows, half);
+}
+
 // All `rows` of a panel of one or panel_vectors(outputs) vectors, of which the last may be half.
 template <typename T, int Kind>
 void compute_panel(int64_t vectors, bool half, int64_t rows, PanelArguments<T> a) {
     constexpr int M = WinogradAxis<Kind>::outputs;
-    const int64_t most = panel_rows(M, static_cast<int>(vectors));
+    const int64_t most = a.paired ? kPairedRows : panel_rows(M, static_cast<int>(vectors));
     while (rows > 0) {
         // What is left is shared by two tiles when one is not enough: few rows cannot hide the latency of an FMA.
         const int64_t now = rows >= 2 * most || rows == most ? most : rows > most ? (rows + 1) / 2 : rows;
-        const PanelKernel<T> kernel =
-            vectors == 1 ? panel_kernel<T, Kind, 1>(now, half) : panel_kernel<T, Kind, panel_vectors(M)>(now, half);
-        kernel(a);
+        panel_kernel<T, Kind>(vectors, half, a.paired, now)(a);
         a.source += now * WinogradAxis<Kind>::points * Vector<T>::lanes;
         a.target += now * a.row_pitch;
         rows -= now;

@@ -245,20 +245,41 @@ class Splitter {
     Words largest_ = {};
 };
 
-// from[i] = to[i] + to[part_stride + i] + ..., `Parts` of them, for `count` values; a multiple of 32 is read and
-// written. Returns whether all values are finite and have finite first parts.
-template <int Parts>
-bool split_values(const float* from, int64_t count, Bfloat16* to, int64_t part_stride) {
+// value(i, n), a vector of values i to i + lanes - 1 of which n exist, is split for i < count: its parts are to[i],
+// to[part_stride + i], ... Returns whether all values are finite and have finite first parts.
+template <int Parts, typename Value>
+bool split_values(int64_t count, const Value& value, Bfloat16* to, int64_t part_stride) {
     using V = Vector<float>;
     Splitter splitter;
-    for (int64_t i = 0; i < count; i += kTileValues) {
-        typename V::type first = V::load(from + i), second = V::load(from + i + V::lanes);
+    int64_t i = 0;
+    const auto split = [&](int64_t first_count, int64_t second_count, Bfloat16* place, int64_t stride) {
+        typename V::type first = value(i, first_count), second = value(i + V::lanes, second_count);
         for (int part = 0; part < Parts; ++part) {
             const Words upper = splitter.next(first, part == 0);
-            store_upper(upper, splitter.next(second, part == 0), to + part * part_stride + i);
+            store_upper(upper, splitter.next(second, part == 0), place + part * stride);
+        }
+    };
+    for (; i + kTileValues <= count; i += kTileValues) split(V::lanes, V::lanes, to + i, part_stride);
+    if (const int64_t left = count - i; left > 0) {
+        alignas(64) Bfloat16 last[Parts * kTileValues];
+        const int64_t first_count = left < V::lanes ? left : V::lanes;
+        split(first_count, left - first_count, last, kTileValues);
+        for (int part = 0; part < Parts; ++part) {
+            std::memcpy(to + part * part_stride + i, last + part * kTileValues,
+                        static_cast<size_t>(left) * sizeof(Bfloat16));
         }
     }
     return splitter.splits();
+}
+
+// The same for an array.
+template <int Parts>
+bool split_values(const float* from, int64_t count, Bfloat16* to, int64_t part_stride) {
+    using V = Vector<float>;
+    const auto value = [&](int64_t i, int64_t n) {
+        return n == V::lanes ? V::load(from + i) : V::load_partial(from + i, n);
+    };
+    return split_values<Parts>(count, value, to, part_stride);
 }
 
 // The parts of from[32][16] as tiles of a right operand, [pair of rows][16 columns][2]. As split_values otherwise.

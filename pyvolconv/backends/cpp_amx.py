@@ -2,9 +2,10 @@
 
 A float32 value is exactly the sum of three bfloat16 ones. Of the nine products of two values' parts the six that matter
 are summed in float32, which leaves an error of the order of float32's own; the unit is 16 times as fast as float32
-FMAs, so direct convolution runs above their peak. Where `set_precision("high")` allows more rounding, two parts
-and three products do; where `torch.backends.mkldnn.conv.fp32_precision` is "bf16", one (G. Henry, P. Tang, A. Heinecke,
-"Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", 2019).
+FMAs, so that convolution runs above their peak; Winograd's F(2, 3) along one axis makes three taps two. Where
+`set_precision("high")` allows more rounding, two parts and three products do; where
+`torch.backends.mkldnn.conv.fp32_precision` is "bf16", one (G. Henry, P. Tang, A. Heinecke, "Leveraging the bfloat16
+Artificial Intelligence Datatype For Higher-Precision Computations", 2019).
 
 Operands with an infinity, a NaN, or a value that rounds to an infinite bfloat16 have no such parts: those are
 computed by `cpp.direct`.
@@ -28,8 +29,12 @@ ROUNDING = {1: 2.0**16, 2: 2.0**8, 3: 0.0}
 """What a product loses beside the rounding of sums, in steps of float32's eps."""
 
 
+TILE, STEP = 16, 32
+"""Rows and columns of a tile of sums, and the summed values of one product of tiles."""
+
+
 class CppAmx(Backend):
-    """Forward and grad_input of any window, stride and dilation, both layouts; one group."""
+    """Any window, stride and dilation, both layouts; one group."""
 
     name = "cpp.amx"
     family = "cpp"
@@ -45,8 +50,6 @@ class CppAmx(Backend):
             reasons.append(f"device is {problem.device}; it runs on cpu")
         if problem.dtype != "float32":
             reasons.append(f"dtype is {problem.dtype}; it computes float32")
-        if pass_ == "grad_weight":
-            reasons.append("it has no grad_weight")
         if problem.groups != 1:
             reasons.append(f"it has {problem.groups} groups; it needs one")
         if problem.pool is not None:
@@ -67,34 +70,90 @@ class CppAmx(Backend):
         return result
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
-        raise NotImplementedError(f"{self.name} has no grad_weight: {problem}")
+        result = empty(problem, "weight", x)
+        options = (parts(), self.plain)
+        call(kernels().split_grad_weight, plan_of(problem), grad_output, x, result, options=options)
+        return result
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
         count = parts()
         length = problem.reduction_length(pass_)
         sources = problem.in_channels if pass_ == "forward" else problem.out_channels
+        depth, height = (3 * _may_be_transformed(problem, pass_, axis) for axis in (0, 1))
+        mixed = 2 if depth or height else 1
         # The unit sums up to 32 products, of one tap or more, and adds that sum to what was there: half a step of
         # rounding for each addition, as in a plain sum, and what parts leave out.
-        additions = PRODUCTS[count] * (length // sources) * -(-sources // 32) + min(length, 17)
+        additions = PRODUCTS[count] * (length // sources) * -(-sources // STEP) + min(length, 17)
         return Accuracy(
-            constant=max(1.0, (additions / 2 + 0.5 + ROUNDING[count]) / length),
+            constant=mixed * max(1.0, (additions / 2 + 0.5 + ROUNDING[count]) / length),
             accumulate_dtype="float32",
             bitwise_reproducible=True,
+            reach=(depth, height, 0),
             exact_integers=count == 3,
         )
 
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
-        """The unit makes products of parts at 10.4 times the rate of FMAs, of which 0.85 is reached."""
-        targets, sources = problem.out_channels, problem.in_channels
-        size = problem.output_size
+        """The expected time in FMAs at peak, fitted to measurements (docs/performance.md): 7.5 products of parts take
+        as long as one, rows and columns of tiles that are computed in vain included; a part of a source value takes 18
+        (ncdhw: 26), each time it is packed, a result 37 (52), a part of a weight 50."""
+        if pass_ == "grad_weight":
+            return problem.flops(pass_) / 2 / _grad_weight_time(problem, parts())
+        count = parts()
+        sources, targets, size = problem.in_channels, problem.out_channels, problem.output_size
+        strides, packed = (1, 1, 1), math.prod(problem.stride)
         if pass_ == "grad_input":
-            targets, sources, size = sources, targets, problem.input_size
-        taps = math.prod(problem.kernel_size)
-        run = problem.kernel_size[2] * sources
-        used = sources * problem.kernel_size[2] / (-(-run // 32) * 32) * targets / (-(-targets // 16) * 16)
-        used *= size[2] / (-(-size[2] // 16) * 16)
-        products = PRODUCTS[parts()] * taps / used / (10.4 * 0.85)
-        return taps / products
+            sources, targets, size = targets, sources, problem.input_size
+            strides, packed = problem.stride, 1  # a source value is packed once for every residue of the stride
+        taps = [max(1.0, k / s) for k, s in zip(problem.kernel_size, strides, strict=True)]
+        mixed = [_computed(size[axis], 2) for axis in (0, 1) if _may_be_transformed(problem, pass_, axis)]
+        along = 2 / 3 * min(mixed) if mixed else 1.0
+        if problem.dilation[2] == 1:
+            steps = -(-math.ceil(taps[2] * sources) // STEP)
+        else:
+            steps = math.ceil(taps[2]) * -(-sources // STEP)
+        width = math.ceil(size[2] / strides[2])
+        rows = min(_computed(width, TILE), 1.05 * (width + problem.kernel_size[2] - 1) / width)
+        voxels = problem.batch * math.prod(size)
+        products = (
+            PRODUCTS[count] * taps[0] * taps[1] * along * steps * STEP * rows * _computed(targets, TILE) * targets
+        )
+        around = 2.0 if mixed else 1.5 if max(problem.kernel_size[:2]) > 1 else 1.0
+        in_order = problem.layout == "ndhwc"
+        packing = around * packed * sources * count * (18 if in_order else 26)
+        storing = targets * (37 if in_order else 52)
+        weights = math.prod(problem.weight_shape) * count * 50
+        time = voxels * (products / 7.5 + packing + storing) + weights
+        return problem.flops(pass_) / 2 / time
+
+
+def _grad_weight_time(problem: ConvProblem, count: int) -> float:
+    """The expected time in FMAs at peak. Rows of tiles are target channels, columns are taps along the width and source
+    channels, and 32 voxels are summed in a step, which takes 2400 FMAs with two parts and 4400 with three; a value of
+    an operand takes 85 each time it is packed, a part of it 10 more."""
+    voxels = problem.batch * math.prod(problem.output_size)
+    axes = list(zip(problem.kernel_size, problem.stride, problem.dilation, strict=True))
+    packed = voxels * math.prod(s + ((k - 1) * min(d, 2) + 1 - s) / 8 for k, s, d in axes[:2])
+    width, kernel = problem.output_size[2], problem.kernel_size[2]
+    positions = ((width - 1) * problem.stride[2] + kernel) / width
+    columns = -(-kernel * problem.in_channels // TILE)
+    rows = -(-problem.out_channels // TILE)
+    tiles = math.prod(problem.kernel_size[:2]) * columns * rows
+    splits = min(max(1.0, 2000 / tiles), 8.0)
+    products = voxels / (STEP * 0.94) * tiles * {1: 1100, 2: 2400, 3: 4400}[count]
+    packing = packed * (problem.in_channels * positions * 85 + TILE * columns * count * 10)
+    gradient = voxels * TILE * rows * 95
+    return products + packing + gradient + splits * tiles * 17_000
+
+
+def _may_be_transformed(problem: ConvProblem, pass_: Pass, axis: int) -> bool:
+    if pass_ == "grad_weight":
+        return False
+    return problem.kernel_size[axis] == 3 and problem.stride[axis] == problem.dilation[axis] == 1
+
+
+def _computed(size: int, tile: int) -> float:
+    """How many times as much is computed where an axis is cut into tiles."""
+    return -(-size // tile) * tile / size
 
 
 def parts() -> int:

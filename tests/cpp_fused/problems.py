@@ -43,6 +43,11 @@ CUT = (
     "n1ic16oc16-i9x10x21-k3-s2x2x1-p1-bias-relu-pool2",
     "n1ic16oc17-i9x10x21-k3x5x3-p2x4x1-d2x2x1-relu-pool2",
     "n2g2ic32oc36-i5x6x21-k1x2x3-p0x1x1-relu-pool2ceil",
+    # Bits of more channels than a word has, half vectors, padding of all kinds and several slabs of depths.
+    "n1ic16oc70-i9x6x7-k3-p1-relu-pool2ceil",
+    "n2ic24oc12-i5x6x7-k3-relu-pool2ceil",
+    "n1ic40oc9-i21x6x7-k3-p2+1x0+2x1+0-relu-pool2",
+    "n1ic12oc20-i3x4x5-k3-p3-bias-none-pool2ceil",
     # Lists of more codes than a vector has lanes; codes transposed in blocks of bytes.
     "n1ic20oc18-i6x7x17-k3-p1-relu-pool3x2x3",
     "n2ic1oc32-i6x36x40-k3-p1-relu-pool2",

@@ -1,0 +1,154 @@
+"""Instance normalization and the activation behind it in one pass, for ordinary calls on the CPU.
+
+Where a mode, transform, tracer, compiler, autocast or another dtype has a say (`ordinary.is_ordinary`) nothing is done
+here and torch's modules run. So there is no operator, whose transforms and formulas would have to be torch's again: one
+autograd node is enough, and where its own backward pass is differentiated, or steps out of the ordinary, that is
+computed by torch's functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function_variadic
+
+from .backends import cpp_instance_norm
+from .backends.base import MEMORY_FORMAT
+from .epilogue import Activation
+from .ordinary import is_ordinary
+from .shortcut import is_differentiated
+
+VOXEL_AXES = (2, 3, 4)
+
+
+@dataclass(frozen=True)
+class _Call:
+    layout: str
+    eps: float
+    activation: Activation
+    negative_slope: float
+
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, slopes: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        settings = (self.eps, self.activation, self.negative_slope)
+        return cpp_instance_norm.forward(x, self.layout, weight, bias, slopes, *settings)
+
+    def backward(self, grad: Tensor, saved: tuple[Tensor | None, ...], wanted: tuple[bool, ...]) -> Any:
+        x, weight, bias, slopes, statistics = saved
+        if torch.is_grad_enabled() or not _is_ordinary(grad, x, weight, bias, slopes, statistics):
+            return self.formula(grad, x, weight, bias, slopes, wanted)
+        grad = grad.contiguous(memory_format=MEMORY_FORMAT[self.layout])
+        operands = (grad, x, self.layout, weight, bias, slopes, statistics, wanted)
+        return cpp_instance_norm.backward(*operands, self.eps, self.activation, self.negative_slope)  # type: ignore[arg-type]
+
+    def formula(self, grad: Tensor, x: Any, weight: Any, bias: Any, slopes: Any, wanted: tuple[bool, ...]) -> Any:
+        """The same gradients by torch's functions, which everybody can differentiate and transform."""
+        centred = x - x.mean(VOXEL_AXES, keepdim=True)
+        inverse = (centred.square().mean(VOXEL_AXES, keepdim=True) + self.eps).rsqrt()
+        normal = centred * inverse
+        z = normal if weight is None else normal * weight.view(-1, 1, 1, 1)
+        z = z if bias is None else z + bias.view(-1, 1, 1, 1)
+        grad_slopes = None
+        if slopes is not None:
+            below = torch.where(z > 0, 0, grad * z)
+            grad_slopes = below.sum().view(1) if slopes.numel() == 1 else below.sum((0, *VOXEL_AXES))
+            grad = torch.where(z > 0, grad, grad * slopes.view(-1, 1, 1, 1))
+        elif self.activation == "relu":
+            grad = torch.where(z <= 0, 0, grad)
+        elif self.activation == "leaky_relu":
+            grad = torch.where(z > 0, grad, grad * self.negative_slope)
+        scaled = inverse if weight is None else inverse * weight.view(-1, 1, 1, 1)
+        along = (grad * normal).mean(VOXEL_AXES, keepdim=True)
+        grads = (
+            scaled * (grad - grad.mean(VOXEL_AXES, keepdim=True) - normal * along),
+            None if weight is None else (grad * normal).sum((0, *VOXEL_AXES)),
+            None if bias is None else grad.sum((0, *VOXEL_AXES)),
+            grad_slopes,
+        )
+        return tuple(one if is_wanted else None for one, is_wanted in zip(grads, wanted, strict=True))
+
+
+class InstanceNormFunction(torch.autograd.Function):
+    """Autograd node of an ordinary call."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, slopes: Any, call: _Call) -> Tensor:
+        y, statistics = call.forward(x, weight, bias, slopes)
+        ctx.save_for_backward(x, weight, bias, slopes, statistics)
+        ctx.call = call
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return *ctx.call.backward(grad, ctx.saved_tensors, ctx.needs_input_grad[:4]), None
+
+
+def instance_norm_activation(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: Activation = "none",
+    negative_slope: float = 0.01,
+    keep_channels_last: bool = False,
+) -> Tensor | None:
+    """f((x - mean) / sqrt(variance + eps) * weight + bias) over the voxels of each channel and sample, or None.
+
+    Args:
+        x: (N, C, D, H, W).
+        weight, bias: (C,) or None.
+        slopes: the weight of a PReLU, (1,) or (C,), in place of `activation`; or None.
+        eps: added to the variance.
+        activation: what f is: none, relu or leaky_relu.
+        negative_slope: of leaky_relu.
+        keep_channels_last: whether a channels_last_3d tensor is taken, whose result is channels_last_3d, as torch's is
+            not.
+
+    Returns:
+        The result, contiguous as torch's but for `keep_channels_last`; None for torch to compute, or to refuse: the
+        call is not ordinary, a dtype, device or layout is another, or something does not fit.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(2, 3, 4, 4, 4)
+        >>> expected = torch.relu(torch.nn.functional.instance_norm(x))
+        >>> torch.allclose(instance_norm_activation(x, None, None, activation="relu"), expected, atol=1e-5)
+        True
+        >>> instance_norm_activation(x.half(), None, None) is None
+        True
+    """
+    parameters = [parameter for parameter in (weight, bias, slopes) if parameter is not None]
+    if not isinstance(x, Tensor) or has_torch_function_variadic(x, *parameters) or not _is_ordinary(x, *parameters):
+        return None
+    if x.dim() != 5 or not x.is_cpu or x.dtype not in (torch.float32, torch.float64):
+        return None
+    channels = x.shape[1]
+    # Of a mean over one voxel, or none, torch complains in its own words.
+    if x.numel() <= x.shape[0] * channels or not cpp_instance_norm.is_available():
+        return None
+    for parameter in parameters:
+        fits = parameter.dim() == 1 and parameter.is_cpu and parameter.dtype == x.dtype and parameter.is_contiguous()
+        if not fits or parameter.numel() not in ((1, channels) if parameter is slopes else (channels,)):
+            return None
+    if x.is_contiguous():
+        layout = "ncdhw"
+    elif keep_channels_last and x.is_contiguous(memory_format=torch.channels_last_3d):
+        layout = "ndhwc"
+    else:
+        return None
+    call = _Call(layout, float(eps), activation, float(negative_slope))
+    if not is_differentiated(x, *parameters):
+        return call.forward(x, weight, bias, slopes)[0]
+    y: Tensor = InstanceNormFunction.apply(x, weight, bias, slopes, call)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _is_ordinary(*tensors: Tensor | None) -> bool:
+    # A profiler sees the node of a call; without this a model would be another one while it is profiled.
+    return is_ordinary(*tensors, under_profiler=True)
