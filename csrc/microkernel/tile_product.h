@@ -75,19 +75,19 @@ class MatrixUnit {
 class PlainMatrixUnit {
   public:
     template <int Tile>
-    void load(const void* from, int64_t stride) {
+    __attribute__((noinline)) void load(const void* from, int64_t stride) {
         for (int64_t row = 0; row < kTileRows; ++row) {
             std::memcpy(tiles_[Tile][row], static_cast<const char*>(from) + row * stride, 64);
         }
     }
     template <int Tile>
-    void store(void* to, int64_t stride) {
+    __attribute__((noinline)) void store(void* to, int64_t stride) {
         for (int64_t row = 0; row < kTileRows; ++row) {
             std::memcpy(static_cast<char*>(to) + row * stride, tiles_[Tile][row], 64);
         }
     }
     template <int Sum, int Left, int Right>
-    void multiply() {
+    __attribute__((noinline)) void multiply() {
         for (int64_t row = 0; row < kTileRows; ++row) {
             float products[2][kTileRows] = {};
             for (int64_t pair = 0; pair < kTileRows; ++pair) {
