@@ -81,11 +81,14 @@ class CppAmx(Backend):
         sources = problem.in_channels if pass_ == "forward" else problem.out_channels
         depth, height = (3 * _may_be_transformed(problem, pass_, axis) for axis in (0, 1))
         mixed = 2 if depth or height else 1
-        # The unit sums up to 32 products, of one tap or more, and adds that sum to what was there: half a step of
-        # rounding for each addition, as in a plain sum, and what parts leave out.
-        additions = PRODUCTS[count] * (length // sources) * -(-sources // STEP) + min(length, 17)
+        # The unit sums up to 32 products, of one tap or of all along the width, and adds that sum to what was there:
+        # half a step of rounding for each addition, as in a plain sum, and what parts leave out.
+        taps, together = length // sources, 1
+        if pass_ != "grad_weight" and problem.dilation[2] == problem.stride[2] == 1:
+            together = problem.kernel_size[2]
+        additions = PRODUCTS[count] * -(-taps // together) * -(-together * sources // STEP) + min(length, 17)
         return Accuracy(
-            constant=mixed * max(1.0, (additions / 2 + 0.5 + ROUNDING[count]) / length),
+            constant=max(float(mixed), (additions / 2 + 0.5 + mixed * ROUNDING[count]) / length),
             accumulate_dtype="float32",
             bitwise_reproducible=True,
             reach=(depth, height, 0),
