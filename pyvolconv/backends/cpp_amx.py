@@ -149,7 +149,7 @@ def _grad_weight_time(problem: ConvProblem, count: int) -> float:
 
 
 def _may_be_transformed(problem: ConvProblem, pass_: Pass, axis: int) -> bool:
-    if pass_ == "grad_weight":
+    if pass_ == "grad_weight" or math.prod(problem.kernel_size) < 27:
         return False
     return problem.kernel_size[axis] == 3 and problem.stride[axis] == problem.dilation[axis] == 1
 
