@@ -8,7 +8,6 @@
 #pragma once
 
 #include "../microkernel/select_sum.h"
-#include "chosen_sum.h"
 #include "sparse_gradient.h"
 
 namespace pvc {
@@ -205,19 +204,14 @@ class SelectGradWeight {
                 part.values += vector * lanes;
                 part.codes += vector * lanes;
                 T* to = sums + vector * (columns_ + 1) * lanes;
-                add_gradients(part, to + columns_ * lanes);
+                part.total = to + columns_ * lanes;
                 for (int64_t block = 0; block < all; block += now) {
                     select_kernel<T>(smaller(now, all - block), shifts_)(part, block_offsets_ + block,
                                                                          to + block * shifts_ * lanes);
+                    part.total = nullptr;
                 }
             }
         }
-    }
-
-    static void add_gradients(const SelectArguments<T>& a, T* sums) {
-        typename Vector<T>::type sum = Vector<T>::load(sums);
-        for (int64_t v = 0; v < a.count; ++v) sum += load_passed(a.values + v * a.pitch, a.codes + v * a.pitch);
-        Vector<T>::store(sums, sum);
     }
 
     // Gradients and codes of one slice as [row][voxel][whole vectors of channels].

@@ -11,6 +11,7 @@
 // segment idle, have a kernel of their own (select_grad_weight.h).
 #pragma once
 
+#include "chosen_sum.h"
 #include "select_grad_weight.h"
 #include "sparse_blocks.h"
 

@@ -55,6 +55,7 @@ struct SelectArguments {
     int64_t pitch, count;
     const typename VectorType<T>::integer* lane_of_code;  // as many as there are lanes
     int64_t shift;
+    T* total;  // to which the values with a voxel are added, or null
 };
 
 template <typename V, typename Integers>
@@ -145,6 +146,7 @@ void select_tile(const SelectArguments<T>& a, const int32_t* offsets, T* sums) {
     std::memcpy(&table, a.lane_of_code, sizeof(table));
     const T* values = a.values;
     const uint8_t* codes = a.codes;
+    typename V::type total = {};
     for (int64_t v = 0, place = 0; v < a.count; ++v, values += a.pitch, codes += a.pitch, place += a.step) {
         integers lanes[S];
         const integers chosen = widen<T>(codes);
@@ -153,6 +155,7 @@ void select_tile(const SelectArguments<T>& a, const int32_t* offsets, T* sums) {
         for (int s = 1; s < S; ++s) lanes[s] = lanes[s - 1] + static_cast<integer>(a.shift);
         const ChosenLanes<T> is_chosen(chosen);
         const typename V::type value = is_chosen.keep(V::load(values));
+        total += value;
 #pragma GCC unroll 16
         for (int b = 0; b < B; ++b) {
             typename V::type voxels = V::load(block[b] + place);
@@ -166,6 +169,7 @@ void select_tile(const SelectArguments<T>& a, const int32_t* offsets, T* sums) {
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) V::store(sums + (b * S + s) * V::lanes, sum[b][s]);
     }
+    if (a.total != nullptr) V::store(a.total, V::load(a.total) + total);
 }
 
 // Taps along the width that a tile may take from one block: where there are registers for them.
