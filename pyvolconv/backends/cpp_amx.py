@@ -79,7 +79,7 @@ class CppAmx(Backend):
         count = parts()
         length = problem.reduction_length(pass_)
         sources = problem.in_channels if pass_ == "forward" else problem.out_channels
-        depth, height = (3 * _may_be_transformed(problem, pass_, axis) for axis in (0, 1))
+        depth, height = (_mixed_voxels(problem, pass_, axis) for axis in (0, 1))
         mixed = 2 if depth or height else 1
         # The unit sums up to 32 products, of one tap or more, and adds that sum to what was there: half a step of
         # rounding for each addition, as in a plain sum, and what parts leave out.
@@ -149,6 +149,21 @@ def _may_be_transformed(problem: ConvProblem, pass_: Pass, axis: int) -> bool:
     if pass_ == "grad_weight":
         return False
     return problem.kernel_size[axis] == 3 and problem.stride[axis] == problem.dilation[axis] == 1
+
+
+def _mixed_voxels(problem: ConvProblem, pass_: Pass, axis: int) -> int:
+    """How far apart along an axis voxels may be that a transform mixes; 0 where there is none.
+
+    An input voxel's gradient has those of every `period`-th tap, and where three of these are neighbours in grad_output
+    (csrc/algorithm/split_plan.h) the tile has voxels that are a stride apart, of kernels longer than three taps too.
+    """
+    kernel, stride, dilation = problem.kernel_size[axis], problem.stride[axis], problem.dilation[axis]
+    if pass_ != "grad_input":
+        return 3 * _may_be_transformed(problem, pass_, axis)
+    if stride % dilation != 0:
+        return 0
+    period = stride // dilation
+    return 3 * stride if 3 in (kernel // period, -(-kernel // period)) else 0
 
 
 def _computed(size: int, tile: int) -> float:
