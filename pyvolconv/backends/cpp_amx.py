@@ -81,9 +81,10 @@ class CppAmx(Backend):
         sources = problem.in_channels if pass_ == "forward" else problem.out_channels
         depth, height = (_mixed_voxels(problem, pass_, axis) for axis in (0, 1))
         mixed = 2 if depth or height else 1
-        # The unit sums up to 32 products, of one tap or more, and adds that sum to what was there: half a step of
+        # The unit sums up to 32 products of the taps of a run and adds that sum to what was there: half a step of
         # rounding for each addition, as in a plain sum, and what parts leave out.
-        additions = PRODUCTS[count] * (length // sources) * -(-sources // STEP) + min(length, 17)
+        run = sources * _taps_of_a_run(problem, pass_)
+        additions = PRODUCTS[count] * (length // run) * -(-run // STEP) + min(length, 17)
         return Accuracy(
             constant=mixed * max(1.0, (additions / 2 + 0.5 + ROUNDING[count]) / length),
             accumulate_dtype="float32",
@@ -149,6 +150,16 @@ def _may_be_transformed(problem: ConvProblem, pass_: Pass, axis: int) -> bool:
     if pass_ == "grad_weight":
         return False
     return problem.kernel_size[axis] == 3 and problem.stride[axis] == problem.dilation[axis] == 1
+
+
+def _taps_of_a_run(problem: ConvProblem, pass_: Pass) -> int:
+    """How many taps along the width the products of a step may come from, at the least."""
+    kernel, stride, dilation = problem.kernel_size[2], problem.stride[2], problem.dilation[2]
+    if pass_ == "forward":
+        return kernel if dilation == 1 and stride <= kernel else 1
+    if pass_ == "grad_input":
+        return -(-kernel * dilation // stride) if stride % dilation == 0 else 1
+    return 1
 
 
 def _mixed_voxels(problem: ConvProblem, pass_: Pass, axis: int) -> int:
