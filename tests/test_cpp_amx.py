@@ -49,6 +49,9 @@ LARGER = (
     "n1ic6oc9-i9x8x21-k2x3x3-p2x4x9-d5x4x9",  # dilation wider than a tile
     "n1ic3oc5-i9x9x13-k2x3x3-s4x2x3-p1x2x3-d2x4x3",  # residues without taps
     "n2ic8oc40-i13x14x15-k3-p1-bias",  # tiles along each axis, the last of them smaller
+    "n1ic18oc5-i3x8x27-k3-s3x2x4-p0+1x0x0-d1x2x3",  # residues whose three taps are neighbours: transformed
+    "n2ic6oc4-i9x10x9-k5x6x3-s2x2x1-p2x2x1",
+    "n1ic7oc5-i11x14x9-k4x8x3-s2x3x1-p1x0x0",
     "n1ic4oc3-i1x2x700-k1x1x5-p0x0x2",
     "n1ic3100oc3-i4x5x6-k3-p1-bias",  # chunks of source channels, the last of them shorter
     "n1ic3oc3100-i4x5x6-k3-p1",
@@ -187,7 +190,8 @@ def test_bound_where_rounding_is_worst(count, unit, split_into, assert_within_bo
 @pytest.mark.parametrize("bits", NOT_SPLIT.values(), ids=NOT_SPLIT)
 def test_what_cannot_be_split_is_left_to_direct(bits, which, layout, parts, unit, each_pass, operands, run_pass):
     """One such value, of the last sample: the result is that of cpp.direct to the bit, also that of other samples."""
-    problem = ConvProblem.parse(f"cpu-float32-{layout}-n3ic5oc6-i2x3x4-k2-p1-bias")
+    kernel = "k2x3x2" if layout == "ndhwc" else "k2"  # with a transform and without
+    problem = ConvProblem.parse(f"cpu-float32-{layout}-n3ic5oc6-i2x4x4-{kernel}-p1-bias")
     args = operands(problem, each_pass)
     args[which][-1, -1, -1, -1, -1] = torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
     assert same_bits(run_pass(unit, problem, each_pass, args), run_pass(DIRECT, problem, each_pass, args))

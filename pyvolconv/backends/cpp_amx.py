@@ -79,14 +79,21 @@ class CppAmx(Backend):
         count = parts()
         length = problem.reduction_length(pass_)
         sources = problem.in_channels if pass_ == "forward" else problem.out_channels
-        depth, height = (3 * _may_be_transformed(problem, pass_, axis) for axis in (0, 1))
+        depth, height = (_mixed_voxels(problem, pass_, axis) for axis in (0, 1))
         mixed = 2 if depth or height else 1
+<<<<<<< HEAD
         # The unit sums up to 32 products, of one tap or of all along the width, and adds that sum to what was there:
         # half a step of rounding for each addition, as in a plain sum, and what parts leave out.
         taps, together = length // sources, 1
         if pass_ != "grad_weight" and problem.dilation[2] == problem.stride[2] == 1:
             together = problem.kernel_size[2]
         additions = PRODUCTS[count] * -(-taps // together) * -(-together * sources // STEP) + min(length, 17)
+=======
+        # The unit sums up to 32 products of the taps of a run and adds that sum to what was there: half a step of
+        # rounding for each addition, as in a plain sum, and what parts leave out.
+        run = sources * _taps_of_a_run(problem, pass_)
+        additions = PRODUCTS[count] * (length // run) * -(-run // STEP) + min(length, 17)
+>>>>>>> amxtest
         return Accuracy(
             constant=max(float(mixed), (additions / 2 + 0.5 + mixed * ROUNDING[count]) / length),
             accumulate_dtype="float32",
@@ -152,6 +159,31 @@ def _may_be_transformed(problem: ConvProblem, pass_: Pass, axis: int) -> bool:
     if pass_ == "grad_weight" or math.prod(problem.kernel_size) < 27:
         return False
     return problem.kernel_size[axis] == 3 and problem.stride[axis] == problem.dilation[axis] == 1
+
+
+def _taps_of_a_run(problem: ConvProblem, pass_: Pass) -> int:
+    """How many taps along the width the products of a step may come from, at the least."""
+    kernel, stride, dilation = problem.kernel_size[2], problem.stride[2], problem.dilation[2]
+    if pass_ == "forward":
+        return kernel if dilation == 1 and stride <= kernel else 1
+    if pass_ == "grad_input":
+        return -(-kernel * dilation // stride) if stride % dilation == 0 else 1
+    return 1
+
+
+def _mixed_voxels(problem: ConvProblem, pass_: Pass, axis: int) -> int:
+    """How far apart along an axis voxels may be that a transform mixes; 0 where there is none.
+
+    An input voxel's gradient has those of every `period`-th tap, and where three of these are neighbours in grad_output
+    (csrc/algorithm/split_plan.h) the tile has voxels that are a stride apart, of kernels longer than three taps too.
+    """
+    kernel, stride, dilation = problem.kernel_size[axis], problem.stride[axis], problem.dilation[axis]
+    if pass_ != "grad_input":
+        return 3 * _may_be_transformed(problem, pass_, axis)
+    if stride % dilation != 0:
+        return 0
+    period = stride // dilation
+    return 3 * stride if 3 in (kernel // period, -(-kernel // period)) else 0
 
 
 def _computed(size: int, tile: int) -> float:
