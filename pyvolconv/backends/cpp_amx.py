@@ -81,19 +81,10 @@ class CppAmx(Backend):
         sources = problem.in_channels if pass_ == "forward" else problem.out_channels
         depth, height = (_mixed_voxels(problem, pass_, axis) for axis in (0, 1))
         mixed = 2 if depth or height else 1
-<<<<<<< HEAD
-        # The unit sums up to 32 products, of one tap or of all along the width, and adds that sum to what was there:
-        # half a step of rounding for each addition, as in a plain sum, and what parts leave out.
-        taps, together = length // sources, 1
-        if pass_ != "grad_weight" and problem.dilation[2] == problem.stride[2] == 1:
-            together = problem.kernel_size[2]
-        additions = PRODUCTS[count] * -(-taps // together) * -(-together * sources // STEP) + min(length, 17)
-=======
         # The unit sums up to 32 products of the taps of a run and adds that sum to what was there: half a step of
         # rounding for each addition, as in a plain sum, and what parts leave out.
         run = sources * _taps_of_a_run(problem, pass_)
         additions = PRODUCTS[count] * (length // run) * -(-run // STEP) + min(length, 17)
->>>>>>> amxtest
         return Accuracy(
             constant=max(float(mixed), (additions / 2 + 0.5 + mixed * ROUNDING[count]) / length),
             accumulate_dtype="float32",
