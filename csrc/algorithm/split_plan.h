@@ -103,7 +103,9 @@ inline void cut_into_tasks(const Gather& gather, SplitPlan& plan) {
         const int64_t tiles = ceil_divide(gather.batch * targets, many_voxels);
         const int64_t groups = larger(ceil_divide(kFewTasks, tiles), ceil_divide(plan.blocks, kFewBlocks));
         plan.blocks_a_task = ceil_divide(plan.blocks, smaller(groups, plan.blocks));
-        const int64_t samples = smaller(larger(many_voxels / targets, 1), gather.batch);
+        // No more than what fits into the source's share of the cache, were no value shared by windows.
+        const int64_t fitting = larger(source_bytes / (taps * 2 * kTileValues * value_bytes), 1);
+        const int64_t samples = smaller(smaller(larger(many_voxels / targets, 1), fitting), gather.batch);
         plan.samples = ceil_divide(gather.batch, ceil_divide(gather.batch, samples));
         others = targets <= many_voxels ? kManyTasks : gather.batch * ceil_divide(plan.blocks, plan.blocks_a_task);
         enough = many_voxels / plan.samples;
