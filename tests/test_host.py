@@ -6,6 +6,7 @@ import pytest
 
 from pyvolconv import host
 from pyvolconv.backends import aten_efficiency, cpp
+from pyvolconv.backends.cpp_amx import CppAmx
 from pyvolconv.dispatch import choose, forget_choices
 from pyvolconv.problem import ConvProblem
 
@@ -26,6 +27,7 @@ def cheap(monkeypatch):
     def pretend(answer):
         monkeypatch.setattr(cpp, "starts_two_wide_fmas", lambda: answer)
         monkeypatch.setattr(aten_efficiency, "starts_two_wide_fmas", lambda: answer)
+        monkeypatch.setattr(CppAmx, "unsupported_reasons", lambda *_: ["this processor has no AMX"])
         forget_choices()
 
     yield pretend

@@ -143,7 +143,8 @@ def _grad_weight_time(problem: ConvProblem, count: int) -> float:
     products = voxels / (STEP * 0.94) * tiles * {1: 1100, 2: 2400, 3: 4400}[count]
     packing = packed * (problem.in_channels * positions * 85 + TILE * columns * count * 10)
     gradient = voxels * TILE * rows * 95
-    return products + packing + gradient + splits * tiles * 17_000
+    time = products + packing + gradient + splits * tiles * 17_000
+    return 2 * time if 2 < kernel <= problem.stride[2] else time  # windows apart from one another: packed one by one
 
 
 def _may_be_transformed(problem: ConvProblem, pass_: Pass, axis: int) -> bool:
