@@ -40,16 +40,20 @@ class SplitSource {
     // parts[point][sample][voxel][channel], for `samples` from block.sample on. Returns whether all values can be
     // split.
     bool pack(SourceBlock block, int64_t samples, const float* source, Bfloat16* parts) const {
+        // What the last step of a run may read behind a point's last value; a task may have fewer samples than others.
+        for (int part = 0; part < Parts; ++part) {
+            for (int64_t point = 0; point < plan_.points(); ++point) {
+                std::memset(parts + part * plan_.part_values() + point * plan_.point_values() +
+                                samples * plan_.sample_values(),
+                            0, kTileValues * sizeof(Bfloat16));
+            }
+        }
         bool splits = true;
         for (int64_t sample = 0; sample < samples; ++sample, ++block.sample) {
             for (int64_t d = 0; d < plan_.tiling.axis[0].rows; ++d) {
                 Bfloat16* to = parts + sample * plan_.sample_values() + d * plan_.row_values(0);
                 splits &= plan_.transformed == 0 ? depth_tiles(block, d, source, to) : plane(block, d, source, to);
             }
-        }
-        for (int part = 0; part < Parts; ++part) {  // what the last step of a run may read behind the last value
-            std::memset(parts + part * plan_.part_values() + plan_.points() * plan_.point_values(), 0,
-                        kTileValues * sizeof(Bfloat16));
         }
         return splits;
     }
