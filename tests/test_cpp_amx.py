@@ -52,6 +52,7 @@ LARGER = (
     "n1ic18oc5-i3x8x27-k3-s3x2x4-p0+1x0x0-d1x2x3",  # residues whose three taps are neighbours: transformed
     "n2ic6oc4-i9x10x9-k5x6x3-s2x2x1-p2x2x1",
     "n1ic7oc5-i11x14x9-k4x8x3-s2x3x1-p1x0x0",
+    "n1ic3oc5-i7x9x6-k3-p1",  # an odd number of rows in tiles of two
     "n1ic4oc3-i1x2x700-k1x1x5-p0x0x2",
     "n1ic3100oc3-i4x5x6-k3-p1-bias",  # chunks of source channels, the last of them shorter
     "n1ic3oc3100-i4x5x6-k3-p1",
@@ -252,6 +253,19 @@ def test_scratch_of_a_larger_problem_does_not_leak(layout, unit, each_pass, part
             args = operands(problem, each_pass, integers=True)
             got = run_pass(unit, problem, each_pass, args)
             assert torch.equal(got.double(), reference(problem, each_pass, args))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scratch_behind_a_task_of_fewer_samples(layout, own, operands, run_pass, threads):
+    """Tasks of three samples and then of two: some of many threads get nothing but the latter."""
+    threads(40)
+    dirty = ConvProblem.parse(f"cpu-float32-{layout}-n80ic64oc64-i6-k3-p1")
+    problem = ConvProblem.parse(f"cpu-float32-{layout}-n5ic33oc3100-i6-k3-p1")
+    nans = [arg.fill_(float("nan")) for arg in operands(dirty, "forward")]
+    for _ in range(3):  # in all threads
+        run_pass(own, dirty, "forward", nans)
+    args = operands(problem, "forward", integers=True)
+    assert torch.equal(run_pass(own, problem, "forward", args), run_pass(DIRECT, problem, "forward", args))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -43,9 +43,9 @@ class SplitSource {
         // What the last step of a run may read behind a point's last value; a task may have fewer samples than others.
         for (int part = 0; part < Parts; ++part) {
             for (int64_t point = 0; point < plan_.points(); ++point) {
-                std::memset(parts + part * plan_.part_values() + point * plan_.point_values() +
-                                samples * plan_.sample_values(),
-                            0, kTileValues * sizeof(Bfloat16));
+                std::memset(
+                    parts + part * plan_.part_values() + point * plan_.point_values() + samples * plan_.sample_values(),
+                    0, kTileValues * sizeof(Bfloat16));
             }
         }
         bool splits = true;
