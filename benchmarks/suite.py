@@ -31,7 +31,7 @@ from .problems import PROBLEM_SETS, problem
 
 ENTRIES = PROBLEM_SETS["suite"] | PROBLEM_SETS["patches"]
 LEFT_OUT = 1.5
-"""A layout this much slower than its side's better one in the first run is not timed."""
+"""A layout this much slower than its side's better one in the second call is not timed. First calls may be slow."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def measure(name: str, pass_: Pass, dtype: str, seconds: float) -> Row:
     operands = operands_of(plain, pass_)
     exact = run(aten, plain.with_(dtype="float32"), pass_, [operand.float() for operand in operands])
     runs = {}
-    first: dict[tuple[bool, Layout], float] = {}
+    trial: dict[tuple[bool, Layout], float] = {}
     backend: dict[Layout, str] = {}
     for layout in LAYOUTS:
         ordered = [operand.contiguous(memory_format=MEMORY_FORMAT[layout]) for operand in operands]
@@ -97,16 +97,16 @@ def measure(name: str, pass_: Pass, dtype: str, seconds: float) -> Row:
         chosen = choose(laid, pass_)
         backend[layout] = chosen.name
         for candidate, ours in ((chosen, True), (aten, False)):
+            check(run(candidate, laid, pass_, ordered), exact, candidate, laid, pass_)
             begin = time.perf_counter()
-            result = run(candidate, laid, pass_, ordered)
-            first[ours, layout] = time.perf_counter() - begin
-            check(result, exact, candidate, laid, pass_)
+            run(candidate, laid, pass_, ordered)
+            trial[ours, layout] = time.perf_counter() - begin
             runs[ours, layout] = (candidate, laid, pass_, ordered)
     for side in (True, False):
-        best = min(first[side, layout] for layout in LAYOUTS)
+        best = min(trial[side, layout] for layout in LAYOUTS)
         for layout in LAYOUTS:
-            # A call of less than 20 ms may have been slow because it was the first.
-            if first[side, layout] > max(LEFT_OUT * best, 0.02):
+            # A single call of less than 20 ms says little.
+            if trial[side, layout] > max(LEFT_OUT * best, 0.02):
                 del runs[side, layout]
     times: dict[tuple[bool, Layout], list[float]] = {key: [] for key in runs}
     stop = time.perf_counter() + seconds

@@ -1,4 +1,4 @@
-"""Speed and error of the Winograd schemes, beside torch: `python benchmarks/winograd_schemes.py`.
+"""Speed and error of the schemes of `cpp.winograd` and `cpp.amx`: `python benchmarks/winograd_schemes.py`.
 
 One process, float32, all candidates in turns, pages kept. GF/s count the FLOPs of direct convolution, so a scheme may
 exceed the FMA peak; the error is the largest difference from float64 over the largest exact value.
@@ -46,7 +46,16 @@ def candidates(problem: ConvProblem, x: Tensor, weight: Tensor, y: Tensor) -> di
 
         return run
 
+    def parts(count: int) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            compiled.split_forward(plan, count, False, x.data_ptr(), weight.data_ptr(), 0, y.data_ptr())
+            return y
+
+        return run
+
     schemes = {f"F({'x'.join(map(str, o))})": winograd(o) for o in SCHEMES[problem.kernel_size]["high"]}
+    if compiled.has_matrix_unit():
+        schemes |= {f"{count} parts": parts(count) for count in (3, 2)}
     return {"torch": lambda: torch.conv3d(x, weight, padding=1), "direct": direct} | schemes
 
 
@@ -79,6 +88,8 @@ def main() -> None:
     peak = kernels().measure_fma_peak() / 1e9
     title = f"GF/s (error); {kernels().current_isa()}, {torch.get_num_threads()} threads, FMA peak {peak:.0f} GF/s"
     names = ["torch", "direct", *(f"F({'x'.join(map(str, outputs))})" for outputs in SCHEMES[3, 3, 3]["high"])]
+    if kernels().has_matrix_unit():
+        names += ["3 parts", "2 parts"]
     table = Table("problem", "layout", *names, title=title)
     for text in PROBLEMS:
         for layout in LAYOUTS:

@@ -13,13 +13,30 @@
 #include <string>
 
 #include "bandwidth.h"
+#include "bindings.h"
 #include "dispatch.h"
-#include "instance_norm.h"
 #include "problem.h"
 
 namespace py = pybind11;
 
+namespace pvc {
+
+Activation activation_of(const std::string& name) {
+    constexpr const char* names[] = {"none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh"};
+    for (int i = 0; i < 6; ++i) {
+        if (name == names[i]) return static_cast<Activation>(i);
+    }
+    throw std::invalid_argument("activation=" + name +
+                                " is unknown; expected none, relu, leaky_relu, silu, gelu or gelu_tanh");
+}
+
+}  // namespace pvc
+
 namespace {
+
+using pvc::activation_of;
+using pvc::Plan;
+using pvc::pointer;
 
 #if defined(__clang__)
 constexpr const char* kCompiler = "clang " __clang_version__;
@@ -28,16 +45,6 @@ constexpr const char* kCompiler = "g++ " __VERSION__;
 #endif
 
 using Size3 = std::array<int64_t, 3>;
-
-struct Plan {
-    pvc::ConvProblem problem;
-    bool double_precision;
-};
-
-template <typename T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 Plan make_plan(int64_t batch, int64_t in_channels, int64_t out_channels, const Size3& input_size,
                const Size3& output_size, const Size3& kernel_size, const Size3& stride, const Size3& padding_begin,
@@ -67,15 +74,6 @@ struct PooledPlan {
     pvc::PooledProblem problem;
     bool double_precision;
 };
-
-pvc::Activation activation_of(const std::string& name) {
-    constexpr const char* names[] = {"none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh"};
-    for (int i = 0; i < 6; ++i) {
-        if (name == names[i]) return static_cast<pvc::Activation>(i);
-    }
-    throw std::invalid_argument("activation=" + name +
-                                " is unknown; expected none, relu, leaky_relu, silu, gelu or gelu_tanh");
-}
 
 PooledPlan make_pooled_plan(const Plan& plan, const std::string& activation, double negative_slope, const Size3& window,
                             const Size3& stride, const Size3& padding, const Size3& pooled_size) {
@@ -322,94 +320,6 @@ void bfloat16_grad_input(const Plan& plan, bool float32, uintptr_t grad_output, 
     });
 }
 
-// Calls body(passes), without the interpreter lock, for the passes by products of parts.
-template <typename Body>
-void with_split(const Plan& plan, int parts, bool plain, const Body& body) {
-    const pvc::KernelTable& kernels = pvc::current_kernels();
-    if (kernels.split.forward == nullptr) throw std::invalid_argument("products of parts need AVX-512");
-    if (!plain && !pvc::has_matrix_unit()) {
-        throw std::invalid_argument("this processor has no matrix unit (AMX), or the system does not allow its use");
-    }
-    if (plan.double_precision || plan.problem.groups != 1 || parts < 1 || parts > 3) {
-        throw std::invalid_argument("products of parts need float32, one group and 1 to 3 parts");
-    }
-    const py::gil_scoped_release release;
-    body(kernels);
-}
-
-void split_forward(const Plan& plan, int parts, bool plain, uintptr_t x, uintptr_t weight, uintptr_t bias,
-                   uintptr_t y) {
-    with_split(plan, parts, plain, [&](const pvc::KernelTable& kernels) {
-        if (!kernels.split.forward(plan.problem, parts, plain, pointer<float>(x), pointer<float>(weight),
-                                   pointer<float>(bias), pointer<float>(y))) {
-            forward_as(kernels.float32, plan, x, weight, bias, y);
-        }
-    });
-}
-
-void split_grad_input(const Plan& plan, int parts, bool plain, uintptr_t grad_output, uintptr_t weight,
-                      uintptr_t result) {
-    with_split(plan, parts, plain, [&](const pvc::KernelTable& kernels) {
-        if (!kernels.split.grad_input(plan.problem, parts, plain, pointer<float>(grad_output), pointer<float>(weight),
-                                      pointer<float>(result))) {
-            kernels.float32.grad_input(plan.problem, pointer<float>(grad_output), pointer<float>(weight),
-                                       pointer<float>(result));
-        }
-    });
-}
-
-void split_grad_weight(const Plan& plan, int parts, bool plain, uintptr_t grad_output, uintptr_t x, uintptr_t result) {
-    with_split(plan, parts, plain, [&](const pvc::KernelTable& kernels) {
-        if (!kernels.split.grad_weight(plan.problem, parts, plain, pointer<float>(grad_output), pointer<float>(x),
-                                       pointer<float>(result))) {
-            kernels.float32.grad_weight(plan.problem, pointer<float>(grad_output), pointer<float>(x),
-                                        pointer<float>(result));
-        }
-    });
-}
-
-// Calls body(passes, T{}) for the dtype, without the interpreter lock.
-template <typename Body>
-void with_instance_norm(bool double_precision, const Body& body) {
-    const pvc::KernelTable& kernels = pvc::current_kernels();
-    const py::gil_scoped_release release;
-    if (double_precision) {
-        body(kernels.instance_norm_float64, double{});
-    } else {
-        body(kernels.instance_norm_float32, float{});
-    }
-}
-
-pvc::InstanceNormProblem make_instance_norm(int64_t samples, int64_t voxels, int64_t channels, int64_t parameters,
-                                            double eps, const std::string& activation, double negative_slope,
-                                            int64_t slopes) {
-    const pvc::Activation known = activation_of(activation);
-    if (known > pvc::Activation::leaky_relu) {
-        throw std::invalid_argument("activation=" + activation + " does not follow instance normalization in one pass");
-    }
-    return {samples, voxels, channels, parameters, eps, known, negative_slope, slopes};
-}
-
-void instance_norm_forward(const pvc::InstanceNormProblem& problem, bool double_precision, uintptr_t x,
-                           uintptr_t weight, uintptr_t bias, uintptr_t slopes, uintptr_t y, uintptr_t statistics) {
-    with_instance_norm(double_precision, [&](const auto& passes, auto zero) {
-        using T = decltype(zero);
-        passes.forward(problem, pointer<T>(x), pointer<T>(weight), pointer<T>(bias), pointer<T>(slopes), pointer<T>(y),
-                       pointer<double>(statistics));
-    });
-}
-
-void instance_norm_backward(const pvc::InstanceNormProblem& problem, bool double_precision, uintptr_t grad_output,
-                            uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t slopes, uintptr_t statistics,
-                            uintptr_t grad_input, uintptr_t grad_weight, uintptr_t grad_bias, uintptr_t grad_slopes) {
-    with_instance_norm(double_precision, [&](const auto& passes, auto zero) {
-        using T = decltype(zero);
-        passes.backward(problem, pointer<T>(grad_output), pointer<T>(x), pointer<T>(weight), pointer<T>(bias),
-                        pointer<T>(slopes), pointer<double>(statistics), pointer<T>(grad_input),
-                        pointer<T>(grad_weight), pointer<T>(grad_bias), pointer<T>(grad_slopes));
-    });
-}
-
 double fma_peak(double seconds) {
     const pvc::KernelTable& kernels = pvc::current_kernels();
     const py::gil_scoped_release release;
@@ -473,25 +383,9 @@ PYBIND11_MODULE(_C, module) {
                py::arg("weight"), py::arg("grad_input"));
     module.def("has_bfloat16", &pvc::has_bfloat16);
 
-    module.def("split_forward", &split_forward, py::arg("plan"), py::arg("parts"), py::arg("plain"), py::arg("x"),
-               py::arg("weight"), py::arg("bias"), py::arg("y"));
-    module.def("split_grad_input", &split_grad_input, py::arg("plan"), py::arg("parts"), py::arg("plain"),
-               py::arg("grad_output"), py::arg("weight"), py::arg("grad_input"));
-    module.def("split_grad_weight", &split_grad_weight, py::arg("plan"), py::arg("parts"), py::arg("plain"),
-               py::arg("grad_output"), py::arg("x"), py::arg("grad_weight"));
-    module.def("has_matrix_unit", &pvc::has_matrix_unit);
+    pvc::bind_split(module);
 
-    py::class_<pvc::InstanceNormProblem>(module, "InstanceNorm")
-        .def(py::init(&make_instance_norm), py::kw_only(), py::arg("samples"), py::arg("voxels"), py::arg("channels"),
-             py::arg("parameters"), py::arg("eps"), py::arg("activation"), py::arg("negative_slope"),
-             py::arg("slopes"));
-    module.def("instance_norm_forward", &instance_norm_forward, py::arg("plan"), py::arg("double_precision"),
-               py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("slopes"), py::arg("y"),
-               py::arg("statistics"));
-    module.def("instance_norm_backward", &instance_norm_backward, py::arg("plan"), py::arg("double_precision"),
-               py::arg("grad_output"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("slopes"),
-               py::arg("statistics"), py::arg("grad_input"), py::arg("grad_weight"), py::arg("grad_bias"),
-               py::arg("grad_slopes"));
+    pvc::bind_instance_norm(module);
 
     module.def("compiled_isas", &pvc::compiled_isas);
     module.def("supported_isas", &pvc::supported_isas);

@@ -80,14 +80,13 @@ class WindowGradInput {
     void pack_weights(int64_t pass, const T* weight, T* packed) const {
         const int64_t width = half(pass) ? half_lanes : lanes, count = pass_channels(pass);
         const int64_t in_channels = conv_.in_channels;
-        const bool last = conv_.layout == Layout::ndhwc;
         T* to = packed + pass * channels_ * 27 * lanes;
         fill_zero(to, channels_ * 27 * width);
         for (int64_t o = 0; o < channels_; ++o) {
             for (int64_t tap = 0; tap < 27; ++tap, to += width) {
                 for (int64_t c = 0; c < count; ++c) {
                     const int64_t in = pass * lanes + c;
-                    to[c] = weight[o * 27 * in_channels + (last ? tap * in_channels + in : in * 27 + tap)];
+                    to[c] = weight[(o * 27 + tap) * in_channels + in];
                 }
             }
         }
@@ -128,15 +127,6 @@ class WindowGradInput {
         const T* gradients = grad_ + at;
         const uint8_t* codes = code_ + at;
         row.gradient_pitch = pooled_.axis[2];
-        if (conv_.layout == Layout::ncdhw) {
-            T* own = scratch<T>(Scratch::tile_rows, windows * channels_);
-            uint8_t* own_codes = scratch<uint8_t>(Scratch::tile_codes, windows * channels_);
-            copy_matrix(gradients, {1, pooled_.channel}, own, {channels_, 1}, windows, channels_);
-            transpose(codes, pooled_.channel, own_codes, channels_, channels_, windows);
-            gradients = own;
-            codes = own_codes;
-            row.gradient_pitch = channels_;
-        }
         row.gradients = gradients;
         const int code = static_cast<int>(d % 2 * 4 + h % 2 * 2);
         for (int64_t w = 0; w < windows; ++w) {
@@ -152,10 +142,10 @@ class WindowGradInput {
     }
 
     void store_plane(int64_t sample, int64_t d, int64_t pass, const T* plane, int64_t row_pitch, int64_t width) const {
-        T* to = grad_input_ + sample * input_.sample + pass * lanes * input_.channel + d * input_.axis[0];
+        T* to = grad_input_ + sample * input_.sample + pass * lanes + d * input_.axis[0];
         const T* from = plane + conv_.padding_begin[1] * row_pitch + conv_.padding_begin[2] * width;
         for (int64_t h = 0; h < conv_.input_size[1]; ++h) {
-            copy_matrix(from + h * row_pitch, {width, 1}, to + h * input_.axis[1], {input_.axis[2], input_.channel},
+            copy_matrix(from + h * row_pitch, {width, 1}, to + h * input_.axis[1], {input_.axis[2], 1},
                         conv_.input_size[2], pass_channels(pass));
         }
     }

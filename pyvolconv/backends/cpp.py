@@ -64,6 +64,21 @@ def call(kernel: Callable[..., None], plan: object, *tensors: Tensor | None, opt
     kernel(plan, *options, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
 
 
+def host_reasons(problem: ConvProblem, dtypes: tuple[str, ...]) -> list[str]:
+    """Why compiled kernels for these dtypes cannot run a problem, whatever its sizes; empty when they can.
+
+    Example:
+        >>> host_reasons(ConvProblem(1, 2, 3, (4, 4, 4), (3, 3, 3), dtype="float16"), ("float32",))
+        ['dtype is float16; it computes float32']
+    """
+    reasons = []
+    if problem.device != "cpu":
+        reasons.append(f"device is {problem.device}; it runs on cpu")
+    if problem.dtype not in dtypes:
+        reasons.append(f"dtype is {problem.dtype}; it computes {' and '.join(dtypes)}")
+    return reasons
+
+
 def arithmetic_is_cheap() -> bool:
     """Whether the kernels in use start two FMAs of 64 bytes per cycle, so that everything else weighs more."""
     return bool(kernels().current_isa() == "avx512") and starts_two_wide_fmas()
@@ -139,15 +154,8 @@ class CppDirect(PooledForward):
     family = "cpp"
 
     def unsupported_reasons(self, problem: ConvProblem, pass_: Pass) -> list[str]:
-        reasons = []
-        if problem.device != "cpu":
-            reasons.append(f"device is {problem.device}; it runs on cpu")
-        if problem.dtype not in DTYPES:
-            reasons.append(f"dtype is {problem.dtype}; it computes {' and '.join(DTYPES)}")
         _, missing = load_extension()
-        if missing:
-            reasons.append(missing)
-        return reasons
+        return [*host_reasons(problem, DTYPES), *([missing] if missing else [])]
 
     def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = empty(problem, "output", x)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..precision import convolves_float32_in_bfloat16, get_precision
 from ..problem import ConvProblem, Pass
 from .base import Accuracy, Backend, empty
-from .cpp import call, kernels, load_extension, plan_of
+from .cpp import call, host_reasons, kernels, load_extension, plan_of
 
 PRODUCTS = {1: 1, 2: 3, 3: 6}
 """Products of two values' parts that are summed, by the number of parts."""
@@ -45,11 +45,7 @@ class CppAmx(Backend):
         _, missing = load_extension()
         if missing:
             return [missing]
-        reasons = []
-        if problem.device != "cpu":
-            reasons.append(f"device is {problem.device}; it runs on cpu")
-        if problem.dtype != "float32":
-            reasons.append(f"dtype is {problem.dtype}; it computes float32")
+        reasons = host_reasons(problem, ("float32",))
         if problem.groups != 1:
             reasons.append(f"it has {problem.groups} groups; it needs one")
         if problem.pool is not None:

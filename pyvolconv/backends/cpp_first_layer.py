@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from .base import Accuracy, empty
-from .cpp import DTYPES, PooledForward, call, kernels, load_extension, plan_of, pooled_plan_of
+from .cpp import DTYPES, PooledForward, call, host_reasons, kernels, load_extension, plan_of, pooled_plan_of
 
 MOST_CHANNELS = 4
 
@@ -27,11 +27,7 @@ class CppFirstLayer(PooledForward):
     family = "cpp"
 
     def unsupported_reasons(self, problem: ConvProblem, pass_: Pass) -> list[str]:
-        reasons = []
-        if problem.device != "cpu":
-            reasons.append(f"device is {problem.device}; it runs on cpu")
-        if problem.dtype not in DTYPES:
-            reasons.append(f"dtype is {problem.dtype}; it computes {' and '.join(DTYPES)}")
+        reasons = host_reasons(problem, DTYPES)
         if pass_ == "grad_input":
             reasons.append("it has no grad_input")
         if problem.in_channels > MOST_CHANNELS or problem.groups != 1:

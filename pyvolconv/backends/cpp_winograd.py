@@ -18,7 +18,17 @@ from torch import Tensor
 from ..precision import Precision, get_precision
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from .base import Accuracy, empty
-from .cpp import DTYPES, PooledForward, arithmetic_is_cheap, call, kernels, load_extension, plan_of, pooled_plan_of
+from .cpp import (
+    DTYPES,
+    PooledForward,
+    arithmetic_is_cheap,
+    call,
+    host_reasons,
+    kernels,
+    load_extension,
+    plan_of,
+    pooled_plan_of,
+)
 
 Outputs = tuple[int, int, int]
 
@@ -50,11 +60,7 @@ class CppWinograd(PooledForward):
     family = "cpp"
 
     def unsupported_reasons(self, problem: ConvProblem, pass_: Pass) -> list[str]:
-        reasons = []
-        if problem.device != "cpu":
-            reasons.append(f"device is {problem.device}; it runs on cpu")
-        if problem.dtype not in DTYPES:
-            reasons.append(f"dtype is {problem.dtype}; it computes {' and '.join(DTYPES)}")
+        reasons = host_reasons(problem, DTYPES)
         if pass_ != "forward" and problem.pool is not None:
             reasons.append(f"it has no {pass_} fused with a pool")
         if problem.kernel_size not in SCHEMES:
