@@ -1,4 +1,4 @@
-"""Instance normalization and the activation behind it in one pass, from csrc/algorithm/instance_norm.h.
+"""Instance normalization and the activation behind it in one pass, from csrc/algorithm/instance_norm_*.h.
 
 Tensors arrive dense in one layout, float32 or float64, on the CPU, with more than one voxel; weight, bias and PReLU's
 weights are dense vectors of the same dtype, or None.
