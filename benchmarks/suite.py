@@ -1,4 +1,4 @@
-"""Layers of real networks, what the dispatcher picks untuned beside torch: `python -m benchmarks.suite`.
+"""Layers of real networks, what the dispatcher picks beside torch: `python -m benchmarks.suite`, with `--tuned` tuned.
 
 One process, pages kept, all candidates in turns: both layouts of ours and of torch, each result checked before it is
 timed. A ratio is the time of torch in its better layout over ours in our better layout, by medians. Operands are whole
@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 import pyvolconv
+from pyvolconv import tuned
+from pyvolconv.autotune import time_pass
 from pyvolconv.backends.base import MEMORY_FORMAT, Backend, operand_shapes
 from pyvolconv.backends.registry import select
-from pyvolconv.dispatch import choose
+from pyvolconv.dispatch import choose, forget_choices
 from pyvolconv.precision import Precision
 from pyvolconv.problem import LAYOUTS, PASSES, ConvProblem, Layout, Pass
 
@@ -82,7 +84,15 @@ def check(result: Tensor, exact: Tensor, backend: Backend, problem: ConvProblem,
         torch.testing.assert_close(result.float(), exact, rtol=rtol, atol=1e-5 * rounder * float(exact.abs().max()))
 
 
-def measure(name: str, pass_: Pass, dtype: str, seconds: float) -> Row:
+def tune(problem: ConvProblem, pass_: Pass, seconds: float) -> None:
+    """Have this process take the fastest; nothing is kept."""
+    one = time_pass(problem, pass_, seconds)
+    if one is not None:
+        tuned.remember({(problem, pass_): one.milliseconds}, keep=False)
+        forget_choices()
+
+
+def measure(name: str, pass_: Pass, dtype: str, seconds: float, tuned_first: bool) -> Row:
     """At least one round of all candidates, then more until `seconds` are over."""
     (aten,) = select("aten")
     plain = problem(ENTRIES[name], "ncdhw", dtype, "cpu")
@@ -94,6 +104,8 @@ def measure(name: str, pass_: Pass, dtype: str, seconds: float) -> Row:
     for layout in LAYOUTS:
         ordered = [operand.contiguous(memory_format=MEMORY_FORMAT[layout]) for operand in operands]
         laid = plain.with_(layout=layout)
+        if tuned_first:
+            tune(laid, pass_, seconds)
         chosen = choose(laid, pass_)
         backend[layout] = chosen.name
         for candidate, ours in ((chosen, True), (aten, False)):
@@ -109,12 +121,14 @@ def measure(name: str, pass_: Pass, dtype: str, seconds: float) -> Row:
             if trial[side, layout] > max(LEFT_OUT * best, 0.02):
                 del runs[side, layout]
     times: dict[tuple[bool, Layout], list[float]] = {key: [] for key in runs}
+    order = list(runs)
     stop = time.perf_counter() + seconds
     while not all(times.values()) or (time.perf_counter() < stop and min(map(len, times.values())) < 200):
-        for key, arguments in runs.items():
+        for key in order:
             begin = time.perf_counter()
-            run(*arguments)
+            run(*runs[key])
             times[key].append(1e3 * (time.perf_counter() - begin))
+        order.reverse()  # the second of two that have the same operands finds them in the cache
     medians = {key: statistics.median(several) for key, several in times.items()}
     return Row(
         name,
@@ -126,10 +140,10 @@ def measure(name: str, pass_: Pass, dtype: str, seconds: float) -> Row:
     )
 
 
-def measure_all(names: list[str], passes: list[Pass], dtype: str, seconds: float) -> Iterator[Row]:
+def measure_all(names: list[str], passes: list[Pass], dtype: str, seconds: float, tuned_first: bool) -> Iterator[Row]:
     for name in names:
         for pass_ in passes:
-            row = measure(name, pass_, dtype, seconds)
+            row = measure(name, pass_, dtype, seconds, tuned_first)
             print(row, flush=True)
             yield row
 
@@ -159,6 +173,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="name of a torch dtype (default: float32)")
     parser.add_argument("--precision", default="default", choices=get_args(Precision), help="see set_precision")
     parser.add_argument("--seconds", type=float, default=2.0, help="timed per entry and pass, at least one round (2)")
+    parser.add_argument("--tuned", action="store_true", help="time all backends first, and take the fastest")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args()
     names = options.only.split(",") if options.only else list(PROBLEM_SETS[options.set])
@@ -167,13 +182,16 @@ def main() -> None:
     pyvolconv.set_precision(options.precision)
     with pyvolconv.keep_pages() as kept, torch.no_grad():
         pages = "kept" if kept.active else f"not kept ({kept.reason})"
-        print(f"{options.dtype}, precision {options.precision}, {torch.get_num_threads()} threads, pages {pages}")
+        choice = "tuned" if options.tuned else "untuned"
+        threads = torch.get_num_threads()
+        print(f"{options.dtype}, {choice}, precision {options.precision}, {threads} threads, pages {pages}")
         rows = list(
             measure_all(
                 names,
                 passes,
                 options.dtype,
                 options.seconds,
+                options.tuned,
             )
         )
     print(summary(rows))
