@@ -34,12 +34,29 @@ TILE, STEP = 16, 32
 
 
 class CppAmx(Backend):
-    """Any window, stride and dilation, both layouts; one group."""
+    """Any window, stride and dilation, both layouts; one group.
+
+    Attributes:
+        fixed_parts: into how many bfloat16 values a float32 value is split, where its user knows that as many hold it;
+            None: what the user's settings allow.
+    """
 
     name = "cpp.amx"
     family = "cpp"
     plain = False
     """Compute as the matrix unit would without one, slowly: only for tests."""
+
+    def __init__(self, fixed_parts: int | None = None) -> None:
+        self.fixed_parts = fixed_parts
+
+    @property
+    def parts(self) -> int:
+        """Into how many bfloat16 values a float32 value is split."""
+        if self.fixed_parts is not None:
+            return self.fixed_parts
+        if convolves_float32_in_bfloat16():
+            return 1
+        return 2 if get_precision() == "high" else 3
 
     def unsupported_reasons(self, problem: ConvProblem, pass_: Pass) -> list[str]:
         _, missing = load_extension()
@@ -56,23 +73,23 @@ class CppAmx(Backend):
 
     def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = empty(problem, "output", x)
-        call(kernels().split_forward, plan_of(problem), x, weight, bias, y, options=(parts(), self.plain))
+        call(kernels().split_forward, plan_of(problem), x, weight, bias, y, options=(self.parts, self.plain))
         return y
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
         result = empty(problem, "input", grad_output)
-        options = (parts(), self.plain)
+        options = (self.parts, self.plain)
         call(kernels().split_grad_input, plan_of(problem), grad_output, weight, result, options=options)
         return result
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
         result = empty(problem, "weight", x)
-        options = (parts(), self.plain)
+        options = (self.parts, self.plain)
         call(kernels().split_grad_weight, plan_of(problem), grad_output, x, result, options=options)
         return result
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
-        count = parts()
+        count = self.parts
         length = problem.reduction_length(pass_)
         sources = problem.in_channels if pass_ == "forward" else problem.out_channels
         depth, height = (_mixed_voxels(problem, pass_, axis) for axis in (0, 1))
@@ -94,8 +111,8 @@ class CppAmx(Backend):
         as long as one, rows and columns of tiles that are computed in vain included; a part of a source value takes 18
         (ncdhw: 26), each time it is packed, a result 37 (52), a part of a weight 50."""
         if pass_ == "grad_weight":
-            return problem.flops(pass_) / 2 / _grad_weight_time(problem, parts())
-        count = parts()
+            return problem.flops(pass_) / 2 / _grad_weight_time(problem, self.parts)
+        count = self.parts
         sources, targets, size = problem.in_channels, problem.out_channels, problem.output_size
         strides, packed = (1, 1, 1), math.prod(problem.stride)
         if pass_ == "grad_input":
@@ -177,10 +194,3 @@ def _mixed_voxels(problem: ConvProblem, pass_: Pass, axis: int) -> int:
 def _computed(size: int, tile: int) -> float:
     """How many times as much is computed where an axis is cut into tiles."""
     return -(-size // tile) * tile / size
-
-
-def parts() -> int:
-    """Into how many bfloat16 values the user's settings let a float32 value be split."""
-    if convolves_float32_in_bfloat16():
-        return 1
-    return 2 if get_precision() == "high" else 3
