@@ -21,6 +21,7 @@ enum class Scratch : int {
     tile_lists,
     tile_pooled,
     tile_codes,
+    tile_narrowed,
     count
 };
 

@@ -45,36 +45,43 @@ void bfloat16_grad_input(const ConvProblem& problem, const uint16_t* grad_output
 constexpr BfloatTable<float> kByBfloat16 = {bfloat_forward<float>, bfloat_grad_input<float>};
 constexpr BfloatTable<uint16_t> kBfloat16 = {bfloat16_forward, bfloat16_grad_input};
 
-// Calls pass(unit, parts) with a type and a number that are known when it is compiled.
+// Calls pass(unit, parts, storage) with types and a number that are known when it is compiled.
 template <typename Pass>
-bool with_unit_and_parts(bool plain, int parts, const Pass& pass) {
-    const auto with_parts = [&](auto unit) {
-        if (parts == 1) return pass(unit, Number<1>{});
-        return parts == 2 ? pass(unit, Number<2>{}) : pass(unit, Number<3>{});
+bool with_split_options(const SplitOptions& options, const Pass& pass) {
+    const auto with_unit = [&](auto unit) {
+        if (options.storage == Storage::bfloat16) return pass(unit, Number<1>{}, Type<Bfloat16>{});
+        if (options.storage == Storage::float16) return pass(unit, Number<2>{}, Type<Float16>{});
+        if (options.parts == 1) return pass(unit, Number<1>{}, Type<float>{});
+        return options.parts == 2 ? pass(unit, Number<2>{}, Type<float>{}) : pass(unit, Number<3>{}, Type<float>{});
     };
-    return plain ? with_parts(Type<PlainMatrixUnit>{}) : with_parts(Type<MatrixUnit>{});
+    return options.plain ? with_unit(Type<PlainMatrixUnit>{}) : with_unit(Type<MatrixUnit>{});
 }
 
-bool split_forward_by(const ConvProblem& problem, int parts, bool plain, const float* x, const float* weight,
-                      const float* bias, float* y) {
-    return with_unit_and_parts(plain, parts, [&](auto unit, auto count) {
-        return split_forward<typename decltype(unit)::type, decltype(count)::number>(problem, x, weight, bias, y);
+bool split_forward_by(const ConvProblem& problem, const SplitOptions& options, const void* x, const void* weight,
+                      const void* bias, void* y) {
+    return with_split_options(options, [&](auto unit, auto parts, auto storage) {
+        using S = typename decltype(storage)::type;
+        return split_forward<typename decltype(unit)::type, decltype(parts)::number>(
+            problem, static_cast<const S*>(x), static_cast<const S*>(weight), static_cast<const S*>(bias),
+            static_cast<S*>(y));
     });
 }
 
-bool split_grad_input_by(const ConvProblem& problem, int parts, bool plain, const float* grad_output,
-                         const float* weight, float* grad_input) {
-    return with_unit_and_parts(plain, parts, [&](auto unit, auto count) {
-        return split_grad_input<typename decltype(unit)::type, decltype(count)::number>(problem, grad_output, weight,
-                                                                                        grad_input);
+bool split_grad_input_by(const ConvProblem& problem, const SplitOptions& options, const void* grad_output,
+                         const void* weight, void* grad_input) {
+    return with_split_options(options, [&](auto unit, auto parts, auto storage) {
+        using S = typename decltype(storage)::type;
+        return split_grad_input<typename decltype(unit)::type, decltype(parts)::number>(
+            problem, static_cast<const S*>(grad_output), static_cast<const S*>(weight), static_cast<S*>(grad_input));
     });
 }
 
-bool split_grad_weight_by(const ConvProblem& problem, int parts, bool plain, const float* grad_output, const float* x,
-                          float* grad_weight) {
-    return with_unit_and_parts(plain, parts, [&](auto unit, auto count) {
-        return split_grad_weight<typename decltype(unit)::type, decltype(count)::number>(problem, grad_output, x,
-                                                                                         grad_weight);
+bool split_grad_weight_by(const ConvProblem& problem, const SplitOptions& options, const void* grad_output,
+                          const void* x, void* grad_weight) {
+    return with_split_options(options, [&](auto unit, auto parts, auto storage) {
+        using S = typename decltype(storage)::type;
+        return split_grad_weight<typename decltype(unit)::type, decltype(parts)::number>(
+            problem, static_cast<const S*>(grad_output), static_cast<const S*>(x), static_cast<S*>(grad_weight));
     });
 }
 

@@ -50,16 +50,26 @@ struct BfloatTable {
     void (*grad_input)(const ConvProblem&, const Storage* grad_output, const Storage* weight, Storage* grad_input);
 };
 
-// float32 by products of bfloat16 parts on a matrix unit, one group; algorithm/split_gather.h. `parts` is 1 to 3;
-// `plain` computes as the unit would without one. Return false where an operand has no parts: nothing is promised about
-// the result then. Null where the instruction set of the table has none; the unit needs AMX and the system's leave.
+enum class Storage { float32, float16, bfloat16 };
+
+// How tensors become operands of a matrix unit. Values are split into `parts` bfloat16 ones: those of float32 into 1 to
+// 3, of float16 into 2, of bfloat16 into 1. `plain` computes as the unit would without one.
+struct SplitOptions {
+    Storage storage;
+    int parts;
+    bool plain;
+};
+
+// By products of bfloat16 parts on a matrix unit, one group, tensors of `storage`; algorithm/split_gather.h. Return
+// false where an operand has no parts: nothing is promised about the result then. Null where the instruction set of the
+// table has none; the unit needs AMX and the system's leave.
 struct SplitTable {
-    bool (*forward)(const ConvProblem&, int parts, bool plain, const float* x, const float* weight,
-                    const float* bias /* or null */, float* y);
-    bool (*grad_input)(const ConvProblem&, int parts, bool plain, const float* grad_output, const float* weight,
-                       float* grad_input);
-    bool (*grad_weight)(const ConvProblem&, int parts, bool plain, const float* grad_output, const float* x,
-                        float* grad_weight);
+    bool (*forward)(const ConvProblem&, const SplitOptions&, const void* x, const void* weight,
+                    const void* bias /* or null */, void* y);
+    bool (*grad_input)(const ConvProblem&, const SplitOptions&, const void* grad_output, const void* weight,
+                       void* grad_input);
+    bool (*grad_weight)(const ConvProblem&, const SplitOptions&, const void* grad_output, const void* x,
+                        void* grad_weight);
 };
 
 struct KernelTable {

@@ -27,7 +27,7 @@ inline void fill_zero(T* to, int64_t count) {
     using V = Vector<T>;
     int64_t i = 0;
     for (; i + V::lanes <= count; i += V::lanes) V::store(to + i, typename V::type{});
-    for (; i < count; ++i) to[i] = 0;
+    for (; i < count; ++i) to[i] = T{};
 }
 
 template <typename T>
@@ -94,7 +94,7 @@ void pack_row(const GatherAxis& axis, const PackedAxis& packed, const SourceBloc
         const bool inside = position >= 0 && position < axis.source_size;
         for (int64_t c = 0; c < block.channels; ++c) {
             to[w * packed_strides.voxel + c * packed_strides.channel] =
-                inside ? row[position * from.voxel + c * from.channel] : 0;
+                inside ? row[position * from.voxel + c * from.channel] : T{};
         }
     }
 }
@@ -138,9 +138,9 @@ void pack_plane(const Gather& gather, const PackedAxis packed[3], const SourceBl
                 continue;
             }
             const T* row = channel + (depth * axis[1].source_size + height) * size + block.origin[2];
-            for (int64_t w = 0; w < begin; ++w) to[w] = 0;
+            for (int64_t w = 0; w < begin; ++w) to[w] = T{};
             copy_values(row + begin, to + begin, end - begin);
-            for (int64_t w = end; w < rows; ++w) to[w] = 0;
+            for (int64_t w = end; w < rows; ++w) to[w] = T{};
         }
     }
 }

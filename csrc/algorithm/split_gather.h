@@ -1,5 +1,5 @@
-// Forward and grad_input in float32 on a matrix unit that multiplies bfloat16: direct convolution with operands split
-// into parts (microkernel/tile_product.h, split_plan.h). One group.
+// Forward and grad_input on a matrix unit that multiplies bfloat16: direct convolution with operands split into parts
+// (microkernel/tile_product.h, split_plan.h). Tensors of S: float, Float16 or Bfloat16. One group.
 //
 // An operand with an infinity, a NaN or a value that rounds to an infinite first part has no such parts; then nothing
 // is promised about the result, and the caller computes it otherwise.
@@ -16,7 +16,7 @@ namespace {
 
 #if defined(PVC_BFLOAT_PAIRS)
 
-template <typename Unit, int Parts>
+template <typename Unit, typename S, int Parts>
 class SplitTask {
   public:
     SplitTask(const Gather& gather, const SplitPlan& plan, int64_t task)
@@ -45,7 +45,7 @@ class SplitTask {
     }
 
     // `initial`: what the sums of a voxel start from, and as many zeros. Returns whether the source can be split.
-    bool run(const float* source, const Bfloat16* weights, const float* initial, float* target) {
+    bool run(const S* source, const Bfloat16* weights, const float* initial, S* target) {
         bool splits = true;
         for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
             from_.channel = chunk * plan_.chunk;
@@ -82,7 +82,7 @@ class SplitTask {
         }
     }
 
-    void compute_block(int64_t chunk, int64_t block, const Bfloat16* weights, const float* initial, float* target) {
+    void compute_block(int64_t chunk, int64_t block, const Bfloat16* weights, const float* initial, S* target) {
         const int64_t columns = plan_.block_columns(block, gather_.target_channels);
         to_.channel = block * SplitPlan::kColumns;
         to_.channels = smaller(SplitPlan::kColumns, gather_.target_channels - to_.channel);
@@ -126,7 +126,7 @@ class SplitTask {
         }
     }
 
-    void store(const float* sums, float* target) {
+    void store(const float* sums, S* target) {
         float* combined = scratch<float>(Scratch::tile_rows, 2 * tiles_[2] * SplitPlan::kColumns);
         for (int64_t panel = 0; panel < panels(); ++panel) {
             const int64_t plane = panel / heights(), row = panel % heights();
@@ -145,7 +145,7 @@ class SplitTask {
         }
     }
 
-    void store_row(const int64_t index[2], const float* sums, float* target) const {
+    void store_row(const int64_t index[2], const float* sums, S* target) const {
         TargetBlock row = to_;
         row.count[0] = row.count[1] = 1;
         row.first[0] += index[0];
@@ -153,7 +153,7 @@ class SplitTask {
         store_channels_last(gather_, row, sums, target);
     }
 
-    void store_tiles(const int64_t tile[2], const float* outputs, float* target) const {
+    void store_tiles(const int64_t tile[2], const float* outputs, S* target) const {
         for (int64_t i = 0; i < 2; ++i) {
             int64_t index[2] = {tile[0], tile[1]};
             index[plan_.transformed] = 2 * index[plan_.transformed] + i;
@@ -175,7 +175,7 @@ class SplitTask {
 
     const Gather& gather_;
     const SplitPlan& plan_;
-    SplitSource<Parts> source_;
+    SplitSource<S, Parts> source_;
     Unit unit_;
     int64_t first_block_, blocks_, samples_;
     int64_t tiles_[3];  // along each axis; a voxel is one where it is not transformed
@@ -187,13 +187,14 @@ class SplitTask {
 };
 
 // `bias` may be null. Returns whether operands could be split; if not, the result is to be computed otherwise.
-template <typename Unit, int Parts>
-bool split_gather(const Gather& gather, const float* source, const float* weight, const float* bias, float* target) {
+template <typename Unit, int Parts, typename S>
+bool split_gather(const Gather& gather, const S* source, const S* weight, const S* bias, S* target) {
     const SplitPlan plan = make_split_plan(gather, Parts);
     const int64_t weight_values = plan.blocks * plan.block_weights(), width = plan.blocks * SplitPlan::kColumns;
     float* initial = scratch<float>(Scratch::shared_weights, 2 * width + ceil_divide(weight_values, 2));
     Bfloat16* weights = reinterpret_cast<Bfloat16*>(initial + 2 * width);
-    for (int64_t c = 0; c < 2 * width; ++c) initial[c] = bias != nullptr && c < gather.target_channels ? bias[c] : 0;
+    for (int64_t c = 0; c < 2 * width; ++c)
+        initial[c] = bias != nullptr && c < gather.target_channels ? widen(bias[c]) : 0;
     bool splits = true;
     const auto note = [&](bool task_splits) {
         if (!task_splits) __atomic_store_n(&splits, false, __ATOMIC_RELAXED);
@@ -203,24 +204,24 @@ bool split_gather(const Gather& gather, const float* source, const float* weight
     });
     if (!splits) return false;
     parallel_for(plan.tasks(gather.batch), [&](int64_t task) {
-        note(SplitTask<Unit, Parts>(gather, plan, task).run(source, weights, initial, target));
+        note(SplitTask<Unit, S, Parts>(gather, plan, task).run(source, weights, initial, target));
     });
     return splits;
 }
 
-template <typename Unit, int Parts>
-bool split_forward(const ConvProblem& given, const float* x, const float* weight, const float* bias, float* y) {
+template <typename Unit, int Parts, typename S>
+bool split_forward(const ConvProblem& given, const S* x, const S* weight, const S* bias, S* y) {
     const ConvProblem problem = with_long_rows(given);
     Gather gather = gather_channels(problem, true);
     for (int axis = 0; axis < 3; ++axis) gather.axis[axis] = forward_axis(problem, axis);
     return split_gather<Unit, Parts>(gather, x, weight, bias, y);
 }
 
-template <typename Unit, int Parts>
-bool split_grad_input(const ConvProblem& given, const float* grad_output, const float* weight, float* grad_input) {
+template <typename Unit, int Parts, typename S>
+bool split_grad_input(const ConvProblem& given, const S* grad_output, const S* weight, S* grad_input) {
     bool splits = true;
     for_each_residue(with_long_rows(given), [&](const Gather& gather) {
-        splits = splits && split_gather<Unit, Parts>(gather, grad_output, weight, nullptr, grad_input);
+        splits = splits && split_gather<Unit, Parts, S>(gather, grad_output, weight, nullptr, grad_input);
     });
     return splits;
 }

@@ -1,5 +1,5 @@
-// grad_weight in float32 on a matrix unit that multiplies bfloat16: both operands split into parts
-// (algorithm/split_grad_weight_plan.h). One group.
+// grad_weight on a matrix unit that multiplies bfloat16: both operands split into parts
+// (algorithm/split_grad_weight_plan.h). Tensors of S: float, Float16 or Bfloat16. One group.
 //
 // An operand with an infinity, a NaN or a value that rounds to an infinite first part has no such parts; then nothing
 // is promised about the result, and the caller computes it otherwise.
@@ -8,6 +8,7 @@
 #include "../parallel.h"
 #include "pack_source.h"
 #include "split_grad_weight_plan.h"
+#include "store_target.h"
 
 namespace pvc {
 namespace {
@@ -15,10 +16,10 @@ namespace {
 #if defined(PVC_BFLOAT_PAIRS)
 
 // The sums of one task: boxes of one split for a group of blocks of source channels.
-template <typename Unit, int Parts>
+template <typename Unit, typename S, int Parts>
 class SplitGradWeightTask {
   public:
-    SplitGradWeightTask(const Gather& gather, const SplitGradWeightPlan& plan, const float* grad_output, const float* x)
+    SplitGradWeightTask(const Gather& gather, const SplitGradWeightPlan& plan, const S* grad_output, const S* x)
         : gather_(gather), plan_(plan), grad_output_(grad_output), x_(x) {}
 
     // sums: those of `first_block`, then those of the following ones. Returns whether all values can be split.
@@ -41,6 +42,8 @@ class SplitGradWeightTask {
   private:
     using V = Vector<float>;
     static_assert(V::lanes == kTileRows, "a vector is a row of sums");
+
+    static Moved<S>* moved(S* values) { return reinterpret_cast<Moved<S>*>(values); }
 
     SplitBox place_box(int64_t index, int64_t& first_sample, int64_t first[3]) const {
         const int64_t* boxes = plan_.boxes;
@@ -125,10 +128,11 @@ class SplitGradWeightTask {
 
     // Row after row: processors see that coming, and find in L1 what is then read in another order.
     void read_rows(const Piece* pieces, int64_t count) const {
+        constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(S));
         for (int64_t i = 0; i < count; ++i) {
-            const float* from = grad_output_ + pieces[i].from * plan_.targets;
-            for (int64_t k = 0; k < pieces[i].count * plan_.targets; k += kTileRows) {
-                asm volatile("" : : "r"(from[k]));
+            const S* from = grad_output_ + pieces[i].from * plan_.targets;
+            for (int64_t k = 0; k < pieces[i].count * plan_.targets; k += line) {
+                asm volatile("" : : "r"(*reinterpret_cast<const Bits16*>(from + k)));
             }
         }
     }
@@ -144,10 +148,10 @@ class SplitGradWeightTask {
         } else {
             const int64_t channel = gather_.axis[0].count * gather_.axis[1].count * gather_.axis[2].count;
             for (int64_t i = 0; i < count; ++i) {
-                const float* from = grad_output_ + pieces[i].from + target * channel;
+                const S* from = grad_output_ + pieces[i].from + target * channel;
                 float* row = values + pieces[i].first;
                 for (int64_t k = 0; k < targets; ++k, from += channel, row += kTileValues) {
-                    copy_values(from, row, pieces[i].count);
+                    copy_wide(from, row, pieces[i].count);
                 }
             }
         }
@@ -164,7 +168,6 @@ class SplitGradWeightTask {
 
     // values[target channel][voxel]
     void voxel_rows(const Piece* pieces, int64_t count, int64_t target, int64_t targets, float* values) const {
-        const __mmask16 exist = first_lanes(targets);
         int64_t piece = 0, inside = 0;
         for (int64_t half = 0; half < kTileValues; half += V::lanes) {
             V::type rows[V::lanes] = {};
@@ -172,8 +175,8 @@ class SplitGradWeightTask {
             while (piece < count) {
                 const int64_t voxel = pieces[piece].first + inside;
                 if (voxel >= half + V::lanes) break;
-                const float* from = grad_output_ + (pieces[piece].from + inside) * plan_.targets + target;
-                rows[voxel - half] = reinterpret_cast<V::type>(_mm512_maskz_loadu_ps(exist, from));
+                const S* from = grad_output_ + (pieces[piece].from + inside) * plan_.targets + target;
+                rows[voxel - half] = load_wide(from, targets);
                 any = true;
                 if (++inside == pieces[piece].count) ++piece, inside = 0;
             }
@@ -190,20 +193,20 @@ class SplitGradWeightTask {
         const int64_t row_values = box.width.rows * channels, plane = box.height.rows * row_values;
         // Of a plane of all samples, split into parts; the last tile of a run reads behind the last value.
         const int64_t padded = ceil_divide(box.samples * plane + kTileRows, kTileValues) * kTileValues;
-        float* values = scratch<float>(Scratch::tile_rows, padded);
+        S* values = scratch<S>(Scratch::tile_rows, padded);
         Bfloat16* parts = scratch<Bfloat16>(Scratch::tile_accumulators, Parts * padded);
         source_ = scratch<Bfloat16>(Scratch::tile_input, tiles * Parts * box.part_values());
         for (int64_t v = 0; v < box.pitch; ++v) {
             const int64_t sample = smaller(v / box.extent[2], box.samples - 1), w = v % box.extent[2];
             voxels_[v] = static_cast<int32_t>(sample * plane + w * box.width.voxel_step * channels);
         }
-        fill_zero(values + box.samples * plane, padded - box.samples * plane);
+        fill_zero(moved(values + box.samples * plane), padded - box.samples * plane);
         bool splits = true;
         for (int64_t d = 0; d < box.depth.rows; ++d) {
             for (int64_t sample = 0; sample < box.samples; ++sample) {
                 pack_plane_values(box, block, sample, box.depth.position(d), values + sample * plane);
             }
-            splits &= split_values<Parts>(values, padded, parts, padded);
+            splits &= split_array<Parts>(values, padded, parts, padded);
             for (int64_t tile = 0; tile < tiles; ++tile) {
                 const int64_t run_tiles = plan_.run_tiles(channels), run = tile / run_tiles;
                 const int64_t first = run * box.width.tap_step * channels + tile % run_tiles * kTileRows;
@@ -224,7 +227,7 @@ class SplitGradWeightTask {
     }
 
     // The source of one depth of a sample, [packed row][voxel][channel].
-    void pack_plane_values(const SplitBox& box, int64_t block, int64_t sample, int64_t depth, float* to) const {
+    void pack_plane_values(const SplitBox& box, int64_t block, int64_t sample, int64_t depth, S* to) const {
         SourceBlock from = {};
         from.sample = first_sample_ + sample;
         from.channel = plan_.block_first(block);
@@ -238,7 +241,8 @@ class SplitGradWeightTask {
         const int64_t origin = from.origin[1];
         for (int64_t h = 0; h < box.height.rows; h += packed[1].rows) {
             from.origin[1] = origin + box.height.position(h);
-            pack_source(gather_, packed, false, from, x_, to + h * box.width.rows * from.width);
+            pack_source(gather_, packed, false, from, reinterpret_cast<const Moved<S>*>(x_),
+                        moved(to + h * box.width.rows * from.width));
         }
     }
 
@@ -298,8 +302,8 @@ class SplitGradWeightTask {
 
     const Gather& gather_;
     const SplitGradWeightPlan& plan_;
-    const float* grad_output_;
-    const float* x_;
+    const S* grad_output_;
+    const S* x_;
     Unit unit_;
     int64_t first_sample_, first_[3];
     int32_t *offsets_, *voxels_;
@@ -308,8 +312,9 @@ class SplitGradWeightTask {
 
 // Adds the splits' sums of one block of source channels and one tile of target channels and stores them; `sums` are
 // those of the first split.
-inline void store_split_sums(const Gather& gather, const SplitGradWeightPlan& plan, int64_t block, int64_t target_tile,
-                             const float* sums, int64_t partial_size, float* grad_weight) {
+template <typename S>
+void store_split_sums(const Gather& gather, const SplitGradWeightPlan& plan, int64_t block, int64_t target_tile,
+                      const float* sums, int64_t partial_size, S* grad_weight) {
     using V = Vector<float>;
     const int64_t channels = plan.block_channels(block), columns = plan.column_tiles(channels);
     const int64_t first = plan.block_first(block), targets = smaller(plan.targets - target_tile * kTileRows, kTileRows);
@@ -329,20 +334,24 @@ inline void store_split_sums(const Gather& gather, const SplitGradWeightPlan& pl
         }
     }
     for (int64_t k = 0; k < targets; ++k) {
-        float* to = grad_weight + (target_tile * kTileRows + k) * gather.weight_target_stride +
-                    first * gather.weight_source_stride;
+        S* to = grad_weight + (target_tile * kTileRows + k) * gather.weight_target_stride +
+                first * gather.weight_source_stride;
         const bool in_place = last || taps == 1;
         for (int64_t tap = 0; tap < taps; ++tap) {
             const float* from = rows + k * row_size + tap / plan.widths * width + tap % plan.widths * tap_width;
-            copy_values(from, in_place ? to + tap * gather.weight_tap_stride[2] : packed + tap * channels, channels);
+            if (in_place) {
+                copy_narrow(from, to + tap * gather.weight_tap_stride[2], channels);
+            } else {
+                copy_values(from, packed + tap * channels, channels);
+            }
         }
         if (!in_place) transpose(packed, channels, to, taps, taps, channels);
     }
 }
 
 // Returns whether operands could be split; if not, the result is to be computed otherwise.
-template <typename Unit, int Parts>
-bool split_grad_weight(const ConvProblem& given, const float* grad_output, const float* x, float* grad_weight) {
+template <typename Unit, int Parts, typename S>
+bool split_grad_weight(const ConvProblem& given, const S* grad_output, const S* x, S* grad_weight) {
     const ConvProblem problem = with_long_rows(given);
     Gather gather = gather_channels(problem, true);
     for (int axis = 0; axis < 3; ++axis) gather.axis[axis] = forward_axis(problem, axis);
@@ -360,7 +369,7 @@ bool split_grad_weight(const ConvProblem& given, const float* grad_output, const
     parallel_for(plan.splits * plan.groups, [&](int64_t task) {
         const int64_t split = task / plan.groups, group = task % plan.groups;
         const int64_t first = group * plan.blocks() / plan.groups, last = (group + 1) * plan.blocks() / plan.groups;
-        SplitGradWeightTask<Unit, Parts> sums(gather, plan, grad_output, x);
+        SplitGradWeightTask<Unit, S, Parts> sums(gather, plan, grad_output, x);
         if (!sums.run(first, last, split * boxes / plan.splits, (split + 1) * boxes / plan.splits,
                       partials + split * partial_size + starts[first])) {
             __atomic_store_n(&splits, false, __ATOMIC_RELAXED);

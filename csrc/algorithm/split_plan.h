@@ -126,8 +126,10 @@ inline void cut_into_tasks(const Gather& gather, SplitPlan& plan) {
 // The axis along which tiles of two outputs save products: the one with the fewest outputs computed in vain.
 inline void choose_transformed(const Gather& gather, SplitPlan& plan) {
     constexpr int64_t kManyTaps = 27;  // with fewer, writing and reading points takes longer than the products saved
+    constexpr int kFewParts = 1;       // as it does where a value is one part, which would have to be rounded besides
     plan.point = gather;
     plan.transformed = -1;
+    if (plan.parts <= kFewParts) return;
     if (gather.axis[0].taps * gather.axis[1].taps * gather.axis[2].taps < kManyTaps) return;
     double least = 1.25;  // points take some time too
     for (int a = 1; a >= 0; --a) {

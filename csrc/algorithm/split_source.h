@@ -10,21 +10,18 @@ namespace {
 #if defined(PVC_BFLOAT_PAIRS)
 
 // Splits `count` values of first + sign * second.
-template <int Parts>
-bool split_combined(const float* first, const float* second, int sign, int64_t count, Bfloat16* to, int64_t stride) {
-    using V = Vector<float>;
-    const auto load = [](const float* from, int64_t n) {
-        return n == V::lanes ? V::load(from) : V::load_partial(from, n);
-    };
+template <int Parts, typename S>
+bool split_combined(const S* first, const S* second, int sign, int64_t count, Bfloat16* to, int64_t stride) {
     if (sign > 0) {
-        const auto sum = [&](int64_t i, int64_t n) { return load(first + i, n) + load(second + i, n); };
+        const auto sum = [&](int64_t i, int64_t n) { return load_wide(first + i, n) + load_wide(second + i, n); };
         return split_values<Parts>(count, sum, to, stride);
     }
-    const auto difference = [&](int64_t i, int64_t n) { return load(first + i, n) - load(second + i, n); };
+    const auto difference = [&](int64_t i, int64_t n) { return load_wide(first + i, n) - load_wide(second + i, n); };
     return split_values<Parts>(count, difference, to, stride);
 }
 
-template <int Parts>
+// S is float, Float16 or Bfloat16.
+template <typename S, int Parts>
 class SplitSource {
   public:
     SplitSource(const Gather& gather, const SplitPlan& plan) : gather_(gather), plan_(plan) {
@@ -34,12 +31,12 @@ class SplitSource {
         plane_axes_[2] = packed[2];
         row_values_ = packed[2].rows * plan.chunk;
         plane_values_ = plane_axes_[1].rows * row_values_;
-        planes_ = scratch<float>(Scratch::tile_output, kPlanes * plane_values_);
+        planes_ = scratch<S>(Scratch::tile_output, kPlanes * plane_values_);
     }
 
     // parts[point][sample][voxel][channel], for `samples` from block.sample on. Returns whether all values can be
     // split.
-    bool pack(SourceBlock block, int64_t samples, const float* source, Bfloat16* parts) const {
+    bool pack(SourceBlock block, int64_t samples, const S* source, Bfloat16* parts) const {
         // What the last step of a run may read behind a point's last value; a task may have fewer samples than others.
         for (int part = 0; part < Parts; ++part) {
             for (int64_t point = 0; point < plan_.points(); ++point) {
@@ -61,15 +58,20 @@ class SplitSource {
   private:
     static constexpr int64_t kPlanes = 4;
 
-    bool plane(SourceBlock block, int64_t d, const float* source, Bfloat16* to) const {
+    void pack_plane(const SourceBlock& block, const S* source, S* to) const {
+        pack_source(gather_, plane_axes_, false, block, reinterpret_cast<const Moved<S>*>(source),
+                    reinterpret_cast<Moved<S>*>(to));
+    }
+
+    bool plane(SourceBlock block, int64_t d, const S* source, Bfloat16* to) const {
         block.origin[0] += source_position(gather_.axis[0], plan_.tiling.axis[0], d);
-        pack_source(gather_, plane_axes_, false, block, source, planes_);
+        pack_plane(block, source, planes_);
         const int64_t stride = plan_.part_values();
-        if (plan_.transformed < 0) return split_values<Parts>(planes_, plane_values_, to, stride);
+        if (plan_.transformed < 0) return split_array<Parts>(planes_, plane_values_, to, stride);
         bool splits = true;
         for (const SplitPoint& point : kSplitPoints) {
             for (int64_t h = 0; h < plan_.tiling.axis[1].tile; ++h) {
-                const float* rows = planes_ + 2 * h * row_values_;
+                const S* rows = planes_ + 2 * h * row_values_;
                 splits &= split_combined<Parts>(rows + point.first * row_values_, rows + point.second * row_values_,
                                                 point.sign, row_values_, to + h * row_values_, stride);
             }
@@ -79,12 +81,12 @@ class SplitSource {
     }
 
     // A plane of tiles along the depth. Source planes are in a ring: neighbouring tiles share two.
-    bool depth_tiles(SourceBlock block, int64_t d, const float* source, Bfloat16* to) const {
+    bool depth_tiles(SourceBlock block, int64_t d, const S* source, Bfloat16* to) const {
         const auto ring = [&](int64_t index) { return planes_ + index % kPlanes * plane_values_; };
         const int64_t origin = block.origin[0];
         for (int64_t index = d == 0 ? 0 : 2 * d + 2; index < 2 * d + 4; ++index) {
             block.origin[0] = origin + index;
-            pack_source(gather_, plane_axes_, false, block, source, ring(index));
+            pack_plane(block, source, ring(index));
         }
         bool splits = true;
         for (const SplitPoint& point : kSplitPoints) {
@@ -99,7 +101,7 @@ class SplitSource {
     const SplitPlan& plan_;
     PackedAxis plane_axes_[3];
     int64_t row_values_, plane_values_;
-    float* planes_;
+    S* planes_;
 };
 
 #endif

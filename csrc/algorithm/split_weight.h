@@ -9,11 +9,12 @@ namespace {
 
 #if defined(PVC_BFLOAT_PAIRS)
 
-// The weights of one step: 32 elements of a run, of one chunk and, along the transformed axis, one tap.
+// The weights of one step: 32 elements of a run, of one chunk and, along the transformed axis, one tap. S is float,
+// Float16 or Bfloat16.
+template <typename S>
 class StepWeights {
   public:
-    StepWeights(const Gather& gather, const SplitPlan& plan, const float* weight, int64_t chunk, int64_t step,
-                int64_t tap)
+    StepWeights(const Gather& gather, const SplitPlan& plan, const S* weight, int64_t chunk, int64_t step, int64_t tap)
         : gather_(gather), plan_(plan), first_source_(chunk * plan.chunk) {
         const GatherAxis* axis = plan.point.axis;
         const int64_t run = step / plan.run_steps, widths = plan.joined ? 1 : axis[2].taps, taps = run / widths;
@@ -32,13 +33,13 @@ class StepWeights {
         if (targets < kTileRows) std::memset(values, 0, kTileValues * kTileRows * sizeof(float));
         if (targets <= 0) return;
         if (gather_.weight_target_stride == 1) {
-            for_each_piece([&](int64_t i, const float* from, int64_t count) {
+            for_each_piece([&](int64_t i, const S* from, int64_t count) {
                 for (int64_t k = 0; k < count; ++k) {
                     float* to = values + (i + k) * kTileRows;
                     if (from == nullptr) {
                         fill_zero(to, kTileRows);
                     } else {
-                        copy_values(from + target + k * gather_.weight_source_stride, to, targets);
+                        copy_wide(from + target + k * gather_.weight_source_stride, to, targets);
                     }
                 }
             });
@@ -48,14 +49,14 @@ class StepWeights {
         for (int64_t column = 0; column < targets; ++column) {
             const int64_t channel = (target + column) * gather_.weight_target_stride;
             float* row = rows + column * kTileValues;
-            for_each_piece([&](int64_t i, const float* from, int64_t count) {
+            for_each_piece([&](int64_t i, const S* from, int64_t count) {
                 if (from == nullptr) {
                     fill_zero(row + i, count);
                 } else if (gather_.weight_source_stride == 1) {
-                    copy_values(from + channel, row + i, count);
+                    copy_wide(from + channel, row + i, count);
                 } else {
                     for (int64_t k = 0; k < count; ++k) {
-                        row[i + k] = from[channel + k * gather_.weight_source_stride];
+                        row[i + k] = widen(from[channel + k * gather_.weight_source_stride]);
                     }
                 }
             });
@@ -80,7 +81,7 @@ class StepWeights {
             const int64_t until =
                 exists ? smaller(gather_.source_channels - channel, plan_.chunk - source) : plan_.chunk - source;
             const int64_t count = smaller(until, left);
-            const float* from = weight_ + element / plan_.chunk * width_stride + channel * gather_.weight_source_stride;
+            const S* from = weight_ + element / plan_.chunk * width_stride + channel * gather_.weight_source_stride;
             body(i, exists ? from : nullptr, count);
             i += count;
         }
@@ -89,12 +90,13 @@ class StepWeights {
     const Gather& gather_;
     const SplitPlan& plan_;
     int64_t first_source_, element_;
-    const float* weight_;
+    const S* weight_;
 };
 
 // values[32][16] of one step and point: what the taps along the transformed axis combine to.
-inline void read_point(const Gather& gather, const SplitPlan& plan, const float* weight, int64_t chunk, int64_t point,
-                       int64_t step, int64_t target, float* values) {
+template <typename S>
+void read_point(const Gather& gather, const SplitPlan& plan, const S* weight, int64_t chunk, int64_t point,
+                int64_t step, int64_t target, float* values) {
     using V = Vector<float>;
     constexpr int64_t kTile = kTileRows * kTileValues;
     if (plan.transformed < 0) {
@@ -114,8 +116,8 @@ inline void read_point(const Gather& gather, const SplitPlan& plan, const float*
 }
 
 // All points and steps of one chunk for one block of target channels. Returns whether all values can be split.
-template <int Parts>
-bool pack_split_weights(const Gather& gather, const SplitPlan& plan, const float* weight, int64_t block, int64_t chunk,
+template <int Parts, typename S>
+bool pack_split_weights(const Gather& gather, const SplitPlan& plan, const S* weight, int64_t block, int64_t chunk,
                         Bfloat16* packed) {
     constexpr int64_t kTile = kTileRows * kTileValues;
     const int64_t columns = plan.block_columns(block, gather.target_channels), tiles = columns / kTileRows;

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../arena.h"
-#include "../bfloat_pair.h"
+#include "../narrow.h"
 #include "tiling.h"
 #include "transpose.h"
 
@@ -31,17 +31,40 @@ void store_voxels_ndhwc(const T* sums, const TargetBlock& block, int64_t voxels,
 }
 
 #if defined(PVC_BFLOAT_PAIRS)
+template <typename S>
+void narrow_voxels(const float* sums, const TargetBlock& block, int64_t voxels, int64_t stride, S* to) {
+    for (int64_t v = 0; v < voxels; ++v, sums += block.width, to += stride) copy_narrow(sums, to, block.channels);
+}
+
 inline void store_voxels_ndhwc(const float* sums, const TargetBlock& block, int64_t voxels, int64_t stride,
                                Bfloat16* to) {
-    for (int64_t v = 0; v < voxels; ++v, sums += block.width, to += stride) copy_bfloat16(sums, to, block.channels);
+    narrow_voxels(sums, block, voxels, stride, to);
+}
+
+inline void store_voxels_ndhwc(const float* sums, const TargetBlock& block, int64_t voxels, int64_t stride,
+                               Float16* to) {
+    narrow_voxels(sums, block, voxels, stride, to);
+}
+
+template <typename S>
+void narrow_transposed(const float* from, int64_t from_stride, S* to, int64_t to_stride, int64_t rows,
+                       int64_t columns) {
+    float* planes = scratch<float>(Scratch::tile_narrowed, rows * columns);
+    transpose(from, from_stride, planes, rows, rows, columns);
+    for (int64_t c = 0; c < columns; ++c) copy_narrow(planes + c * rows, to + c * to_stride, rows);
 }
 
 inline void transpose(const float* from, int64_t from_stride, Bfloat16* to, int64_t to_stride, int64_t rows,
                       int64_t columns) {
-    float* planes = scratch<float>(Scratch::tile_rows, rows * columns);
-    transpose(from, from_stride, planes, rows, rows, columns);
-    for (int64_t c = 0; c < columns; ++c) copy_bfloat16(planes + c * rows, to + c * to_stride, rows);
+    narrow_transposed(from, from_stride, to, to_stride, rows, columns);
 }
+
+inline void transpose(const float* from, int64_t from_stride, Float16* to, int64_t to_stride, int64_t rows,
+                      int64_t columns) {
+    narrow_transposed(from, from_stride, to, to_stride, rows, columns);
+}
+
+inline void assign(Float16& to, float sum) { copy_narrow(&sum, &to, 1); }
 #endif
 
 inline void assign(float& to, float sum) { to = sum; }

@@ -4,7 +4,7 @@
 // first every 128-bit part for itself (interleave pairs, then pairs of pairs), then the parts among the registers.
 #pragma once
 
-#include "../vector.h"
+#include "../narrow.h"
 #include "gather.h"
 
 namespace pvc {
@@ -131,44 +131,60 @@ struct Transpose {
     }
 };
 
-typedef uint8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
+// The same for small lanes, in blocks of as many rows as 128 bits hold lanes: each round doubles the runs that lie
+// right.
+template <typename Lane>
+struct PartTranspose {
+    typedef Lane type __attribute__((vector_size(16), aligned(sizeof(Lane)), may_alias));
+    static constexpr int lanes = 16 / static_cast<int>(sizeof(Lane));
+    using Indices = typename Transpose<float>::Count<lanes>::type;
 
-template <bool High, int... I>
-inline Bytes interleave_bytes(Bytes a, Bytes b, Transpose<float>::Indices<I...>) {
-    return __builtin_shufflevector(a, b, (I % 2 * 16 + I / 2 + (High ? 8 : 0))...);
-}
+    template <bool High, int... I>
+    static inline type interleave(type a, type b, Transpose<float>::Indices<I...>) {
+        return __builtin_shufflevector(a, b, (I % 2 * lanes + I / 2 + (High ? lanes / 2 : 0))...);
+    }
 
-// A block of 16 x 16 bytes: each of four rounds doubles the runs that lie right.
-inline void transpose_block(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t to_stride) {
-    using Indices = typename Transpose<float>::Count<16>::type;
-    Bytes rows[16], next[16];
+    static inline void block(const Lane* from, int64_t from_stride, Lane* to, int64_t to_stride) {
+        type rows[lanes], next[lanes];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) rows[i] = *reinterpret_cast<const Bytes*>(from + i * from_stride);
+        for (int i = 0; i < lanes; ++i) rows[i] = *reinterpret_cast<const type*>(from + i * from_stride);
 #pragma GCC unroll 4
-    for (int round = 0; round < 4; ++round) {
+        for (int run = 1; run < lanes; run *= 2) {
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-            next[2 * i] = interleave_bytes<false>(rows[i], rows[i + 8], Indices{});
-            next[2 * i + 1] = interleave_bytes<true>(rows[i], rows[i + 8], Indices{});
+            for (int i = 0; i < lanes / 2; ++i) {
+                next[2 * i] = interleave<false>(rows[i], rows[i + lanes / 2], Indices{});
+                next[2 * i + 1] = interleave<true>(rows[i], rows[i + lanes / 2], Indices{});
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < lanes; ++i) rows[i] = next[i];
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) rows[i] = next[i];
+        for (int i = 0; i < lanes; ++i) *reinterpret_cast<type*>(to + i * to_stride) = rows[i];
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) *reinterpret_cast<Bytes*>(to + i * to_stride) = rows[i];
+};
+
+inline void transpose_block(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t to_stride) {
+    PartTranspose<uint8_t>::block(from, from_stride, to, to_stride);
+}
+
+inline void transpose_block(const Bits16* from, int64_t from_stride, Bits16* to, int64_t to_stride) {
+    PartTranspose<uint16_t>::block(&from->bits, from_stride, &to->bits, to_stride);
 }
 
 template <typename T>
 constexpr int64_t transpose_lanes = Vector<T>::lanes;
 template <>
-constexpr int64_t transpose_lanes<uint8_t> = 16;
+constexpr int64_t transpose_lanes<uint8_t> = PartTranspose<uint8_t>::lanes;
+template <>
+constexpr int64_t transpose_lanes<Bits16> = PartTranspose<uint16_t>::lanes;
 
 template <typename T>
 inline void transpose_block(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
     Transpose<T>::block(from, from_stride, to, to_stride);
 }
 
-// to[c][r] = from[r][c] for r < rows, c < columns; T is float, double or uint8_t. `from` and `to` do not overlap.
+// to[c][r] = from[r][c] for r < rows, c < columns; T is float, double, uint8_t or Bits16. `from` and `to` do not
+// overlap.
 //
 // The side whose lines are further apart (planes of a tensor, often a power of two apart, so that their lines compete
 // for the same cache sets) is walked along its lines, lanes of them at a time. A size that is no multiple of the lanes

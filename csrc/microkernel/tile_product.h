@@ -1,4 +1,7 @@
-// Products of float32 matrices on a processor's matrix unit (AMX), which multiplies bfloat16 and sums in float32.
+// Products of matrices on a processor's matrix unit (AMX), which multiplies bfloat16 and sums in float32.
+//
+// A bfloat16 value is one part and a float16 value exactly the sum of two, of which the product of the second ones,
+// below 2^-17 of the whole, is left out.
 //
 // A float32 value is the sum of three bfloat16 ones, x = x0 + x1 + x2, each the rest rounded to the nearest, so that
 // x1 is at most 2^-8 and x2 2^-17 of x, and products of parts are exact in float32. Of the nine in x * y those with an
@@ -11,7 +14,7 @@
 // two tiles of each operand. A multiplication takes 16 cycles, and the 16 loads for 24 of them hide behind it.
 #pragma once
 
-#include "../bfloat_pair.h"
+#include "../narrow.h"
 
 namespace pvc {
 namespace {
@@ -272,14 +275,10 @@ bool split_values(int64_t count, const Value& value, Bfloat16* to, int64_t part_
     return splitter.splits();
 }
 
-// The same for an array.
-template <int Parts>
-bool split_values(const float* from, int64_t count, Bfloat16* to, int64_t part_stride) {
-    using V = Vector<float>;
-    const auto value = [&](int64_t i, int64_t n) {
-        return n == V::lanes ? V::load(from + i) : V::load_partial(from + i, n);
-    };
-    return split_values<Parts>(count, value, to, part_stride);
+// The same for an array of float, Float16 or Bfloat16.
+template <int Parts, typename S>
+bool split_array(const S* from, int64_t count, Bfloat16* to, int64_t part_stride) {
+    return split_values<Parts>(count, [&](int64_t i, int64_t n) { return load_wide(from + i, n); }, to, part_stride);
 }
 
 // The parts of from[32][16] as tiles of a right operand, [pair of rows][16 columns][2]. As split_values otherwise.

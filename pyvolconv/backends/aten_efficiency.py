@@ -1,7 +1,8 @@
 """What share of the machine's float32 FMA peak torch's own kernels are expected to reach: the cost model of `aten`.
 
 The numbers are fitted to measurements (docs/performance.md). On the CPU float32 and bfloat16 run in oneDNN, unless
-torch leaves it alone; float64 and grouped gradients in im2col or a loop, float16 in a scalar loop without AVX512_FP16.
+torch leaves it alone; float64 and grouped gradients in im2col or a loop, float16 in a scalar loop without AVX512_FP16,
+its weight gradient with it.
 On CUDA the model is that of `aten_on_cuda.py`.
 """
 
@@ -20,12 +21,14 @@ def share_of_peak(problem: ConvProblem, pass_: Pass) -> float:
     if problem.device == "cpu":
         if problem.dtype == "float64":
             return 0.5 if problem.kernel_size == (1, 1, 1) and problem.groups == 1 else 0.04  # a product, or im2col
-        if problem.dtype == "float16" and not _has_float16():
-            return 0.1 if pass_ == "grad_weight" else 0.01
+        if problem.dtype == "float16" and (pass_ == "grad_weight" or not _has_float16()):
+            return 0.001 if _has_float16() else 0.1 if pass_ == "grad_weight" else 0.01
         if problem.groups > 1 and pass_ != "forward":
             return 0.02
         if _is_depthwise_of_whole_vectors(problem) and starts_two_wide_fmas():
             return 0.2
+        if problem.dtype == "bfloat16" and torch.cpu._is_amx_tile_supported():
+            return _bfloat16_on_matrix_unit(problem, pass_)
         if problem.dtype == "bfloat16" and torch.cpu._is_avx512_bf16_supported():
             return _bfloat16(problem, pass_)
         if problem.dtype == "float32" and problem.groups == 1 and not _falls_to_im2col(problem):
@@ -122,6 +125,32 @@ def _bfloat16(problem: ConvProblem, pass_: Pass) -> float:
         reached = 1.9 * used / _inside_share(problem)
     moved = problem.min_bytes(pass_) / problem.flops(pass_)
     return 1 / (1 / reached + (16 if problem.layout == "ndhwc" else 50) * moved)
+
+
+def _bfloat16_on_matrix_unit(problem: ConvProblem, pass_: Pass) -> float:
+    """The same with AMX: 6.7 of float32 FMA peak, 3.7 for the weight gradient, with channels rounded up to whole tiles.
+
+    Then memory weighs most, in ncdhw reorders before and after: in FLOPs a byte takes 22 of a source or result (ncdhw:
+    90 and 200), 160 of a weight; in the weight gradient 45 (106) of the input, 240 of the weight.
+    """
+    if pass_ == "grad_weight" and max(problem.dilation) > 1:
+        return 0.27
+    ndhwc, flops = problem.layout == "ndhwc", problem.flops(pass_)
+    source, target = problem.in_channels, problem.out_channels
+    read, written = (2 * math.prod(shape) / flops for shape in (problem.input_shape, problem.output_shape))
+    weight = 2 * math.prod(problem.weight_shape) / flops
+    if pass_ == "grad_weight":
+        used = _rounded_up(source, 16) * _rounded_up(target, 16)
+        return 1 / ((0.27 if ndhwc else 0.33) * used + (45 if ndhwc else 106) * read + 240 * weight + 1.5e8 / flops)
+    if pass_ == "grad_input":
+        source, target, read, written = target, source, written, read
+    computed = 0.15 * _rounded_up(source, 32) * _rounded_up(target, 16) * _inside_share(problem)
+    return 1 / (computed + (22 if ndhwc else 90) * read + (22 if ndhwc else 200) * written + 160 * weight)
+
+
+def _rounded_up(count: int, multiple: int) -> float:
+    """How many times as much is computed where a number is rounded up to a multiple."""
+    return -(-count // multiple) * multiple / count
 
 
 def _inside_share(problem: ConvProblem) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from .. import _C
+
+Result = TypeVar("Result")
 
 DTYPES = ("float32", "float64")
 
@@ -57,11 +59,13 @@ def kernels() -> ModuleType:
     return _C
 
 
-def call(kernel: Callable[..., None], plan: object, *tensors: Tensor | None, options: tuple[object, ...] = ()) -> None:
+def call(
+    kernel: Callable[..., Result], plan: object, *tensors: Tensor | None, options: tuple[object, ...] = ()
+) -> Result:
     """Run a compiled pass: its plan, the options that only some passes have, and the addresses of tensors."""
     # Torch gives the calling Python thread its thread count (omp_set_num_threads) when first asked for it.
     torch.get_num_threads()
-    kernel(plan, *options, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
+    return kernel(plan, *options, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
 
 
 def host_reasons(problem: ConvProblem, dtypes: tuple[str, ...]) -> list[str]:

@@ -1,4 +1,4 @@
-"""`cpp.amx`: float32 convolution on a processor's matrix unit (AMX), whose operands are bfloat16, from csrc/.
+"""`cpp.amx`: convolution on a processor's matrix unit (AMX), whose operands are bfloat16, from csrc/.
 
 A float32 value is exactly the sum of three bfloat16 ones. Of the nine products of two values' parts the six that matter
 are summed in float32, which leaves an error of the order of float32's own; the unit is 16 times as fast as float32
@@ -7,8 +7,12 @@ FMAs, so that convolution runs above their peak; Winograd's F(2, 3) along one ax
 `torch.backends.mkldnn.conv.fp32_precision` is "bf16", one (G. Henry, P. Tang, A. Heinecke, "Leveraging the bfloat16
 Artificial Intelligence Datatype For Higher-Precision Computations", 2019).
 
+A float16 value is exactly the sum of two bfloat16 ones; what three products leave out of the product of two values is
+below 2**-17 of it, a 64th of what rounding a result to float16 takes. A bfloat16 value is one. Tensors are read and
+written in their own dtype; sums are float32.
+
 Operands with an infinity, a NaN, or a value that rounds to an infinite bfloat16 have no such parts: those are
-computed by `cpp.direct`.
+computed by `cpp.direct`, of 16-bit dtypes by `cpp.widened`.
 """
 
 from __future__ import annotations
@@ -20,13 +24,17 @@ from torch import Tensor
 from ..precision import convolves_float32_in_bfloat16, get_precision
 from ..problem import ConvProblem, Pass
 from .base import Accuracy, Backend, empty
-from .cpp import call, host_reasons, kernels, load_extension, plan_of
+from .cpp import CppDirect, call, host_reasons, kernels, load_extension, plan_of
+from .cpp_widened import CppWidened
+
+PARTS = {"bfloat16": 1, "float16": 2}
+"""How many bfloat16 values make up one of a 16-bit dtype."""
 
 PRODUCTS = {1: 1, 2: 3, 3: 6}
 """Products of two values' parts that are summed, by the number of parts."""
 
 ROUNDING = {1: 2.0**16, 2: 2.0**8, 3: 0.0}
-"""What a product loses beside the rounding of sums, in steps of float32's eps."""
+"""What a product of float32 values loses beside the rounding of sums, in steps of float32's eps."""
 
 
 TILE, STEP = 16, 32
@@ -34,35 +42,18 @@ TILE, STEP = 16, 32
 
 
 class CppAmx(Backend):
-    """Any window, stride and dilation, both layouts; one group.
-
-    Attributes:
-        fixed_parts: into how many bfloat16 values a float32 value is split, where its user knows that as many hold it;
-            None: what the user's settings allow.
-    """
+    """Any window, stride and dilation, both layouts; one group."""
 
     name = "cpp.amx"
     family = "cpp"
     plain = False
     """Compute as the matrix unit would without one, slowly: only for tests."""
 
-    def __init__(self, fixed_parts: int | None = None) -> None:
-        self.fixed_parts = fixed_parts
-
-    @property
-    def parts(self) -> int:
-        """Into how many bfloat16 values a float32 value is split."""
-        if self.fixed_parts is not None:
-            return self.fixed_parts
-        if convolves_float32_in_bfloat16():
-            return 1
-        return 2 if get_precision() == "high" else 3
-
     def unsupported_reasons(self, problem: ConvProblem, pass_: Pass) -> list[str]:
         _, missing = load_extension()
         if missing:
             return [missing]
-        reasons = host_reasons(problem, ("float32",))
+        reasons = host_reasons(problem, ("float32", *PARTS))
         if problem.groups != 1:
             reasons.append(f"it has {problem.groups} groups; it needs one")
         if problem.pool is not None:
@@ -73,23 +64,29 @@ class CppAmx(Backend):
 
     def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = empty(problem, "output", x)
-        call(kernels().split_forward, plan_of(problem), x, weight, bias, y, options=(self.parts, self.plain))
-        return y
+        if call(kernels().split_forward, plan_of(problem), x, weight, bias, y, options=self._options(problem)):
+            return y
+        return _other(problem).forward(problem, x, weight, bias)
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
         result = empty(problem, "input", grad_output)
-        options = (self.parts, self.plain)
-        call(kernels().split_grad_input, plan_of(problem), grad_output, weight, result, options=options)
-        return result
+        options = self._options(problem)
+        if call(kernels().split_grad_input, plan_of(problem), grad_output, weight, result, options=options):
+            return result
+        return _other(problem).grad_input(problem, grad_output, weight)
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
         result = empty(problem, "weight", x)
-        options = (self.parts, self.plain)
-        call(kernels().split_grad_weight, plan_of(problem), grad_output, x, result, options=options)
-        return result
+        options = self._options(problem)
+        if call(kernels().split_grad_weight, plan_of(problem), grad_output, x, result, options=options):
+            return result
+        return _other(problem).grad_weight(problem, grad_output, x)
+
+    def _options(self, problem: ConvProblem) -> tuple[object, ...]:
+        return problem.dtype, parts(problem), self.plain
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
-        count = self.parts
+        count = parts(problem)
         length = problem.reduction_length(pass_)
         sources = problem.in_channels if pass_ == "forward" else problem.out_channels
         depth, height = (_mixed_voxels(problem, pass_, axis) for axis in (0, 1))
@@ -98,12 +95,13 @@ class CppAmx(Backend):
         # rounding for each addition, as in a plain sum, and what parts leave out.
         run = sources * _taps_of_a_run(problem, pass_)
         additions = PRODUCTS[count] * (length // run) * -(-run // STEP) + min(length, 17)
+        rounding = 0.0 if problem.dtype == "bfloat16" else mixed * ROUNDING[count]
         return Accuracy(
-            constant=max(float(mixed), (additions / 2 + 0.5 + mixed * ROUNDING[count]) / length),
+            constant=max(float(mixed), (additions / 2 + 0.5 + rounding) / length),
             accumulate_dtype="float32",
             bitwise_reproducible=True,
             reach=(depth, height, 0),
-            exact_integers=count == 3,
+            exact_integers=count == 3 or problem.dtype == "bfloat16",
         )
 
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
@@ -111,8 +109,8 @@ class CppAmx(Backend):
         as long as one, rows and columns of tiles that are computed in vain included; a part of a source value takes 18
         (ncdhw: 26), each time it is packed, a result 37 (52), a part of a weight 50."""
         if pass_ == "grad_weight":
-            return problem.flops(pass_) / 2 / _grad_weight_time(problem, self.parts)
-        count = self.parts
+            return problem.flops(pass_) / 2 / _grad_weight_time(problem, parts(problem))
+        count = parts(problem)
         sources, targets, size = problem.in_channels, problem.out_channels, problem.output_size
         strides, packed = (1, 1, 1), math.prod(problem.stride)
         if pass_ == "grad_input":
@@ -161,7 +159,7 @@ def _grad_weight_time(problem: ConvProblem, count: int) -> float:
 
 
 def _may_be_transformed(problem: ConvProblem, pass_: Pass, axis: int) -> bool:
-    if pass_ == "grad_weight" or math.prod(problem.kernel_size) < 27:
+    if pass_ == "grad_weight" or math.prod(problem.kernel_size) < 27 or parts(problem) == 1:
         return False
     return problem.kernel_size[axis] == 3 and problem.stride[axis] == problem.dilation[axis] == 1
 
@@ -183,6 +181,8 @@ def _mixed_voxels(problem: ConvProblem, pass_: Pass, axis: int) -> int:
     (csrc/algorithm/split_plan.h) the tile has voxels that are a stride apart, of kernels longer than three taps too.
     """
     kernel, stride, dilation = problem.kernel_size[axis], problem.stride[axis], problem.dilation[axis]
+    if parts(problem) == 1:
+        return 0
     if pass_ != "grad_input":
         return 3 * _may_be_transformed(problem, pass_, axis)
     if stride % dilation != 0:
@@ -194,3 +194,22 @@ def _mixed_voxels(problem: ConvProblem, pass_: Pass, axis: int) -> int:
 def _computed(size: int, tile: int) -> float:
     """How many times as much is computed where an axis is cut into tiles."""
     return -(-size // tile) * tile / size
+
+
+def parts(problem: ConvProblem) -> int:
+    """Into how many bfloat16 values a value is split: of float32 what the user's settings let.
+
+    Example:
+        >>> parts(ConvProblem.parse("cpu-float16-ncdhw-n1ic2oc3-i4-k3"))
+        2
+    """
+    if problem.dtype in PARTS:
+        return PARTS[problem.dtype]
+    if convolves_float32_in_bfloat16():
+        return 1
+    return 2 if get_precision() == "high" else 3
+
+
+def _other(problem: ConvProblem) -> Backend:
+    """Who computes where an operand has no parts."""
+    return CppDirect() if problem.dtype == "float32" else CppWidened()

@@ -17,28 +17,19 @@ from torch import Tensor
 from ..precision import Precision, get_precision
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from .base import Accuracy, Backend, empty
-from .cpp import CppDirect, kernels
-from .cpp_amx import CppAmx
+from .cpp import CppDirect
 from .cpp_winograd import CppWinograd
 
 DTYPES = ("float16", "bfloat16")
 COPIED_BYTES = 8 << 20
 COPIED_BYTES_PER_WEIGHT = 300
 """Twice the partial sums of Winograd's weight gradient: 16 splits of 64 points for 27 taps."""
-FLOAT16_PARTS = 2
-"""bfloat16 values that make up one of float16: 8 and 8 bits for 11."""
 CONVERTING = 40
 """FLOPs at peak in the time that it takes to convert a value, measured."""
 
 
 class CppWidened(Backend):
-    """Whichever float32 kernel expects to be fastest, on converted operands: `cpp.direct`, `cpp.winograd`, or, of
-    float16 on a processor with a matrix unit, `cpp.amx`.
-
-    A float16 value is exactly the sum of two bfloat16 ones, and the product of the second parts, which `cpp.amx` leaves
-    out, is below 2**-17 of the whole product: a 64th of what rounding the result to float16 takes. Integers are
-    exact where those of one operand are at most 85, so that transforms keep them within one part.
-    """
+    """Whichever of `cpp.direct` and `cpp.winograd` expects to be faster in float32, on converted operands."""
 
     name = "cpp.widened"
     family = "cpp"
@@ -53,7 +44,7 @@ class CppWidened(Backend):
 
     def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = empty(problem, "output", x)
-        backend, wide_weight = inner(problem, "forward"), weight.float()
+        backend, wide_weight = _inner(problem, "forward", get_precision()), weight.float()
         wide_bias = None if bias is None else bias.float()
         for begin, part in _parts(problem, "forward"):
             end = begin + part.batch
@@ -62,14 +53,14 @@ class CppWidened(Backend):
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
         result = empty(problem, "input", grad_output)
-        backend, wide_weight = inner(problem, "grad_input"), weight.float()
+        backend, wide_weight = _inner(problem, "grad_input", get_precision()), weight.float()
         for begin, part in _parts(problem, "grad_input"):
             end = begin + part.batch
             result[begin:end].copy_(backend.grad_input(part, grad_output[begin:end].float(), wide_weight))
         return result
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
-        backend = inner(problem, "grad_weight")
+        backend = _inner(problem, "grad_weight", get_precision())
         total: Tensor | None = None
         for begin, part in _parts(problem, "grad_weight"):
             end = begin + part.batch
@@ -79,26 +70,20 @@ class CppWidened(Backend):
         return empty(problem, "weight", x).copy_(total)
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
-        return inner(problem, pass_).accuracy(problem.with_(dtype="float32"), pass_)
+        return _inner(problem, pass_, get_precision()).accuracy(problem.with_(dtype="float32"), pass_)
 
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
         """That of the float32 kernel, and the time to convert each value."""
-        wide = inner(problem, pass_).expected_efficiency(problem.with_(dtype="float32"), pass_)
+        inner = _inner(problem, pass_, get_precision()).expected_efficiency(problem.with_(dtype="float32"), pass_)
         values = problem.min_bytes(pass_) / DTYPE_BYTES[problem.dtype]
-        return 1 / (1 / wide + CONVERTING * values / problem.flops(pass_))
-
-
-def inner(problem: ConvProblem, pass_: Pass) -> Backend:
-    """The float32 backend that computes a pass of a float16 or bfloat16 problem."""
-    return _inner(problem, pass_, get_precision(), kernels().current_isa())
+        return 1 / (1 / inner + CONVERTING * values / problem.flops(pass_))
 
 
 @lru_cache(maxsize=4096)
-def _inner(problem: ConvProblem, pass_: Pass, precision: Precision, isa: str) -> Backend:
-    """`precision` is what `CppWinograd` looks at, `isa` what `CppAmx` needs."""
+def _inner(problem: ConvProblem, pass_: Pass, precision: Precision) -> Backend:
+    """The float32 backend; `precision` is what `CppWinograd` looks at."""
     wide = problem.with_(dtype="float32")
-    candidates = [CppDirect(), CppWinograd(), *([CppAmx(FLOAT16_PARTS)] if problem.dtype == "float16" else [])]
-    able = [backend for backend in candidates if not backend.unsupported_reasons(wide, pass_)]
+    able = [backend for backend in (CppDirect(), CppWinograd()) if not backend.unsupported_reasons(wide, pass_)]
     return max(able, key=lambda backend: backend.expected_efficiency(wide, pass_))
 
 

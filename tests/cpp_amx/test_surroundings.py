@@ -24,7 +24,6 @@ def test_says_why_it_cannot_run(own, use_isa):
     assert own.unsupported_reasons(problem, "forward") == []
     for other, why in (
         (problem.with_(dtype="float64"), "dtype is float64"),
-        (problem.with_(dtype="bfloat16"), "dtype is bfloat16"),
         (problem.with_(groups=2), "2 groups"),
         (problem.with_(device="cuda"), "device is cuda"),
     ):
