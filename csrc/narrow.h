@@ -59,7 +59,15 @@ inline Vector<float>::type load_wide(const Float16* from, int64_t count) {
     return reinterpret_cast<Vector<float>::type>(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), from)));
 }
 
-inline float widen(Float16 value) { return load_wide(&value, 1)[0]; }
+inline float widen(Float16 value) {
+    return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_castsi128_si256(_mm_cvtsi32_si128(value.bits))));
+}
+
+inline Float16 to_float16(float value) {
+    const __m256i narrow =
+        _mm512_cvtps_ph(_mm512_castps128_ps512(_mm_set_ss(value)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return {static_cast<uint16_t>(_mm_cvtsi128_si32(_mm256_castsi256_si128(narrow)))};
+}
 
 template <typename S>
 inline void copy_wide(const S* from, float* to, int64_t count) {

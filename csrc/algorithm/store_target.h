@@ -64,7 +64,7 @@ inline void transpose(const float* from, int64_t from_stride, Float16* to, int64
     narrow_transposed(from, from_stride, to, to_stride, rows, columns);
 }
 
-inline void assign(Float16& to, float sum) { copy_narrow(&sum, &to, 1); }
+inline void assign(Float16& to, float sum) { to = to_float16(sum); }
 #endif
 
 inline void assign(float& to, float sum) { to = sum; }

@@ -25,20 +25,14 @@ from ..precision import convolves_float32_in_bfloat16, get_precision
 from ..problem import ConvProblem, Pass
 from .base import Accuracy, Backend, empty
 from .cpp import CppDirect, call, host_reasons, kernels, load_extension, plan_of
+from .cpp_amx_time import PRODUCTS, STEP, gather_time, grad_weight_time
 from .cpp_widened import CppWidened
 
 PARTS = {"bfloat16": 1, "float16": 2}
 """How many bfloat16 values make up one of a 16-bit dtype."""
 
-PRODUCTS = {1: 1, 2: 3, 3: 6}
-"""Products of two values' parts that are summed, by the number of parts."""
-
 ROUNDING = {1: 2.0**16, 2: 2.0**8, 3: 0.0}
 """What a product of float32 values loses beside the rounding of sums, in steps of float32's eps."""
-
-
-TILE, STEP = 16, 32
-"""Rows and columns of a tile of sums, and the summed values of one product of tiles."""
 
 
 class CppAmx(Backend):
@@ -105,57 +99,12 @@ class CppAmx(Backend):
         )
 
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
-        """The expected time in FMAs at peak, fitted to measurements (docs/performance.md): 7.5 products of parts take
-        as long as one, rows and columns of tiles that are computed in vain included; a part of a source value takes 18
-        (ncdhw: 26), each time it is packed, a result 37 (52), a part of a weight 50."""
         if pass_ == "grad_weight":
-            return problem.flops(pass_) / 2 / _grad_weight_time(problem, parts(problem))
-        count = parts(problem)
-        sources, targets, size = problem.in_channels, problem.out_channels, problem.output_size
-        strides, packed = (1, 1, 1), math.prod(problem.stride)
-        if pass_ == "grad_input":
-            sources, targets, size = targets, sources, problem.input_size
-            strides, packed = problem.stride, 1  # a source value is packed once for every residue of the stride
-        taps = [max(1.0, k / s) for k, s in zip(problem.kernel_size, strides, strict=True)]
-        mixed = [_computed(size[axis], 2) for axis in (0, 1) if _may_be_transformed(problem, pass_, axis)]
-        along = 2 / 3 * min(mixed) if mixed else 1.0
-        if problem.dilation[2] == 1:
-            steps = -(-math.ceil(taps[2] * sources) // STEP)
+            time = grad_weight_time(problem, parts(problem))
         else:
-            steps = math.ceil(taps[2]) * -(-sources // STEP)
-        width = math.ceil(size[2] / strides[2])
-        rows = min(_computed(width, TILE), 1.05 * (width + problem.kernel_size[2] - 1) / width)
-        voxels = problem.batch * math.prod(size)
-        products = (
-            PRODUCTS[count] * taps[0] * taps[1] * along * steps * STEP * rows * _computed(targets, TILE) * targets
-        )
-        around = 2.0 if mixed else 1.5 if max(problem.kernel_size[:2]) > 1 else 1.0
-        in_order = problem.layout == "ndhwc"
-        packing = around * packed * sources * count * (18 if in_order else 26)
-        storing = targets * (37 if in_order else 52)
-        weights = math.prod(problem.weight_shape) * count * 50
-        time = voxels * (products / 7.5 + packing + storing) + weights
+            axes = [axis for axis in (0, 1) if _may_be_transformed(problem, pass_, axis)]
+            time = gather_time(problem, pass_, parts(problem), axes)
         return problem.flops(pass_) / 2 / time
-
-
-def _grad_weight_time(problem: ConvProblem, count: int) -> float:
-    """The expected time in FMAs at peak. Rows of tiles are target channels, columns are taps along the width and source
-    channels, and 32 voxels are summed in a step, which takes 2400 FMAs with two parts and 4400 with three; a value of
-    an operand takes 85 each time it is packed, a part of it 10 more."""
-    voxels = problem.batch * math.prod(problem.output_size)
-    axes = list(zip(problem.kernel_size, problem.stride, problem.dilation, strict=True))
-    packed = voxels * math.prod(s + ((k - 1) * min(d, 2) + 1 - s) / 8 for k, s, d in axes[:2])
-    width, kernel = problem.output_size[2], problem.kernel_size[2]
-    positions = ((width - 1) * problem.stride[2] + kernel) / width
-    columns = -(-kernel * problem.in_channels // TILE)
-    rows = -(-problem.out_channels // TILE)
-    tiles = math.prod(problem.kernel_size[:2]) * columns * rows
-    splits = min(max(1.0, 2000 / tiles), 8.0)
-    products = voxels / (STEP * 0.94) * tiles * {1: 1100, 2: 2400, 3: 4400}[count]
-    packing = packed * (problem.in_channels * positions * 85 + TILE * columns * count * 10)
-    gradient = voxels * TILE * rows * 95
-    time = products + packing + gradient + splits * tiles * 17_000
-    return 2 * time if 2 < kernel <= problem.stride[2] else time  # windows apart from one another: packed one by one
 
 
 def _may_be_transformed(problem: ConvProblem, pass_: Pass, axis: int) -> bool:
@@ -189,11 +138,6 @@ def _mixed_voxels(problem: ConvProblem, pass_: Pass, axis: int) -> int:
         return 0
     period = stride // dilation
     return 3 * stride if 3 in (kernel // period, -(-kernel // period)) else 0
-
-
-def _computed(size: int, tile: int) -> float:
-    """How many times as much is computed where an axis is cut into tiles."""
-    return -(-size // tile) * tile / size
 
 
 def parts(problem: ConvProblem) -> int:
