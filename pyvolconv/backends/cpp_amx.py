@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from ..precision import convolves_float32_in_bfloat16, get_precision
@@ -90,9 +91,12 @@ class CppAmx(Backend):
         run = sources * _taps_of_a_run(problem, pass_)
         additions = PRODUCTS[count] * (length // run) * -(-run // STEP) + min(length, 17)
         rounding = 0.0 if problem.dtype == "bfloat16" else mixed * ROUNDING[count]
+        # What float16 loses in a product is little beside its own eps, whatever the number of products.
+        unit = "float16" if problem.dtype == "float16" else "float32"
+        steps = torch.finfo(torch.float32).eps / torch.finfo(getattr(torch, unit)).eps
         return Accuracy(
-            constant=max(float(mixed), (additions / 2 + 0.5 + rounding) / length),
-            accumulate_dtype="float32",
+            constant=steps * max(float(mixed), (additions / 2 + 0.5 + rounding) / length),
+            accumulate_dtype=unit,
             bitwise_reproducible=True,
             reach=(depth, height, 0),
             exact_integers=count == 3 or problem.dtype == "bfloat16",
