@@ -144,7 +144,9 @@ def _bfloat16_on_matrix_unit(problem: ConvProblem, pass_: Pass) -> float:
         return 1 / ((0.27 if ndhwc else 0.33) * used + (45 if ndhwc else 106) * read + 240 * weight + 1.5e8 / flops)
     if pass_ == "grad_input":
         source, target, read, written = target, source, written, read
-    computed = 0.15 * _rounded_up(source, 32) * _rounded_up(target, 16) * _inside_share(problem)
+    if source < 3:
+        return 0.1
+    computed = 0.15 * _rounded_up(source, 16) * _rounded_up(target, 16) * _inside_share(problem)
     return 1 / (computed + (22 if ndhwc else 90) * read + (22 if ndhwc else 200) * written + 160 * weight)
 
 
