@@ -8,6 +8,7 @@
 #include "algorithm/direct_grad_input.h"
 #include "algorithm/direct_grad_weight.h"
 #include "algorithm/first_layer.h"
+#include "algorithm/first_layer_grad_input.h"
 #include "algorithm/first_layer_grad_weight.h"
 #include "algorithm/instance_norm_backward.h"
 #include "algorithm/instance_norm_forward.h"
@@ -98,11 +99,11 @@ const KernelTable PVC_JOIN(kernels_, PVC_ISA) = {
     {direct_forward<float>, direct_grad_input<float>, direct_grad_weight<float>, pooled_forward<float>,
      sparse_grad_input<float>, sparse_grad_weight<float>, has_winograd<float>, winograd_forward<float>,
      winograd_grad_input<float>, winograd_grad_weight<float>, winograd_pooled<float>, first_layer_forward<float>,
-     first_layer_grad_weight<float>, first_layer_pooled<float>},
+     first_layer_grad_input<float>, first_layer_grad_weight<float>, first_layer_pooled<float>},
     {direct_forward<double>, direct_grad_input<double>, direct_grad_weight<double>, pooled_forward<double>,
      sparse_grad_input<double>, sparse_grad_weight<double>, has_winograd<double>, winograd_forward<double>,
      winograd_grad_input<double>, winograd_grad_weight<double>, winograd_pooled<double>, first_layer_forward<double>,
-     first_layer_grad_weight<double>, first_layer_pooled<double>},
+     first_layer_grad_input<double>, first_layer_grad_weight<double>, first_layer_pooled<double>},
     kByBfloat16,
     kBfloat16,
     kSplit,

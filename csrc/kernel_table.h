@@ -34,8 +34,9 @@ struct PassTable {
     void (*winograd_forward_max_pool)(const PooledProblem&, const int64_t outputs[3], const T* x, const T* weight,
                                       const T* bias /* or null */, T* pooled, uint8_t* code);
 
-    // For few input channels; algorithm/first_layer.h says what the problem must be like.
+    // For few input channels; algorithm/first_layer.h and first_layer_grad_input.h say what the problem must be like.
     void (*first_layer_forward)(const ConvProblem&, const T* x, const T* weight, const T* bias /* or null */, T* y);
+    void (*first_layer_grad_input)(const ConvProblem&, const T* grad_output, const T* weight, T* grad_input);
     void (*first_layer_grad_weight)(const ConvProblem&, const T* grad_output, const T* x, T* grad_weight);
     void (*first_layer_forward_max_pool)(const PooledProblem&, const T* x, const T* weight, const T* bias /* or null */,
                                          T* pooled, uint8_t* code);

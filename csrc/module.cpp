@@ -267,6 +267,16 @@ void first_layer_forward(const Plan& plan, uintptr_t x, uintptr_t weight, uintpt
     });
 }
 
+void first_layer_grad_input(const Plan& plan, uintptr_t grad_output, uintptr_t weight, uintptr_t result) {
+    if (plan.problem.in_channels > 4 || plan.problem.groups != 1) {
+        throw std::invalid_argument("the first-layer gradient needs 1 to 4 channels in one group");
+    }
+    with_passes(plan, [&](const auto& passes, auto zero) {
+        using T = decltype(zero);
+        passes.first_layer_grad_input(plan.problem, pointer<T>(grad_output), pointer<T>(weight), pointer<T>(result));
+    });
+}
+
 void first_layer_grad_weight(const Plan& plan, uintptr_t grad_output, uintptr_t x, uintptr_t result) {
     check_first_layer(plan.problem);
     if (plan.problem.in_channels > 4) throw std::invalid_argument("the first-layer gradient needs 1 to 4 channels");
@@ -372,6 +382,8 @@ PYBIND11_MODULE(_C, module) {
 
     module.def("first_layer_forward", &first_layer_forward, py::arg("plan"), py::arg("x"), py::arg("weight"),
                py::arg("bias"), py::arg("y"));
+    module.def("first_layer_grad_input", &first_layer_grad_input, py::arg("plan"), py::arg("grad_output"),
+               py::arg("weight"), py::arg("grad_input"));
     module.def("first_layer_grad_weight", &first_layer_grad_weight, py::arg("plan"), py::arg("grad_output"),
                py::arg("x"), py::arg("grad_weight"));
     module.def("first_layer_forward_max_pool", &first_layer_forward_max_pool, py::arg("plan"), py::arg("x"),

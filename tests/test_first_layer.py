@@ -194,6 +194,8 @@ def test_kernels_refuse_what_does_not_fit():
     many = ConvProblem.parse("cpu-float32-ndhwc-n1ic5oc8-i6x6x8-k3-p1")
     with pytest.raises(ValueError, match="needs 1 to 4 channels"):
         _C.first_layer_grad_weight(plan_of(many), 0, 0, 0)
+    with pytest.raises(ValueError, match="needs 1 to 4 channels in one group"):
+        _C.first_layer_grad_input(plan_of(many), 0, 0, 0)
     pooled = ConvProblem.parse("cpu-float32-ndhwc-n1ic1oc8-i6x6x8-k3-p1-relu-pool3")
     with pytest.raises(ValueError, match="windows of 2x2x2 with stride 2"):
         _C.first_layer_forward_max_pool(pooled_plan_of(pooled), 0, 0, 0, 0, 0)
@@ -217,6 +219,9 @@ def test_refusals_name_the_reason():
     assert BACKEND.unsupported_reasons(plain, "grad_weight") == []
     pooled = ConvProblem.parse("cpu-float32-ndhwc-n1ic1oc8-i8-k3-p1-relu-pool2")
     assert BACKEND.unsupported_reasons(pooled, "grad_weight") == ["it has no grad_weight fused with a pool"]
-    assert BACKEND.unsupported_reasons(plain, "grad_input") == ["it has no grad_input"]
-    with pytest.raises(NotImplementedError, match=r"cpp\.first_layer has no grad_input: cpu-float32"):
-        BACKEND.grad_input(plain, torch.empty(0), torch.empty(0))
+    assert BACKEND.unsupported_reasons(pooled, "grad_input") == ["it has no grad_input fused with a pool"]
+    assert BACKEND.unsupported_reasons(plain, "grad_input") == []
+    strided = ConvProblem.parse("cpu-float32-ndhwc-n1ic4oc8-i16-k5-s2-d2")
+    assert BACKEND.unsupported_reasons(strided, "grad_input") == []
+    many = ConvProblem.parse("cpu-float32-ndhwc-n1ic5oc8-i8-k3")
+    assert any("input channels are 5" in each for each in BACKEND.unsupported_reasons(many, "grad_input"))

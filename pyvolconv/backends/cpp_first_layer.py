@@ -1,9 +1,12 @@
-"""`cpp.first_layer`: forward and grad_weight for few input channels, F(2x2x2, 3x3x3) in registers, from csrc/.
+"""`cpp.first_layer`: the passes for few input channels, from csrc/.
 
 A network's first layer has one to four input channels. The minimal filtering algorithm F(2x2x2) (see cpp_winograd.py)
 then has no matrix products to speak of: its 64 products per channel and tile are summed by the transform itself. Here
 both happen in registers, and behind a ReLU the 2x2x2 max-pool too: the outputs of a tile are a window. The weight
 gradient sums the 64 products over all tiles and transforms the sums.
+
+In the input gradient the few channels would be lanes of vectors. There lanes are voxels of a row of the output's
+gradient, and taps along the width times input channels are what a vector is multiplied with.
 """
 
 from __future__ import annotations
@@ -20,28 +23,26 @@ MOST_CHANNELS = 4
 
 
 class CppFirstLayer(PooledForward):
-    """Forward, alone or fused with a 2x2x2 max-pool, and grad_weight of 3x3x3 kernels with stride 1 from at most four
-    channels."""
+    """At most four input channels: forward, alone or fused with a 2x2x2 max-pool, and grad_weight of 3x3x3 kernels with
+    stride 1; grad_input of all."""
 
     name = "cpp.first_layer"
     family = "cpp"
 
     def unsupported_reasons(self, problem: ConvProblem, pass_: Pass) -> list[str]:
         reasons = host_reasons(problem, DTYPES)
-        if pass_ == "grad_input":
-            reasons.append("it has no grad_input")
         if problem.in_channels > MOST_CHANNELS or problem.groups != 1:
             reasons.append(
                 f"input channels are {problem.in_channels} in {problem.groups} groups; "
                 f"it needs at most {MOST_CHANNELS} in one"
             )
-        if problem.kernel_size != (3, 3, 3):
+        if pass_ != "grad_input" and problem.kernel_size != (3, 3, 3):
             reasons.append(f"kernel size is {problem.kernel_size}; it computes (3, 3, 3)")
-        if problem.stride != (1, 1, 1) or problem.dilation != (1, 1, 1):
+        if pass_ != "grad_input" and (problem.stride != (1, 1, 1) or problem.dilation != (1, 1, 1)):
             reasons.append(f"stride is {problem.stride} and dilation {problem.dilation}; it needs 1")
         pool = problem.pool
-        if pool is not None and pass_ == "grad_weight":
-            reasons.append("it has no grad_weight fused with a pool")
+        if pool is not None and pass_ != "forward":
+            reasons.append(f"it has no {pass_} fused with a pool")
         elif pool is not None and (pool.window, pool.stride, pool.padding) != ((2, 2, 2), (2, 2, 2), (0, 0, 0)):
             reasons.append(f"pool is {pool}; it computes windows of 2 with stride 2 and no padding")
         _, missing = load_extension()
@@ -55,7 +56,9 @@ class CppFirstLayer(PooledForward):
         return y
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
-        raise NotImplementedError(f"{self.name} has no grad_input: {problem}")
+        result = empty(problem, "input", grad_output)
+        call(kernels().first_layer_grad_input, plan_of(problem), grad_output, weight, result)
+        return result
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
         result = empty(problem, "weight", x)
@@ -67,6 +70,8 @@ class CppFirstLayer(PooledForward):
 
     def accuracy(self, problem: ConvProblem, pass_: Pass) -> Accuracy:
         """The constants of F(2, 3) are powers of two: small integers stay exact."""
+        if pass_ == "grad_input":
+            return Accuracy(constant=1.0, accumulate_dtype=problem.dtype, bitwise_reproducible=True)
         return Accuracy(constant=2.0, accumulate_dtype=problem.dtype, bitwise_reproducible=True, reach=(3, 3, 3))
 
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
