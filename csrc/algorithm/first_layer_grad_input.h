@@ -60,7 +60,6 @@ class FirstLayerGradInput {
             for (int64_t d = depth; d < smaller(depth + depths_, problem_.input_size[0]); ++d) {
                 for (int64_t h = height; h < smaller(height + heights_, problem_.input_size[1]); ++h) {
                     compute_row(rows, d, h, packed);
-                    rows.read_ahead(d + 1, h - height);
                 }
             }
         });
@@ -107,22 +106,6 @@ class FirstLayerGradInput {
                 depth_[place] = depth;
             }
             return plane + (height - first_) * all_.row_values();
-        }
-
-        // Fetches output row `index` of the last depth that an input depth will meet, while others are computed with.
-        void read_ahead(int64_t depth, int64_t index) const {
-            const int64_t next = all_.met(0, depth, 0);
-            if (next < 0 || index >= rows_ || depth_[next % all_.planes_] == next) return;
-            const ConvProblem& problem = all_.problem_;
-            const int64_t* size = problem.output_size;
-            const bool last = problem.layout == Layout::ndhwc;
-            const int64_t voxels = size[0] * size[1] * size[2], row = (next * size[1] + first_ + index) * size[2];
-            const int64_t runs = last ? 1 : all_.channels_, run = last ? size[2] * all_.channels_ : size[2];
-            const T* from = all_.grad_output_ + sample_ * all_.channels_ * voxels + row * (last ? all_.channels_ : 1);
-            for (int64_t i = 0; i < runs; ++i, from += voxels) {
-                for (int64_t k = 0; k < run; k += 64 / static_cast<int64_t>(sizeof(T)))
-                    __builtin_prefetch(from + k, 0, 2);
-            }
         }
 
       private:

@@ -17,7 +17,18 @@ from torch import Tensor
 
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from .base import Accuracy, empty
-from .cpp import DTYPES, PooledForward, call, host_reasons, kernels, load_extension, plan_of, pooled_plan_of
+from .cpp import (
+    DTYPES,
+    PooledForward,
+    arithmetic_is_cheap,
+    call,
+    host_reasons,
+    kernels,
+    load_extension,
+    plan_of,
+    pooled_plan_of,
+    used_share,
+)
 
 MOST_CHANNELS = 4
 
@@ -83,6 +94,8 @@ class CppFirstLayer(PooledForward):
         """
         wide = kernels().current_isa() == "avx512"
         lanes = {"avx512": 64, "avx2": 32}.get(kernels().current_isa(), 16) // DTYPE_BYTES[problem.dtype]
+        if pass_ == "grad_input":
+            return _grad_input_efficiency(problem, lanes)
         size = problem.output_size if problem.pool is None else problem.pooled_size
         depth, height, width = (-(-count // 2) for count in size) if problem.pool is None else size
         vectors = -(-problem.out_channels // lanes)
@@ -97,6 +110,15 @@ class CppFirstLayer(PooledForward):
             time *= {"stored": 1.1, "pooled": 1.15, "grad_weight": 1.75}[kind]
         products = problem.flops(pass_) / 2
         return products / (problem.batch * depth * height * width * vectors * lanes * time)
+
+
+def _grad_input_efficiency(problem: ConvProblem, lanes: int) -> float:
+    """0.67 of peak with rows of whole vectors, and the time of 48 FLOPs for each byte (of 20 where arithmetic is not as
+    cheap): rows are read from memory and transposed, sums of taps are added along them."""
+    used = used_share(problem.output_size[2], lanes) * DTYPE_BYTES["float32"] / DTYPE_BYTES[problem.dtype]
+    values = math.prod(problem.output_shape) + math.prod(problem.input_shape) * problem.kernel_size[2]
+    moved = values * DTYPE_BYTES[problem.dtype] / problem.flops("grad_input")
+    return 1 / (1.5 / used + (48 if arithmetic_is_cheap() else 20) * moved)
 
 
 STREAMED_BYTES = 32 << 20
