@@ -35,15 +35,19 @@ void split_forward(const Plan& plan, int parts, bool plain, uintptr_t x, uintptr
     });
 }
 
-void split_grad_input(const Plan& plan, int parts, bool plain, uintptr_t grad_output, uintptr_t weight,
+// Returns whether the bias was added.
+bool split_grad_input(const Plan& plan, int parts, bool plain, uintptr_t grad_output, uintptr_t weight, uintptr_t bias,
                       uintptr_t result) {
+    bool adds_bias = false;
     with_split(plan, parts, plain, [&](const KernelTable& kernels) {
         if (!kernels.split.grad_input(plan.problem, parts, plain, pointer<float>(grad_output), pointer<float>(weight),
-                                      pointer<float>(result))) {
+                                      pointer<float>(bias), pointer<float>(result), adds_bias)) {
+            adds_bias = false;
             kernels.float32.grad_input(plan.problem, pointer<float>(grad_output), pointer<float>(weight),
                                        pointer<float>(result));
         }
     });
+    return adds_bias;
 }
 
 void split_grad_weight(const Plan& plan, int parts, bool plain, uintptr_t grad_output, uintptr_t x, uintptr_t result) {
@@ -62,7 +66,7 @@ void bind_split(py::module_& module) {
     module.def("split_forward", &split_forward, py::arg("plan"), py::arg("parts"), py::arg("plain"), py::arg("x"),
                py::arg("weight"), py::arg("bias"), py::arg("y"));
     module.def("split_grad_input", &split_grad_input, py::arg("plan"), py::arg("parts"), py::arg("plain"),
-               py::arg("grad_output"), py::arg("weight"), py::arg("grad_input"));
+               py::arg("grad_output"), py::arg("weight"), py::arg("bias"), py::arg("grad_input"));
     module.def("split_grad_weight", &split_grad_weight, py::arg("plan"), py::arg("parts"), py::arg("plain"),
                py::arg("grad_output"), py::arg("x"), py::arg("grad_weight"));
     module.def("has_matrix_unit", &has_matrix_unit);

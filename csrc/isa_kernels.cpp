@@ -12,6 +12,7 @@
 #include "algorithm/instance_norm_backward.h"
 #include "algorithm/instance_norm_forward.h"
 #include "algorithm/pooled_forward.h"
+#include "algorithm/reorder.h"
 #include "algorithm/sparse_grad_input.h"
 #include "algorithm/sparse_grad_weight.h"
 #include "algorithm/split_gather.h"
@@ -63,10 +64,10 @@ bool split_forward_by(const ConvProblem& problem, int parts, bool plain, const f
 }
 
 bool split_grad_input_by(const ConvProblem& problem, int parts, bool plain, const float* grad_output,
-                         const float* weight, float* grad_input) {
+                         const float* weight, const float* bias, float* grad_input, bool& adds_bias) {
     return with_unit_and_parts(plain, parts, [&](auto unit, auto count) {
         return split_grad_input<typename decltype(unit)::type, decltype(count)::number>(problem, grad_output, weight,
-                                                                                        grad_input);
+                                                                                        bias, grad_input, adds_bias);
     });
 }
 
@@ -91,11 +92,11 @@ const KernelTable PVC_JOIN(kernels_, PVC_ISA) = {
     {direct_forward<float>, direct_grad_input<float>, direct_grad_weight<float>, pooled_forward<float>,
      sparse_grad_input<float>, sparse_grad_weight<float>, has_winograd<float>, winograd_forward<float>,
      winograd_grad_input<float>, winograd_grad_weight<float>, winograd_pooled<float>, first_layer_forward<float>,
-     first_layer_grad_weight<float>, first_layer_pooled<float>},
+     first_layer_grad_weight<float>, first_layer_pooled<float>, reorder<float>},
     {direct_forward<double>, direct_grad_input<double>, direct_grad_weight<double>, pooled_forward<double>,
      sparse_grad_input<double>, sparse_grad_weight<double>, has_winograd<double>, winograd_forward<double>,
      winograd_grad_input<double>, winograd_grad_weight<double>, winograd_pooled<double>, first_layer_forward<double>,
-     first_layer_grad_weight<double>, first_layer_pooled<double>},
+     first_layer_grad_weight<double>, first_layer_pooled<double>, reorder<double>},
     kByBfloat16,
     kBfloat16,
     kSplit,

@@ -39,6 +39,9 @@ struct PassTable {
     void (*first_layer_grad_weight)(const ConvProblem&, const T* grad_output, const T* x, T* grad_weight);
     void (*first_layer_forward_max_pool)(const PooledProblem&, const T* x, const T* weight, const T* bias /* or null */,
                                          T* pooled, uint8_t* code);
+
+    // to[sample][c][r] = from[sample][r][c]: a tensor in the other layout.
+    void (*reorder)(int64_t samples, int64_t rows, int64_t columns, const T* from, T* to);
 };
 
 // By dot products of bfloat16 pairs, one group; algorithm/bfloat_gather.h. `Storage` is float or, as its bits,
@@ -51,13 +54,15 @@ struct BfloatTable {
 };
 
 // float32 by products of bfloat16 parts on a matrix unit, one group; algorithm/split_gather.h. `parts` is 1 to 3;
-// `plain` computes as the unit would without one. Return false where an operand has no parts: nothing is promised about
-// the result then. Null where the instruction set of the table has none; the unit needs AMX and the system's leave.
+// `plain` computes as the unit would without one. `adds_bias`: set to whether grad_input added the bias, which it does
+// where that saves a pass over the result, with the rounding of one. Return false where an operand has no parts:
+// nothing is promised about the result then. Null where the instruction set of the table has none; the unit needs AMX
+// and the system's leave.
 struct SplitTable {
     bool (*forward)(const ConvProblem&, int parts, bool plain, const float* x, const float* weight,
                     const float* bias /* or null */, float* y);
     bool (*grad_input)(const ConvProblem&, int parts, bool plain, const float* grad_output, const float* weight,
-                       float* grad_input);
+                       const float* bias /* of the input's channels, or null */, float* grad_input, bool& adds_bias);
     bool (*grad_weight)(const ConvProblem&, int parts, bool plain, const float* grad_output, const float* x,
                         float* grad_weight);
 };

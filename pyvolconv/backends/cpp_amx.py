@@ -20,7 +20,7 @@ from torch import Tensor
 from ..precision import convolves_float32_in_bfloat16, get_precision
 from ..problem import ConvProblem, Pass
 from .base import Accuracy, Backend, empty
-from .cpp import call, host_reasons, kernels, load_extension, plan_of
+from .cpp import call, host_reasons, kernels, load_extension, mixed_plan_of, plan_of
 
 PRODUCTS = {1: 1, 2: 3, 3: 6}
 """Products of two values' parts that are summed, by the number of parts."""
@@ -28,6 +28,9 @@ PRODUCTS = {1: 1, 2: 3, 3: 6}
 ROUNDING = {1: 2.0**16, 2: 2.0**8, 3: 0.0}
 """What a product loses beside the rounding of sums, in steps of float32's eps."""
 
+
+FEWEST_TRANSFORMED = 640
+"""Voxels; with fewer, transforming weights takes longer than what it saves."""
 
 TILE, STEP = 16, 32
 """Rows and columns of a tile of sums, and the summed values of one product of tiles."""
@@ -38,6 +41,7 @@ class CppAmx(Backend):
 
     name = "cpp.amx"
     family = "cpp"
+    mixes_layouts = True
     plain = False
     """Compute as the matrix unit would without one, slowly: only for tests."""
 
@@ -56,14 +60,18 @@ class CppAmx(Backend):
 
     def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = empty(problem, "output", x)
-        call(kernels().split_forward, plan_of(problem), x, weight, bias, y, options=(parts(), self.plain))
+        plan, options = mixed_plan_of(problem, x, weight), (parts(), self.plain)
+        call(kernels().split_forward, plan, x, weight, bias, y, options=options)
         return y
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
-        result = empty(problem, "input", grad_output)
+        return self.transposed(problem, grad_output, weight, None)
+
+    def transposed(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        result = empty(problem, "input", x)
         options = (parts(), self.plain)
-        call(kernels().split_grad_input, plan_of(problem), grad_output, weight, result, options=options)
-        return result
+        added = call(kernels().split_grad_input, plan_of(problem), x, weight, bias, result, options=options)
+        return result if bias is None or added else result.add_(bias.view(-1, 1, 1, 1))
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
         result = empty(problem, "weight", x)
@@ -97,10 +105,20 @@ class CppAmx(Backend):
             return problem.flops(pass_) / 2 / _grad_weight_time(problem, parts())
         count = parts()
         sources, targets, size = problem.in_channels, problem.out_channels, problem.output_size
-        strides, packed = (1, 1, 1), math.prod(problem.stride)
+        strides, packed = (1, 1, 1), float(math.prod(problem.stride))
+        columns = _computed(targets, TILE) * targets
         if pass_ == "grad_input":
             sources, targets, size = targets, sources, problem.input_size
-            strides, packed = problem.stride, 1  # a source value is packed once for every residue of the stride
+            columns = _computed(targets, TILE) * targets
+            strides, residues = problem.stride, math.prod(problem.stride)
+            packed = 1.0  # where a source value is packed for every residue of the stride
+            if residues <= 8 and max(problem.dilation) == 1:
+                packed = 1 / residues
+                if residues * targets <= 2 * TILE:
+                    # All residues' results are columns of one product with the taps of all.
+                    union = math.prod(-(-k // s) for k, s in zip(problem.kernel_size, strides, strict=True))
+                    shared = union * _computed(residues * targets, TILE) * targets
+                    columns = min(columns, shared * residues / math.prod(problem.kernel_size))
         taps = [max(1.0, k / s) for k, s in zip(problem.kernel_size, strides, strict=True)]
         mixed = [_computed(size[axis], 2) for axis in (0, 1) if _may_be_transformed(problem, pass_, axis)]
         along = 2 / 3 * min(mixed) if mixed else 1.0
@@ -111,9 +129,7 @@ class CppAmx(Backend):
         width = math.ceil(size[2] / strides[2])
         rows = min(_computed(width, TILE), 1.05 * (width + problem.kernel_size[2] - 1) / width)
         voxels = problem.batch * math.prod(size)
-        products = (
-            PRODUCTS[count] * taps[0] * taps[1] * along * steps * STEP * rows * _computed(targets, TILE) * targets
-        )
+        products = PRODUCTS[count] * taps[0] * taps[1] * along * steps * STEP * rows * columns
         around = 2.0 if mixed else 1.5 if max(problem.kernel_size[:2]) > 1 else 1.0
         in_order = problem.layout == "ndhwc"
         packing = around * packed * sources * count * (18 if in_order else 26)
@@ -145,6 +161,9 @@ def _grad_weight_time(problem: ConvProblem, count: int) -> float:
 
 def _may_be_transformed(problem: ConvProblem, pass_: Pass, axis: int) -> bool:
     if pass_ == "grad_weight" or math.prod(problem.kernel_size) < 27:
+        return False
+    size = problem.input_size if pass_ == "grad_input" else problem.output_size
+    if problem.batch * math.prod(size) < FEWEST_TRANSFORMED:
         return False
     return problem.kernel_size[axis] == 3 and problem.stride[axis] == problem.dilation[axis] == 1
 
