@@ -106,7 +106,8 @@ def _convolve(convolution: nn.Conv3d, x: Tensor) -> Tensor:
     if args is not None and (bias is None or bias.is_contiguous()):
         problem = conv3d_problem(x.shape, weight.shape, args, x, "ndhwc", bias is not None)
         backend = choose(problem, "forward")
-        if backend.mixes_layouts:
+        if "weight" in backend.mixes_layouts:
+            x = x if "x" in backend.mixes_layouts else in_layout(x, "ndhwc")
             return run(backend.forward, problem, "forward", x, weight, bias)
     # One channel has no order, and the weight says which layout is meant; but a gradient comes in its own.
     x = in_layout(x, "ndhwc") if x.shape[1] > 1 or x.requires_grad else x

@@ -101,7 +101,7 @@ class Backend(ABC):
         family: the part of the name before the dot; `use_backend` accepts it too.
         automatic: whether the dispatcher may choose it without being told to.
         ours: False for the peer (torch itself), which is never counted as a path of this package.
-        mixes_layouts: whether `forward` of a problem in ndhwc takes contiguous operands, too.
+        mixes_layouts: which operands of `forward` of a problem in ndhwc, "x" or "weight", may be contiguous, too.
 
     Attributes:
         configuration: how the kernels are launched, one of `configurations`; empty where the backend decides itself.
@@ -111,7 +111,7 @@ class Backend(ABC):
     family: ClassVar[str]
     automatic: ClassVar[bool] = True
     ours: ClassVar[bool] = True
-    mixes_layouts: ClassVar[bool] = False
+    mixes_layouts: ClassVar[tuple[str, ...]] = ()
     configuration: str = ""
 
     @abstractmethod

@@ -41,7 +41,7 @@ class CppAmx(Backend):
 
     name = "cpp.amx"
     family = "cpp"
-    mixes_layouts = True
+    mixes_layouts = ("x", "weight")
     plain = False
     """Compute as the matrix unit would without one, slowly: only for tests."""
 

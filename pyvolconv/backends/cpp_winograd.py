@@ -59,7 +59,7 @@ class CppWinograd(PooledForward):
 
     name = "cpp.winograd"
     family = "cpp"
-    mixes_layouts = True
+    mixes_layouts = ("weight",)  # of a contiguous x long rows take up to half as long again, more than a copy
 
     def unsupported_reasons(self, problem: ConvProblem, pass_: Pass) -> list[str]:
         reasons = host_reasons(problem, DTYPES)

@@ -29,7 +29,7 @@ def test_same_results(mixing, text, require, poisoned):
     bias = torch.randn(problem.out_channels) if problem.bias else None
     results = [
         mixing.forward(problem, x.contiguous(memory_format=of_x), weight.contiguous(memory_format=of_weight), bias)
-        for of_x, of_weight in itertools.product(FORMATS, FORMATS)
+        for of_x, of_weight in itertools.product(FORMATS if "x" in mixing.mixes_layouts else FORMATS[1:], FORMATS)
     ]
     for got in results:
         assert got.is_contiguous(memory_format=torch.channels_last_3d)
