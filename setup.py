@@ -27,6 +27,7 @@ SOURCES = [
     "csrc/module.cpp",
     "csrc/bind_split.cpp",
     "csrc/bind_instance_norm.cpp",
+    "csrc/bind_reorder.cpp",
     "csrc/dispatch.cpp",
     "csrc/bandwidth.cpp",
     "csrc/parallel.cpp",

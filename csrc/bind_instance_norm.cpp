@@ -23,13 +23,13 @@ void with_instance_norm(bool double_precision, const Body& body) {
 }
 
 InstanceNormProblem make_instance_norm(int64_t samples, int64_t voxels, int64_t channels, int64_t parameters,
-                                       double eps, const std::string& activation, double negative_slope,
-                                       int64_t slopes) {
+                                       double eps, const std::string& activation, double negative_slope, int64_t slopes,
+                                       bool planar_result) {
     const Activation known = activation_of(activation);
     if (known > Activation::leaky_relu) {
         throw std::invalid_argument("activation=" + activation + " does not follow instance normalization in one pass");
     }
-    return {samples, voxels, channels, parameters, eps, known, negative_slope, slopes};
+    return {samples, voxels, channels, parameters, eps, known, negative_slope, slopes, planar_result};
 }
 
 void instance_norm_forward(const InstanceNormProblem& problem, bool double_precision, uintptr_t x, uintptr_t weight,
@@ -57,8 +57,8 @@ void instance_norm_backward(const InstanceNormProblem& problem, bool double_prec
 void bind_instance_norm(py::module_& module) {
     py::class_<InstanceNormProblem>(module, "InstanceNorm")
         .def(py::init(&make_instance_norm), py::kw_only(), py::arg("samples"), py::arg("voxels"), py::arg("channels"),
-             py::arg("parameters"), py::arg("eps"), py::arg("activation"), py::arg("negative_slope"),
-             py::arg("slopes"));
+             py::arg("parameters"), py::arg("eps"), py::arg("activation"), py::arg("negative_slope"), py::arg("slopes"),
+             py::arg("planar_result"));
     module.def("instance_norm_forward", &instance_norm_forward, py::arg("plan"), py::arg("double_precision"),
                py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("slopes"), py::arg("y"),
                py::arg("statistics"));

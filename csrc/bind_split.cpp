@@ -1,6 +1,7 @@
 // The passes of csrc/algorithm/split_*.h in pyvolconv._C. They return whether operands have parts; the caller computes
 // otherwise where not.
 #include <stdexcept>
+#include <utility>
 
 #include "bindings.h"
 #include "dispatch.h"
@@ -41,12 +42,16 @@ bool split_forward(const Plan& plan, const std::string& dtype, int parts, bool p
                                            pointer<void>(bias), pointer<void>(y));
 }
 
-bool split_grad_input(const Plan& plan, const std::string& dtype, int parts, bool plain, uintptr_t grad_output,
-                      uintptr_t weight, uintptr_t result) {
+// Also whether the bias was added.
+std::pair<bool, bool> split_grad_input(const Plan& plan, const std::string& dtype, int parts, bool plain,
+                                       uintptr_t grad_output, uintptr_t weight, uintptr_t bias, uintptr_t result) {
     const SplitOptions options = checked_options(plan, dtype, parts, plain);
     const py::gil_scoped_release release;
-    return current_kernels().split.grad_input(plan.problem, options, pointer<void>(grad_output), pointer<void>(weight),
-                                              pointer<void>(result));
+    bool adds_bias = false;
+    const bool splits =
+        current_kernels().split.grad_input(plan.problem, options, pointer<void>(grad_output), pointer<void>(weight),
+                                           pointer<void>(bias), pointer<void>(result), adds_bias);
+    return {splits, splits && adds_bias};
 }
 
 bool split_grad_weight(const Plan& plan, const std::string& dtype, int parts, bool plain, uintptr_t grad_output,
@@ -63,7 +68,7 @@ void bind_split(py::module_& module) {
     module.def("split_forward", &split_forward, py::arg("plan"), py::arg("dtype"), py::arg("parts"), py::arg("plain"),
                py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"));
     module.def("split_grad_input", &split_grad_input, py::arg("plan"), py::arg("dtype"), py::arg("parts"),
-               py::arg("plain"), py::arg("grad_output"), py::arg("weight"), py::arg("grad_input"));
+               py::arg("plain"), py::arg("grad_output"), py::arg("weight"), py::arg("bias"), py::arg("grad_input"));
     module.def("split_grad_weight", &split_grad_weight, py::arg("plan"), py::arg("dtype"), py::arg("parts"),
                py::arg("plain"), py::arg("grad_output"), py::arg("x"), py::arg("grad_weight"));
     module.def("has_matrix_unit", &has_matrix_unit);

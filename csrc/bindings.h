@@ -24,8 +24,10 @@ T* pointer(uintptr_t address) {
 // Throws std::invalid_argument when there is no such activation.
 Activation activation_of(const std::string& name);
 
-// The passes by products of parts (bind_split.cpp) and instance normalization (bind_instance_norm.cpp).
+// The passes by products of parts (bind_split.cpp), instance normalization (bind_instance_norm.cpp), and copies in the
+// other layout (bind_reorder.cpp).
 void bind_split(pybind11::module_& module);
 void bind_instance_norm(pybind11::module_& module);
+void bind_reorder(pybind11::module_& module);
 
 }  // namespace pvc

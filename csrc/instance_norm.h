@@ -15,6 +15,7 @@ struct InstanceNormProblem {
     Activation activation;  // none, relu or leaky_relu
     double negative_slope;  // of leaky_relu
     int64_t slopes;         // 0, or PReLU in place of `activation`: its weights, one or as many as `parameters`
+    bool planar_result;     // forward's y is [samples][channels][voxels]
 };
 
 // T is float or double. `statistics` are mean and 1 / sqrt(variance + eps), [2][samples * channels]. Operands that may

@@ -13,6 +13,7 @@
 #include "algorithm/instance_norm_backward.h"
 #include "algorithm/instance_norm_forward.h"
 #include "algorithm/pooled_forward.h"
+#include "algorithm/reorder.h"
 #include "algorithm/sparse_grad_input.h"
 #include "algorithm/sparse_grad_weight.h"
 #include "algorithm/split_gather.h"
@@ -69,11 +70,12 @@ bool split_forward_by(const ConvProblem& problem, const SplitOptions& options, c
 }
 
 bool split_grad_input_by(const ConvProblem& problem, const SplitOptions& options, const void* grad_output,
-                         const void* weight, void* grad_input) {
+                         const void* weight, const void* bias, void* grad_input, bool& adds_bias) {
     return with_split_options(options, [&](auto unit, auto parts, auto storage) {
         using S = typename decltype(storage)::type;
         return split_grad_input<typename decltype(unit)::type, decltype(parts)::number>(
-            problem, static_cast<const S*>(grad_output), static_cast<const S*>(weight), static_cast<S*>(grad_input));
+            problem, static_cast<const S*>(grad_output), static_cast<const S*>(weight), static_cast<const S*>(bias),
+            static_cast<S*>(grad_input), adds_bias);
     });
 }
 
@@ -99,11 +101,11 @@ const KernelTable PVC_JOIN(kernels_, PVC_ISA) = {
     {direct_forward<float>, direct_grad_input<float>, direct_grad_weight<float>, pooled_forward<float>,
      sparse_grad_input<float>, sparse_grad_weight<float>, has_winograd<float>, winograd_forward<float>,
      winograd_grad_input<float>, winograd_grad_weight<float>, winograd_pooled<float>, first_layer_forward<float>,
-     first_layer_grad_input<float>, first_layer_grad_weight<float>, first_layer_pooled<float>},
+     first_layer_grad_input<float>, first_layer_grad_weight<float>, first_layer_pooled<float>, reorder<float>},
     {direct_forward<double>, direct_grad_input<double>, direct_grad_weight<double>, pooled_forward<double>,
      sparse_grad_input<double>, sparse_grad_weight<double>, has_winograd<double>, winograd_forward<double>,
      winograd_grad_input<double>, winograd_grad_weight<double>, winograd_pooled<double>, first_layer_forward<double>,
-     first_layer_grad_input<double>, first_layer_grad_weight<double>, first_layer_pooled<double>},
+     first_layer_grad_input<double>, first_layer_grad_weight<double>, first_layer_pooled<double>, reorder<double>},
     kByBfloat16,
     kBfloat16,
     kSplit,

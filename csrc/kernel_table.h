@@ -40,6 +40,9 @@ struct PassTable {
     void (*first_layer_grad_weight)(const ConvProblem&, const T* grad_output, const T* x, T* grad_weight);
     void (*first_layer_forward_max_pool)(const PooledProblem&, const T* x, const T* weight, const T* bias /* or null */,
                                          T* pooled, uint8_t* code);
+
+    // to[sample][c][r] = from[sample][r][c]: a tensor in the other layout.
+    void (*reorder)(int64_t samples, int64_t rows, int64_t columns, const T* from, T* to);
 };
 
 // By dot products of bfloat16 pairs, one group; algorithm/bfloat_gather.h. `Storage` is float or, as its bits,
@@ -61,14 +64,15 @@ struct SplitOptions {
     bool plain;
 };
 
-// By products of bfloat16 parts on a matrix unit, one group, tensors of `storage`; algorithm/split_gather.h. Return
-// false where an operand has no parts: nothing is promised about the result then. Null where the instruction set of the
-// table has none; the unit needs AMX and the system's leave.
+// By products of bfloat16 parts on a matrix unit, one group, tensors of `storage`; algorithm/split_gather.h.
+// `adds_bias`: set to whether grad_input added the bias, which it does where that saves a pass over the result, with
+// the rounding of one where sums are float32. Return false where an operand has no parts: nothing is promised about the
+// result then. Null where the instruction set of the table has none; the unit needs AMX and the system's leave.
 struct SplitTable {
     bool (*forward)(const ConvProblem&, const SplitOptions&, const void* x, const void* weight,
                     const void* bias /* or null */, void* y);
     bool (*grad_input)(const ConvProblem&, const SplitOptions&, const void* grad_output, const void* weight,
-                       void* grad_input);
+                       const void* bias /* of the input's channels, or null */, void* grad_input, bool& adds_bias);
     bool (*grad_weight)(const ConvProblem&, const SplitOptions&, const void* grad_output, const void* x,
                         void* grad_weight);
 };

@@ -49,7 +49,7 @@ using Size3 = std::array<int64_t, 3>;
 Plan make_plan(int64_t batch, int64_t in_channels, int64_t out_channels, const Size3& input_size,
                const Size3& output_size, const Size3& kernel_size, const Size3& stride, const Size3& padding_begin,
                const Size3& padding_end, const Size3& dilation, int64_t groups, bool channels_last,
-               bool double_precision) {
+               bool source_channels_last, bool weight_channels_last, bool double_precision) {
     Plan plan = {};
     plan.double_precision = double_precision;
     pvc::ConvProblem& problem = plan.problem;
@@ -57,7 +57,10 @@ Plan make_plan(int64_t batch, int64_t in_channels, int64_t out_channels, const S
     problem.in_channels = in_channels;
     problem.out_channels = out_channels;
     problem.groups = groups;
-    problem.layout = channels_last ? pvc::Layout::ndhwc : pvc::Layout::ncdhw;
+    const auto layout = [](bool last) { return last ? pvc::Layout::ndhwc : pvc::Layout::ncdhw; };
+    problem.layout = layout(channels_last);
+    problem.source_layout = layout(source_channels_last);
+    problem.weight_layout = layout(weight_channels_last);
     for (int axis = 0; axis < 3; ++axis) {
         problem.input_size[axis] = input_size[axis];
         problem.output_size[axis] = output_size[axis];
@@ -351,7 +354,8 @@ PYBIND11_MODULE(_C, module) {
         .def(py::init(&make_plan), py::kw_only(), py::arg("batch"), py::arg("in_channels"), py::arg("out_channels"),
              py::arg("input_size"), py::arg("output_size"), py::arg("kernel_size"), py::arg("stride"),
              py::arg("padding_begin"), py::arg("padding_end"), py::arg("dilation"), py::arg("groups"),
-             py::arg("channels_last"), py::arg("double_precision"));
+             py::arg("channels_last"), py::arg("source_channels_last"), py::arg("weight_channels_last"),
+             py::arg("double_precision"));
 
     py::class_<PooledPlan>(module, "PooledPlan")
         .def(py::init(&make_pooled_plan), py::arg("plan"), py::kw_only(), py::arg("activation"),
@@ -396,6 +400,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("has_bfloat16", &pvc::has_bfloat16);
 
     pvc::bind_split(module);
+    pvc::bind_reorder(module);
 
     pvc::bind_instance_norm(module);
 

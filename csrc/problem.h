@@ -21,6 +21,8 @@ struct ConvProblem {
     int64_t dilation[3];
     int64_t groups;
     Layout layout;  // of activations and weights; an ndhwc weight is (C_out, K_d, K_h, K_w, C_in / groups)
+    // What forward reads may be in another layout than what it writes; gathers alone (gather.h) look at these.
+    Layout source_layout, weight_layout;
 };
 
 enum class Activation { none, relu, leaky_relu, silu, gelu, gelu_tanh };

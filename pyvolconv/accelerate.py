@@ -32,6 +32,7 @@ from .autotune import tune as time_passes
 from .example_run import forward, forward_and_backward
 from .fusion import find
 from .nn import Conv3d, ConvTranspose3d, InstanceNorm3d
+from .wrappers import wrappers
 
 Model = TypeVar("Model", bound=nn.Module)
 _REPLACEMENTS: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
@@ -169,7 +170,11 @@ def _swap(model: nn.Module, fuse: bool, keep_channels_last: bool) -> None:
                 original = type(module).__bases__[0] if is_parametrized(module) else type(module)
                 keeps = keep_channels_last and torch_class is nn.InstanceNorm3d
                 _replace_class(module, original, _derived(original, our_class, keeps))  # type: ignore[arg-type]
-    for path, (base, members) in find(model).classes.items() if fuse else ():
+    if not fuse:
+        return
+    for module, own in list(wrappers(model)):
+        module.__class__ = _derive(type(module), None, own)
+    for path, (base, members) in find(model).classes.items():
         module = model.get_submodule(path)
         module.__class__ = _derive(type(module), base, members)
 

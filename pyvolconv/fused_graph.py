@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .chains import flatten, is_plain_sequential, link_of, run
+from .chains import run
+from .links import flatten, is_plain_sequential, link_of
 
 Called = list[tuple[str, nn.Module]]
 """(name, module) of what a node calls, in order."""

@@ -21,18 +21,17 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .chains import (
+from .chains import describe, run
+from .elsewhere import script_as
+from .fused_graph import called_by, lines_of, replace
+from .links import (
     chain_length,
-    describe,
     flatten,
     is_plain_sequential,
     link_of,
     needs_every_module,
     original_class,
-    run,
 )
-from .elsewhere import script_as
-from .fused_graph import called_by, lines_of, replace
 from .straight_forward import Reading, UnprovenError, read_forward
 
 

@@ -7,9 +7,9 @@ from typing import cast
 
 from torch import nn
 
-from .chains import CONVOLUTION_CHAIN, flatten, has_global_hooks, is_plain_sequential, link_of, obstacle, original_class
 from .fused_graph import called_by
 from .fusion import Findings, find
+from .links import CONVOLUTION_CHAIN, flatten, has_global_hooks, is_plain_sequential, link_of, obstacle, original_class
 from .nn import Conv3d, ConvTranspose3d, InstanceNorm3d
 
 

@@ -16,17 +16,24 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from .backends import cpp_instance_norm
-from .backends.base import MEMORY_FORMAT
 from .epilogue import Activation
+from .layouts import in_layout
 from .ordinary import is_ordinary
+from .problem import Layout
 from .shortcut import is_differentiated
 
 VOXEL_AXES = (2, 3, 4)
 
 
+def is_compiled() -> bool:
+    """Whether the compiled pass is there."""
+    return cpp_instance_norm.is_available()
+
+
 @dataclass(frozen=True)
 class _Call:
-    layout: str
+    layout: Layout
+    result_layout: Layout
     eps: float
     activation: Activation
     negative_slope: float
@@ -35,13 +42,13 @@ class _Call:
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, slopes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         settings = (self.eps, self.activation, self.negative_slope)
-        return cpp_instance_norm.forward(x, self.layout, weight, bias, slopes, *settings)
+        return cpp_instance_norm.forward(x, self.layout, self.result_layout, weight, bias, slopes, *settings)
 
     def backward(self, grad: Tensor, saved: tuple[Tensor | None, ...], wanted: tuple[bool, ...]) -> Any:
         x, weight, bias, slopes, statistics = saved
         if torch.is_grad_enabled() or not _is_ordinary(grad, x, weight, bias, slopes, statistics):
             return self.formula(grad, x, weight, bias, slopes, wanted)
-        grad = grad.contiguous(memory_format=MEMORY_FORMAT[self.layout])
+        grad = in_layout(grad, self.layout)
         operands = (grad, x, self.layout, weight, bias, slopes, statistics, wanted)
         return cpp_instance_norm.backward(*operands, self.eps, self.activation, self.negative_slope)  # type: ignore[arg-type]
 
@@ -107,12 +114,11 @@ def instance_norm_activation(
         eps: added to the variance.
         activation: what f is: none, relu or leaky_relu.
         negative_slope: of leaky_relu.
-        keep_channels_last: whether a channels_last_3d tensor is taken, whose result is channels_last_3d, as torch's is
-            not.
+        keep_channels_last: whether the result of a channels_last_3d tensor is so too, as torch's is not.
 
     Returns:
         The result, contiguous as torch's but for `keep_channels_last`; None for torch to compute, or to refuse: the
-        call is not ordinary, a dtype, device or layout is another, or something does not fit.
+        call is not ordinary, a dtype or device is another, x is not dense, or something does not fit.
 
     Example:
         >>> import torch
@@ -136,13 +142,14 @@ def instance_norm_activation(
         fits = parameter.dim() == 1 and parameter.is_cpu and parameter.dtype == x.dtype and parameter.is_contiguous()
         if not fits or parameter.numel() not in ((1, channels) if parameter is slopes else (channels,)):
             return None
+    layout: Layout
     if x.is_contiguous():
         layout = "ncdhw"
-    elif keep_channels_last and x.is_contiguous(memory_format=torch.channels_last_3d):
+    elif x.is_contiguous(memory_format=torch.channels_last_3d):
         layout = "ndhwc"
     else:
         return None
-    call = _Call(layout, float(eps), activation, float(negative_slope))
+    call = _Call(layout, layout if keep_channels_last else "ncdhw", float(eps), activation, float(negative_slope))
     if not is_differentiated(x, *parameters):
         return call.forward(x, weight, bias, slopes)[0]
     y: Tensor = InstanceNormFunction.apply(x, weight, bias, slopes, call)  # type: ignore[no-untyped-call]

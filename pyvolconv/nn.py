@@ -119,13 +119,13 @@ class LazyConvTranspose3d(nn.LazyConvTranspose3d, ConvTranspose3d):  # type: ign
 class InstanceNorm3d(nn.InstanceNorm3d):
     """`torch.nn.InstanceNorm3d` by this package's pass on the CPU, forward and backward: same arguments and results.
 
-    Contiguous float32 and float64 tensors go this way, in ordinary calls: under `torch.compile`, transforms, autocast,
+    Dense float32 and float64 tensors go this way, in ordinary calls: under `torch.compile`, transforms, autocast,
     tracers and modes torch's own runs, and for everything that keeps running statistics. Sums are of doubles, so a
     mean of many deviations costs no accuracy, and bits are the same at every thread count.
 
     Attributes:
-        keeps_channels_last: False; set to True, tensors in channels_last_3d go this way too, and their results stay
-            so, while torch's are contiguous.
+        keeps_channels_last: False; set to True, results of tensors in channels_last_3d stay so, while torch's are
+            contiguous.
 
     Shapes: input and output (N, C, D, H, W) or (C, D, H, W).
 

@@ -61,6 +61,8 @@ class TransposedCall:
     missing: tuple[int, ...]
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not any(self.missing) and not is_differentiated(x, weight, bias):
+            return run(choose(self.problem, "grad_input").transposed, self.problem, "grad_input", x, weight, bias)
         y: Tensor
         if is_differentiated(x, weight):
             y = BilinearFunction.apply(CONV3D_GRAD_INPUT, self.run, x, weight, *self.args)  # type: ignore[attr-defined]

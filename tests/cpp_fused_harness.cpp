@@ -23,6 +23,7 @@ pvc::PooledProblem read_problem(const int64_t* n, double negative_slope) {
     problem.out_channels = n[2];
     problem.groups = n[3];
     problem.layout = n[4] != 0 ? pvc::Layout::ndhwc : pvc::Layout::ncdhw;
+    problem.source_layout = problem.weight_layout = problem.layout;
     pooled.activation = static_cast<pvc::Activation>(n[5]);
     pooled.negative_slope = negative_slope;
     int64_t* const triples[] = {problem.input_size,    problem.output_size, problem.kernel_size, problem.stride,

@@ -21,6 +21,7 @@ pvc::ConvProblem read_problem(const int64_t* n) {
     problem.out_channels = n[2];
     problem.groups = n[3];
     problem.layout = n[4] != 0 ? pvc::Layout::ndhwc : pvc::Layout::ncdhw;
+    problem.source_layout = problem.weight_layout = problem.layout;
     int64_t* const triples[] = {problem.input_size,    problem.output_size, problem.kernel_size, problem.stride,
                                 problem.padding_begin, problem.padding_end, problem.dilation};
     n += 5;

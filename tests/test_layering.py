@@ -28,11 +28,15 @@ FLOORS = (
     ("fused_derivatives", "fused_transforms", "activation_derivatives"),
     ("activation_transforms",),
     ("shortcut", "cost", "candidates"),
+    ("layouts",),
     ("functional", "instance_norm"),
     ("fused_functional", "activation_functional", "nn", "patch"),
-    ("chains", "straight_forward"),
+    ("links",),
+    ("norm_chains",),
+    ("stretches", "straight_forward"),
+    ("chains",),
     ("fused_graph",),
-    ("fusion", "autotune", "example_run"),
+    ("fusion", "wrappers", "autotune", "example_run"),
     ("accelerate", "fusion_report"),
     ("train", "info"),
     ("tune_model",),
@@ -104,7 +108,7 @@ def test_only_the_dispatcher_and_the_operators_know_backends(module):
             # The machine's FMA peak is measured by the compiled part too.
             assert _unit(module) in ("backends", "cost"), f"{module} imports {target}"
         if _unit(target) == "backends":
-            knowing = "backends tuned dispatch ops fused_ops activation_ops shortcut candidates instance_norm"
+            knowing = "backends tuned dispatch ops fused_ops activation_ops shortcut candidates instance_norm layouts"
             assert _unit(module) in knowing.split(), f"{module} imports {target}"
 
 

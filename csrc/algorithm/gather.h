@@ -43,7 +43,7 @@ struct Gather {
     GatherAxis axis[3];
     CellAxis window[3];  // extent 0: every voxel is its own cell
     int64_t weight_group_stride, weight_source_stride, weight_target_stride, weight_tap_stride[3];
-    Layout layout;
+    Layout layout, source_layout;  // of the target and of the source
 
     CellAxis cells(int a) const { return window[a].extent == 0 ? CellAxis{axis[a].count, 1, 1, 0} : window[a]; }
 };
@@ -124,7 +124,7 @@ inline GatherAxis grad_input_axis(const ConvProblem& problem, int axis, int64_t 
 inline Gather gather_channels(const ConvProblem& problem, bool forward) {
     const int64_t in = problem.in_channels / problem.groups, out = problem.out_channels / problem.groups;
     const int64_t* kernel = problem.kernel_size;
-    const bool last = problem.layout == Layout::ndhwc;
+    const bool last = problem.weight_layout == Layout::ndhwc;
     const int64_t tap = last ? in : 1;
     const int64_t in_stride = last ? 1 : kernel[0] * kernel[1] * kernel[2];
     const int64_t out_stride = in * kernel[0] * kernel[1] * kernel[2];
@@ -140,6 +140,7 @@ inline Gather gather_channels(const ConvProblem& problem, bool forward) {
     gather.weight_tap_stride[1] = kernel[2] * tap;
     gather.weight_tap_stride[2] = tap;
     gather.layout = problem.layout;
+    gather.source_layout = problem.source_layout;
     return gather;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "norm_plane.h"
+#include "transpose.h"
 
 namespace pvc {
 namespace {
@@ -45,6 +46,7 @@ void sum_for_statistics(const NormWalk<T>& walk, int64_t chunk, const T* x, doub
     fold<2>(walk, sums, by_channel);
 }
 
+// y[i] of the elements of a chunk.
 template <NormActivation A, bool Stream, typename T>
 void normalize(const NormWalk<T>& walk, int64_t chunk, const RowConstants<T>& row, const T* x, T* y) {
     using V = Vector<T>;
@@ -69,6 +71,19 @@ void normalize(const NormWalk<T>& walk, int64_t chunk, const RowConstants<T>& ro
             V::store_partial(y + i, of(c, V::load_partial(x + i, count)), count);
         });
     if constexpr (Stream) V::finish_stream();
+}
+
+// The same with the planes of y one after another.
+template <NormActivation A, typename T>
+void normalize_planar(const NormWalk<T>& walk, int64_t chunk, const RowConstants<T>& row, int64_t voxels, const T* x,
+                      T* y, bool past_caches) {
+    const int64_t begin = walk.first_row(chunk) * walk.row;
+    const int64_t end = walk.end_row(chunk) * walk.row + walk.rest_of(chunk);
+    T* values = scratch<T>(Scratch::tile_output, end - begin + Vector<T>::lanes);
+    normalize<A, false>(walk, chunk, row, x, values - begin);
+    const int64_t first = begin / walk.channels, count = (end - begin) / walk.channels;
+    const auto write = past_caches ? transpose_past_caches<T> : transpose<T>;
+    write(values, walk.channels, y + first, voxels, count, walk.channels);
 }
 
 template <NormActivation A, typename T>
@@ -102,6 +117,11 @@ void instance_norm_forward_as(const InstanceNormProblem& problem, const T* x, co
         },
         [&](int64_t sample, int64_t chunk) {
             const RowConstants<T> row(problem, walk, sample, weight, bias, slopes, statistics);
+            if (problem.planar_result) {
+                normalize_planar<A>(walk, chunk, row, problem.voxels, x + sample * sample_size,
+                                    y + sample * sample_size, past_caches);
+                return;
+            }
             const auto run = past_caches ? normalize<A, true, T> : normalize<A, false, T>;
             run(walk, chunk, row, x + sample * sample_size, y + sample * sample_size);
         });

@@ -20,7 +20,7 @@ class PairPacking {
         : gather_(gather), packed_(packed), block_(block), values_(gather.paired_channels - 2 * block.channel) {
         const GatherAxis* axis = gather.axis;
         voxels_ = axis[0].source_size * axis[1].source_size * axis[2].source_size;
-        const int64_t channel = gather.layout == Layout::ndhwc ? 1 : voxels_;
+        const int64_t channel = gather.source_layout == Layout::ndhwc ? 1 : voxels_;
         source_ = source + block.sample * gather.paired_channels * voxels_ + 2 * block.channel * channel;
     }
 
@@ -38,7 +38,7 @@ class PairPacking {
                     continue;
                 }
                 const int64_t row = (depth * axis[1].source_size + height) * axis[2].source_size;
-                gather_.layout == Layout::ndhwc ? row_ndhwc(row, to) : row_ncdhw(row, to);
+                gather_.source_layout == Layout::ndhwc ? row_ndhwc(row, to) : row_ncdhw(row, to);
             }
         }
     }

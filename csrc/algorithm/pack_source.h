@@ -154,7 +154,7 @@ void pack_source(const Gather& gather, const PackedAxis packed[3], bool planar, 
     const int64_t all_channels = gather.groups * gather.source_channels;
     const int64_t voxels = axis[0].source_size * axis[1].source_size * axis[2].source_size;
     const int64_t packed_voxels = packed[0].rows * packed[1].rows * packed[2].rows;
-    const bool last = gather.layout == Layout::ndhwc;
+    const bool last = gather.source_layout == Layout::ndhwc;
     const RowStrides from = last ? RowStrides{all_channels, 1} : RowStrides{1, voxels};
     const RowStrides strides = planar ? RowStrides{1, packed_voxels} : RowStrides{block.width, 1};
     const T* first = source + block.sample * all_channels * voxels + block.channel * from.channel;

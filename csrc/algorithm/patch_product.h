@@ -32,7 +32,9 @@ struct PatchProduct {
 
 // Whether a pass is such a product and writes every value of its result.
 inline bool is_patch_product(const ConvProblem& problem, bool forward) {
-    if (problem.layout != Layout::ndhwc || problem.groups != 1) return false;
+    const bool last = problem.layout == Layout::ndhwc && problem.source_layout == Layout::ndhwc &&
+                      problem.weight_layout == Layout::ndhwc;
+    if (!last || problem.groups != 1) return false;
     // A source that is read for many blocks of columns is worth its copy.
     const bool wide = forward ? problem.out_channels > problem.in_channels : problem.in_channels > problem.out_channels;
     int64_t voxels = 1, taps = 1;

@@ -39,7 +39,7 @@ struct PooledBlocks {
         Gather from = gather;
         from.groups = 1;
         from.source_channels = channels;
-        from.layout = Layout::ndhwc;
+        from.layout = from.source_layout = Layout::ndhwc;
         for (int a = 0; a < 3; ++a) from.axis[a].source_size = tiling.axis[a].rows;
         return from;
     }

@@ -7,6 +7,8 @@
 
 #include "../parallel.h"
 #include "direct_grad_input.h"
+#include "split_panels.h"
+#include "split_residues.h"
 #include "split_source.h"
 #include "split_weight.h"
 #include "store_target.h"
@@ -20,28 +22,19 @@ template <typename Unit, typename S, int Parts>
 class SplitTask {
   public:
     SplitTask(const Gather& gather, const SplitPlan& plan, int64_t task)
-        : gather_(gather), plan_(plan), source_(gather, plan) {
-        const Tiling& tiling = plan.tiling;
-        const int64_t tile = task % tiling.count(), groups = ceil_divide(plan.blocks, plan.blocks_a_task);
-        first_block_ = task / tiling.count() % groups * plan.blocks_a_task;
-        blocks_ = smaller(plan.blocks_a_task, plan.blocks - first_block_);
-        from_.sample = task / tiling.count() / groups * plan.samples;
-        samples_ = smaller(plan.samples, gather.batch - from_.sample);
+        : gather_(gather),
+          plan_(plan),
+          place_(gather, plan, task),
+          panels_(plan, place_),
+          source_(gather, plan),
+          from_(place_.source(gather, plan)) {
         to_.width = SplitPlan::kColumns;
-        from_.width = plan.chunk;
-        const int64_t index[3] = {tile / tiling.tiles[2] / tiling.tiles[1], tile / tiling.tiles[2] % tiling.tiles[1],
-                                  tile % tiling.tiles[2]};
         for (int axis = 0; axis < 3; ++axis) {
-            const int64_t outputs = tiling.axis[axis].tile * plan.outputs(axis);
-            to_.first[axis] = index[axis] * outputs;
-            to_.count[axis] = smaller(outputs, gather.axis[axis].count - to_.first[axis]);
-            tiles_[axis] = ceil_divide(to_.count[axis], plan.outputs(axis));
-            from_.origin[axis] = gather.axis[axis].source_start + to_.first[axis] * gather.axis[axis].source_step;
+            to_.first[axis] = place_.first[axis];
+            to_.count[axis] = place_.count[axis];
         }
         parts_ = scratch<Bfloat16>(Scratch::tile_input, Parts * plan.part_values());
-        sums_ = scratch<float>(Scratch::tile_accumulators, (plan.chunks == 1 ? 1 : blocks_) * block_sums());
-        rows_ = scratch<int32_t>(Scratch::tile_lists, plan.sums_rows() / kTileRows);
-        list_rows();
+        sums_ = scratch<float>(Scratch::tile_accumulators, (plan.chunks == 1 ? 1 : place_.blocks) * block_sums());
     }
 
     // `initial`: what the sums of a voxel start from, and as many zeros. Returns whether the source can be split.
@@ -50,99 +43,46 @@ class SplitTask {
         for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
             from_.channel = chunk * plan_.chunk;
             from_.channels = smaller(plan_.chunk, gather_.source_channels - from_.channel);
-            if (plan_.steps() > 0) splits &= source_.pack(from_, samples_, source, parts_);
-            for (int64_t block = 0; block < blocks_; ++block) {
-                compute_block(chunk, first_block_ + block, weights, initial, target);
+            if (plan_.steps() > 0) splits &= source_.pack(from_, place_.samples, source, parts_);
+            for (int64_t block = 0; block < place_.blocks; ++block) {
+                compute_block(chunk, place_.first_block + block, weights, initial, target);
             }
         }
         return splits;
     }
 
   private:
-    int64_t heights() const { return plan_.flat ? 1 : tiles_[1]; }
-    int64_t panel_tiles() const { return ceil_divide(plan_.panel_rows(tiles_[1], tiles_[2]), kTileRows); }
-    int64_t panels() const { return samples_ * tiles_[0] * heights(); }
     int64_t block_sums() const { return plan_.points() * plan_.sums_rows() * SplitPlan::kColumns; }
-
-    // Where in a point's source each tile of rows begins.
-    void list_rows() {
-        const PackedAxis* packed = plan_.tiling.axis;
-        int32_t* row = rows_;
-        for (int64_t sample = 0; sample < samples_; ++sample) {
-            for (int64_t d = 0; d < tiles_[0]; ++d) {
-                for (int64_t h = 0; h < heights(); ++h) {
-                    const int64_t panel = sample * plan_.sample_values() +
-                                          d * packed[0].voxel_step * plan_.row_values(0) +
-                                          h * packed[1].voxel_step * plan_.row_values(1);
-                    for (int64_t i = 0; i < panel_tiles(); ++i) {
-                        *row++ = static_cast<int32_t>(panel + i * kTileRows * packed[2].voxel_step * plan_.chunk);
-                    }
-                }
-            }
-        }
-    }
 
     void compute_block(int64_t chunk, int64_t block, const Bfloat16* weights, const float* initial, S* target) {
         const int64_t columns = plan_.block_columns(block, gather_.target_channels);
         to_.channel = block * SplitPlan::kColumns;
         to_.channels = smaller(SplitPlan::kColumns, gather_.target_channels - to_.channel);
-        TileProduct product = {};
-        product.left_part = plan_.part_values();
-        product.left_row = plan_.tiling.axis[2].voxel_step * plan_.chunk * static_cast<int64_t>(sizeof(Bfloat16));
-        product.offsets = plan_.offsets;
-        product.steps = plan_.steps();
-        product.sums_row = SplitPlan::kColumns * static_cast<int64_t>(sizeof(float));
-        float* sums = sums_ + (plan_.chunks == 1 ? 0 : (block - first_block_) * block_sums());
+        float* sums = sums_ + (plan_.chunks == 1 ? 0 : (block - place_.first_block) * block_sums());
         for (int64_t point = 0; point < plan_.points(); ++point) {
-            product.right = weights + block * plan_.block_weights() + chunk * plan_.chunk_weights(columns) +
-                            point * plan_.steps() * plan_.step_weights(columns);
+            const Bfloat16* right = weights + block * plan_.block_weights() + chunk * plan_.chunk_weights(columns) +
+                                    point * plan_.steps() * plan_.step_weights(columns);
             // The second point is in both outputs of a tile: it brings the bias.
             const int64_t zeros = plan_.transformed < 0 || point == 1 ? 0 : plan_.blocks * SplitPlan::kColumns;
             const float* start = initial + zeros + block * SplitPlan::kColumns;
-            compute_rows(product, columns, parts_ + point * plan_.point_values(), chunk == 0 ? start : nullptr,
-                         sums + point * plan_.sums_rows() * SplitPlan::kColumns);
+            panels_.multiply(plan_.steps(), plan_.offsets, columns, parts_ + point * plan_.point_values(), right,
+                             chunk == 0 ? start : nullptr, sums + point * plan_.sums_rows() * SplitPlan::kColumns);
         }
         if (chunk + 1 == plan_.chunks) store(sums, target);
     }
 
-    // `initial`: what the sums of every row start from, or null where they go on.
-    void compute_rows(TileProduct& product, int64_t columns, const Bfloat16* source, const float* initial,
-                      float* sums) {
-        const int64_t tiles = panels() * panel_tiles();
-        for (int64_t tile = 0; tile < tiles;) {
-            const int64_t now = smaller(tiles - tile, 2);
-            for (int64_t i = 0; i < now; ++i) product.left[i] = source + rows_[tile + i];
-            product.sums = sums + tile * kTileRows * SplitPlan::kColumns;
-            product.initial = initial != nullptr ? initial : product.sums;
-            product.initial_row = initial != nullptr ? 0 : product.sums_row;
-            if (columns == kTileRows) {
-                now == 1 ? tile_product<Unit, Parts, 1, 1>(unit_, product)
-                         : tile_product<Unit, Parts, 2, 1>(unit_, product);
-            } else {
-                now == 1 ? tile_product<Unit, Parts, 1, 2>(unit_, product)
-                         : tile_product<Unit, Parts, 2, 2>(unit_, product);
-            }
-            tile += now;
-        }
-    }
-
     void store(const float* sums, S* target) {
-        float* combined = scratch<float>(Scratch::tile_rows, 2 * tiles_[2] * SplitPlan::kColumns);
-        for (int64_t panel = 0; panel < panels(); ++panel) {
-            const int64_t plane = panel / heights(), row = panel % heights();
-            to_.sample = from_.sample + plane / tiles_[0];
-            for (int64_t h = 0; h < (plan_.flat ? tiles_[1] : 1); ++h) {
-                const float* from = sums + h * plan_.pitch * SplitPlan::kColumns;
-                const int64_t index[2] = {plane % tiles_[0], row + h};
-                if (plan_.transformed < 0) {
-                    store_row(index, from, target);
-                } else {
-                    combine_points(from, combined);
-                    store_tiles(index, combined, target);
-                }
+        float* combined = scratch<float>(Scratch::tile_rows, 2 * place_.tiles[2] * SplitPlan::kColumns);
+        panels_.for_each_row(sums, [&](int64_t sample, int64_t depth, int64_t height, const float* from) {
+            const int64_t index[2] = {depth, height};
+            to_.sample = sample;
+            if (plan_.transformed < 0) {
+                store_row(index, from, target);
+            } else {
+                combine_points(from, combined);
+                store_tiles(index, combined, target);
             }
-            sums += panel_tiles() * kTileRows * SplitPlan::kColumns;
-        }
+        });
     }
 
     void store_row(const int64_t index[2], const float* sums, S* target) const {
@@ -158,14 +98,15 @@ class SplitTask {
             int64_t index[2] = {tile[0], tile[1]};
             index[plan_.transformed] = 2 * index[plan_.transformed] + i;
             if (index[plan_.transformed] == to_.count[plan_.transformed]) return;
-            store_row(index, outputs + i * tiles_[2] * SplitPlan::kColumns, target);
+            store_row(index, outputs + i * place_.tiles[2] * SplitPlan::kColumns, target);
         }
     }
 
     // to[output of the tile][voxel of a row][column].
     void combine_points(const float* sums, float* to) const {
         using V = Vector<float>;
-        const int64_t stride = plan_.sums_rows() * SplitPlan::kColumns, values = tiles_[2] * SplitPlan::kColumns;
+        const int64_t stride = plan_.sums_rows() * SplitPlan::kColumns;
+        const int64_t values = place_.tiles[2] * SplitPlan::kColumns;
         for (int64_t i = 0; i < values; i += V::lanes) {
             const auto point = [&](int64_t index) { return V::load(sums + index * stride + i); };
             V::store(to + i, point(0) + point(1) + point(2));
@@ -175,15 +116,13 @@ class SplitTask {
 
     const Gather& gather_;
     const SplitPlan& plan_;
+    SplitPlace place_;
+    SplitPanels<Unit, Parts> panels_;
     SplitSource<S, Parts> source_;
-    Unit unit_;
-    int64_t first_block_, blocks_, samples_;
-    int64_t tiles_[3];  // along each axis; a voxel is one where it is not transformed
-    SourceBlock from_ = {};
+    SourceBlock from_;
     TargetBlock to_ = {};
     Bfloat16* parts_;
     float* sums_;
-    int32_t* rows_;
 };
 
 // `bias` may be null. Returns whether operands could be split; if not, the result is to be computed otherwise.
@@ -217,10 +156,41 @@ bool split_forward(const ConvProblem& given, const S* x, const S* weight, const 
     return split_gather<Unit, Parts>(gather, x, weight, bias, y);
 }
 
+// Whether all residues can be computed at once: few of them, neighbouring taps, and none that a transform makes
+// cheaper.
+inline bool find_residues(const ConvProblem& problem, int parts, Residues& residues) {
+    residues.gather = gather_channels(problem, false);
+    int64_t count = 1;
+    for (int a = 0; a < 3; ++a) {
+        ResidueAxis& axis = residues.axis[a];
+        axis.count = smaller(problem.stride[a], problem.input_size[a]);
+        count *= axis.count;
+        if (count > kMostResidues || axis.count == 0) return false;
+        for (int64_t r = 0; r < axis.count; ++r) axis.of[r] = grad_input_axis(problem, a, r);
+        if (!axis.unite()) return false;
+    }
+    bool transformed = false;
+    residues.for_each([&](int64_t d, int64_t h, int64_t w) {
+        SplitPlan plan = {};
+        plan.parts = parts;
+        choose_transformed(residues.of(d, h, w), plan);
+        transformed |= plan.transformed >= 0;
+    });
+    return count > 1 && !transformed;
+}
+
+// `bias`, of the input's channels, may be null; `adds_bias`: whether it was added.
 template <typename Unit, int Parts, typename S>
-bool split_grad_input(const ConvProblem& given, const S* grad_output, const S* weight, S* grad_input) {
+bool split_grad_input(const ConvProblem& given, const S* grad_output, const S* weight, const S* bias, S* grad_input,
+                      bool& adds_bias) {
+    const ConvProblem problem = with_long_rows(given);
+    ResiduePlan plan;
+    adds_bias = find_residues(problem, Parts, plan.residues);
+    if (adds_bias) {
+        return split_residues<Unit, Parts>(plan, grad_output, weight, bias, grad_input);
+    }
     bool splits = true;
-    for_each_residue(with_long_rows(given), [&](const Gather& gather) {
+    for_each_residue(problem, [&](const Gather& gather) {
         splits = splits && split_gather<Unit, Parts, S>(gather, grad_output, weight, nullptr, grad_input);
     });
     return splits;

@@ -85,21 +85,25 @@ struct SplitPlan {
     }
 };
 
+inline int64_t taps_of(const Gather& gather) { return gather.axis[0].taps * gather.axis[1].taps * gather.axis[2].taps; }
+
 // Chooses `tiling`, `chunk` and what goes with them. Weights beyond a core's cache are read again for each tile, so
-// then a task has many voxels, of several samples if need be, and few target channels.
-inline void cut_into_tasks(const Gather& gather, SplitPlan& plan) {
+// then a task has many voxels, of several samples if need be, and few target channels. `weight_taps` are those of all
+// weights; `results`: how many sums of a voxel and target channel wait for one another, or for the next chunk.
+inline void cut_into_tasks(const Gather& gather, SplitPlan& plan, int64_t weight_taps, int64_t results = 1,
+                           int64_t results_of_chunks = 1) {
     constexpr int64_t kSumBytes = kL2Bytes, kLargeWeights = 6 << 20, kAnySize = int64_t{1} << 40;
     constexpr int64_t kManyVoxels = 1024, kFewBlocks = 4, kFewTasks = 8, kManyTasks = 16;
     const int64_t points = plan.points(), outputs = plan.transformed < 0 ? 1 : 2;
     const int64_t source_bytes = larger(kL2Bytes, l2_bytes() / 2) / points, value_bytes = plan.parts * 2;
     const int64_t targets = gather.axis[0].count * gather.axis[1].count * gather.axis[2].count;
-    const int64_t taps = gather.axis[0].taps * gather.axis[1].taps * gather.axis[2].taps;
+    const int64_t taps = taps_of(gather);
     const int64_t many_voxels = kManyVoxels / outputs;
     plan.blocks = ceil_divide(gather.target_channels, SplitPlan::kColumns);
     plan.blocks_a_task = plan.blocks;
     plan.samples = 1;
     int64_t others = gather.batch, enough = many_voxels / 4;
-    if (points * taps * gather.source_channels * gather.target_channels * value_bytes > kLargeWeights) {
+    if (points * weight_taps * gather.source_channels * gather.target_channels * value_bytes > kLargeWeights) {
         const int64_t tiles = ceil_divide(gather.batch * targets, many_voxels);
         const int64_t groups = larger(ceil_divide(kFewTasks, tiles), ceil_divide(plan.blocks, kFewBlocks));
         plan.blocks_a_task = ceil_divide(plan.blocks, smaller(groups, plan.blocks));
@@ -115,7 +119,8 @@ inline void cut_into_tasks(const Gather& gather, SplitPlan& plan) {
         ++plan.chunks;
         plan.chunk = ceil_divide(gather.source_channels, plan.chunks);
         if (plan.chunks > 1) plan.chunk = ceil_divide(plan.chunk, kTileValues) * kTileValues;
-        const int64_t waiting = (plan.chunks == 1 ? 1 : plan.blocks_a_task) * SplitPlan::kColumns * plan.samples;
+        const int64_t blocks = plan.chunks == 1 ? results : results_of_chunks * plan.blocks_a_task;
+        const int64_t waiting = blocks * SplitPlan::kColumns * plan.samples;
         const int64_t voxels = kSumBytes / (points * waiting * static_cast<int64_t>(sizeof(float)));
         const int64_t packed = source_bytes / (plan.chunk * value_bytes * plan.samples);
         plan.tiling = choose_tiling(gather, {packed, voxels, others, 1, true});
@@ -125,12 +130,13 @@ inline void cut_into_tasks(const Gather& gather, SplitPlan& plan) {
 
 // The axis along which tiles of two outputs save products: the one with the fewest outputs computed in vain.
 inline void choose_transformed(const Gather& gather, SplitPlan& plan) {
-    constexpr int64_t kManyTaps = 27;  // with fewer, writing and reading points takes longer than the products saved
-    constexpr int kFewParts = 1;       // as it does where a value is one part, which would have to be rounded besides
+    constexpr int64_t kManyTaps = 27;     // with fewer, writing and reading points takes longer than the products saved
+    constexpr int64_t kManyVoxels = 640;  // with fewer, transforming weights does
     plan.point = gather;
     plan.transformed = -1;
-    if (plan.parts <= kFewParts) return;
-    if (gather.axis[0].taps * gather.axis[1].taps * gather.axis[2].taps < kManyTaps) return;
+    // A value that is one part would have to be rounded, and saves too few products.
+    if (plan.parts == 1 || taps_of(gather) < kManyTaps) return;
+    if (gather.batch * gather.axis[0].count * gather.axis[1].count * gather.axis[2].count < kManyVoxels) return;
     double least = 1.25;  // points take some time too
     for (int a = 1; a >= 0; --a) {
         const GatherAxis& axis = gather.axis[a];
@@ -147,37 +153,51 @@ inline void choose_transformed(const Gather& gather, SplitPlan& plan) {
     axis.taps = 1;
 }
 
-inline SplitPlan make_split_plan(const Gather& gather, int parts) {
-    SplitPlan plan = {};
-    plan.parts = parts;
-    choose_transformed(gather, plan);
-    cut_into_tasks(plan.point, plan);
-
-    const PackedAxis* packed = plan.tiling.axis;
+// How the products of `plan.point` with the taps of a chunk are cut into steps.
+inline void cut_into_steps(SplitPlan& plan) {
     const GatherAxis* axis = plan.point.axis;
-    plan.joined = packed[2].tap_step == 1;
+    plan.joined = plan.tiling.axis[2].tap_step == 1;
     plan.runs = axis[0].taps * axis[1].taps * (plan.joined ? 1 : axis[2].taps);
     plan.run = plan.chunk * (plan.joined ? axis[2].taps : 1);
     plan.run_steps = ceil_divide(plan.run, kTileValues);
-    plan.offsets = static_cast<int32_t*>(
-        scratch_bytes(Scratch::tables, static_cast<size_t>(larger(plan.steps(), 1)) * sizeof(int32_t)));
-    int32_t* offset = plan.offsets;
+}
+
+// Where each step begins, in values from where the taps of a voxel do; `first`: where they do, from the packed ones.
+inline void list_steps(SplitPlan& plan, const int64_t first[3], int32_t* offset) {
+    const PackedAxis* packed = plan.tiling.axis;
+    const GatherAxis* axis = plan.point.axis;
+    plan.offsets = offset;
     for (int64_t run = 0; run < plan.runs; ++run) {
         const int64_t widths = plan.joined ? 1 : axis[2].taps, tap = run / widths;
-        const int64_t first = tap / axis[1].taps * packed[0].tap_step * plan.row_values(0) +
-                              tap % axis[1].taps * packed[1].tap_step * plan.row_values(1) +
-                              run % widths * packed[2].tap_step * plan.chunk;
+        const int64_t begin = (first[0] + tap / axis[1].taps) * packed[0].tap_step * plan.row_values(0) +
+                              (first[1] + tap % axis[1].taps) * packed[1].tap_step * plan.row_values(1) +
+                              (first[2] + run % widths) * packed[2].tap_step * plan.chunk;
         for (int64_t step = 0; step < plan.run_steps; ++step) {
-            *offset++ = static_cast<int32_t>(first + step * kTileValues);
+            *offset++ = static_cast<int32_t>(begin + step * kTileValues);
         }
     }
+}
 
+// Whether panels are rows or planes.
+inline void choose_panels(SplitPlan& plan) {
+    const PackedAxis* packed = plan.tiling.axis;
     const int64_t height = packed[1].tile, width = packed[2].tile, between = packed[1].voxel_step * packed[2].rows;
     if (packed[2].voxel_step > 0 && between % packed[2].voxel_step == 0) {
         plan.pitch = between / packed[2].voxel_step;
         const int64_t plane = ceil_divide((height - 1) * plan.pitch + width, kTileRows);
         plan.flat = plane < height * ceil_divide(width, kTileRows);
     }
+}
+
+inline SplitPlan make_split_plan(const Gather& gather, int parts) {
+    SplitPlan plan = {};
+    plan.parts = parts;
+    choose_transformed(gather, plan);
+    cut_into_tasks(plan.point, plan, taps_of(plan.point));
+    cut_into_steps(plan);
+    const int64_t first[3] = {};
+    list_steps(plan, first, scratch<int32_t>(Scratch::tables, larger(plan.steps(), 1)));
+    choose_panels(plan);
     return plan;
 }
 

@@ -67,6 +67,43 @@ inline void transpose(const float* from, int64_t from_stride, Float16* to, int64
 inline void assign(Float16& to, float sum) { to = to_float16(sum); }
 #endif
 
+// Few columns of rows that are `from_stride` >= lanes values apart: whole vectors of a row are read, and what is no
+// column is left out.
+template <typename T>
+void transpose_narrow(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows, int64_t columns) {
+    using V = Vector<T>;
+    for (int64_t r = 0; r < rows; r += V::lanes) {
+        const int64_t first = smaller(r, rows - V::lanes);
+        typename V::type block[V::lanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < V::lanes; ++i) block[i] = V::load(from + (first + i) * from_stride);
+        Transpose<T>::registers(block);
+        for (int64_t c = 0; c < columns; ++c) V::store(to + c * to_stride + first, block[c]);
+    }
+}
+
+// The sums of one row, `width` apart, as rows of planes.
+template <typename T>
+void store_planes(const T* sums, int64_t width, T* to, int64_t plane, int64_t voxels, int64_t channels) {
+    if (channels < Vector<T>::lanes && width >= Vector<T>::lanes && voxels >= Vector<T>::lanes) {
+        transpose_narrow(sums, width, to, plane, voxels, channels);
+    } else {
+        transpose(sums, width, to, plane, voxels, channels);
+    }
+}
+
+#if defined(PVC_BFLOAT_PAIRS)
+inline void store_planes(const float* sums, int64_t width, Bfloat16* to, int64_t plane, int64_t voxels,
+                         int64_t channels) {
+    transpose(sums, width, to, plane, voxels, channels);
+}
+
+inline void store_planes(const float* sums, int64_t width, Float16* to, int64_t plane, int64_t voxels,
+                         int64_t channels) {
+    transpose(sums, width, to, plane, voxels, channels);
+}
+#endif
+
 inline void assign(float& to, float sum) { to = sum; }
 inline void assign(double& to, double sum) { to = sum; }
 inline void assign(Bfloat16& to, float sum) { to = to_bfloat16(sum); }
@@ -91,7 +128,7 @@ void store_channels_last(const Gather& gather, const TargetBlock& block, const T
             if (last) {
                 store_voxels_ndhwc(sums, block, run, axis[2].target_step * all_channels, first + voxel * all_channels);
             } else if (axis[2].target_step == 1) {
-                transpose(sums, block.width, first + voxel, voxels, run, block.channels);
+                store_planes(sums, block.width, first + voxel, voxels, run, block.channels);
             } else {
                 for (int64_t c = 0; c < block.channels; ++c) {
                     S* to = first + voxel + c * voxels;

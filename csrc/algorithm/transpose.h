@@ -121,13 +121,20 @@ struct Transpose {
         among_parts<1>(rows);
     }
 
+    template <bool Stream = false>
     static inline void block(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
         type rows[lanes];
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) rows[i] = V::load(from + i * from_stride);
         registers(rows);
 #pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) V::store(to + i * to_stride, rows[i]);
+        for (int i = 0; i < lanes; ++i) {
+            if constexpr (Stream) {
+                V::stream(to + i * to_stride, rows[i]);
+            } else {
+                V::store(to + i * to_stride, rows[i]);
+            }
+        }
     }
 };
 
@@ -212,6 +219,29 @@ void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, int
             for (int64_t r = 0; r < rows; r += lanes) block(r, c);
         }
     }
+}
+
+// The same for a result that is too large to be found in a cache again: written past them where that is by whole lines.
+template <typename T>
+void transpose_past_caches(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows,
+                           int64_t columns) {
+    constexpr int64_t lanes = Vector<T>::lanes, kLine = 64;
+    const bool whole = PVC_VECTOR_BYTES == kLine && rows % lanes == 0 && columns % lanes == 0 &&
+                       to_stride % lanes == 0 && reinterpret_cast<uintptr_t>(to) % kLine == 0;
+    if (!kStreams || !whole) {
+        transpose(from, from_stride, to, to_stride, rows, columns);
+        return;
+    }
+    const bool by_rows = from_stride > to_stride;
+    const int64_t outer = by_rows ? rows : columns, inner = by_rows ? columns : rows;
+    for (int64_t i = 0; i < outer; i += lanes) {
+        for (int64_t j = 0; j < inner; j += lanes) {
+            const int64_t r = by_rows ? i : j, c = by_rows ? j : i;
+            Transpose<T>::template block<true>(from + r * from_stride + c, from_stride, to + c * to_stride + r,
+                                               to_stride);
+        }
+    }
+    Vector<T>::finish_stream();
 }
 
 }  // namespace

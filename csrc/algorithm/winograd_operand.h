@@ -81,7 +81,7 @@ class WinogradOperand {
                 for (int64_t vector = 0; vector < vectors_; ++vector) {
                     fill_zero(transformed(vector, plane, 0), box_.plane_tiles * scheme_.tile_pitch());
                 }
-            } else if (gather_.layout == Layout::ndhwc) {
+            } else if (gather_.source_layout == Layout::ndhwc) {
                 transform_in_place(tensor, plane);
             } else {
                 transform_packed(tensor, plane);

@@ -65,7 +65,7 @@ def _float32(problem: ConvProblem, pass_: Pass) -> float:
     if problem.kernel_size == (1, 1, 1) and (channels >= 16 or ndhwc):
         return 1 / (1 / 0.85 + 5 * moved)
     if channels < 16:
-        return 0.1
+        return 1 / (10 + 12 * moved)
     if problem.kernel_size not in ((1, 1, 1), problem.stride):
         reached = 0.93 if ndhwc else 0.9
     elif not ndhwc:

@@ -101,6 +101,7 @@ class Backend(ABC):
         family: the part of the name before the dot; `use_backend` accepts it too.
         automatic: whether the dispatcher may choose it without being told to.
         ours: False for the peer (torch itself), which is never counted as a path of this package.
+        mixes_layouts: which operands of `forward` of a problem in ndhwc, "x" or "weight", may be contiguous, too.
 
     Attributes:
         configuration: how the kernels are launched, one of `configurations`; empty where the backend decides itself.
@@ -110,6 +111,7 @@ class Backend(ABC):
     family: ClassVar[str]
     automatic: ClassVar[bool] = True
     ours: ClassVar[bool] = True
+    mixes_layouts: ClassVar[tuple[str, ...]] = ()
     configuration: str = ""
 
     @abstractmethod
@@ -127,6 +129,14 @@ class Backend(ABC):
     @abstractmethod
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
         """dL/dw of shape `problem.weight_shape`."""
+
+    def transposed(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """conv_transpose3d: `grad_input` of `problem`, whose input is the result, plus a bias of its channels.
+
+        The bias is added to the gradient as it is rounded: whether it was here or afterwards changes no bit.
+        """
+        y = self.grad_input(problem, x, weight)
+        return y if bias is None else y.add_(bias.view(-1, 1, 1, 1))
 
     def forward_epilogue(
         self,

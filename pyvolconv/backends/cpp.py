@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..host import starts_two_wide_fmas
-from ..problem import DTYPE_BYTES, ConvProblem, Pass
+from ..problem import DTYPE_BYTES, ConvProblem, Layout, Pass
 from .base import Accuracy, Backend, empty
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def kernels() -> ModuleType:
 def call(
     kernel: Callable[..., Result], plan: object, *tensors: Tensor | None, options: tuple[object, ...] = ()
 ) -> Result:
-    """Run a compiled pass: its plan, the options that only some passes have, and the addresses of tensors."""
+    """Run a compiled pass on its plan, the options that only some passes have, and the addresses of tensors."""
     # Torch gives the calling Python thread its thread count (omp_set_num_threads) when first asked for it.
     torch.get_num_threads()
     return kernel(plan, *options, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
@@ -88,8 +88,20 @@ def arithmetic_is_cheap() -> bool:
     return bool(kernels().current_isa() == "avx512") and starts_two_wide_fmas()
 
 
-@lru_cache(maxsize=1024)
 def plan_of(problem: ConvProblem) -> _C.Plan:
+    return _plan(problem, problem.layout, problem.layout)
+
+
+def mixed_plan_of(problem: ConvProblem, x: Tensor, weight: Tensor) -> _C.Plan:
+    """The plan of a forward pass of these operands, which may be contiguous where `problem.layout` is ndhwc."""
+    layouts: list[Layout] = [
+        "ndhwc" if operand.is_contiguous(memory_format=torch.channels_last_3d) else "ncdhw" for operand in (x, weight)
+    ]
+    return plan_of(problem) if problem.layout == "ncdhw" else _plan(problem, *layouts)
+
+
+@lru_cache(maxsize=1024)
+def _plan(problem: ConvProblem, source: Layout, weight: Layout) -> _C.Plan:
     from .. import _C
 
     begin, end = zip(*problem.padding, strict=True)
@@ -106,6 +118,8 @@ def plan_of(problem: ConvProblem) -> _C.Plan:
         dilation=problem.dilation,
         groups=problem.groups,
         channels_last=problem.layout == "ndhwc",
+        source_channels_last=source == "ndhwc",
+        weight_channels_last=weight == "ndhwc",
         double_precision=problem.dtype == "float64",
     )
 

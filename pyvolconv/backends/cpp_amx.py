@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ..precision import convolves_float32_in_bfloat16, get_precision
 from ..problem import ConvProblem, Pass
-from .base import Accuracy, Backend, empty
-from .cpp import CppDirect, call, host_reasons, kernels, load_extension, plan_of
+from .base import MEMORY_FORMAT, Accuracy, Backend, empty
+from .cpp import CppDirect, call, host_reasons, kernels, load_extension, mixed_plan_of, plan_of
 from .cpp_amx_time import PRODUCTS, STEP, gather_time, grad_weight_time
 from .cpp_widened import CppWidened
 
@@ -35,12 +35,16 @@ PARTS = {"bfloat16": 1, "float16": 2}
 ROUNDING = {1: 2.0**16, 2: 2.0**8, 3: 0.0}
 """What a product of float32 values loses beside the rounding of sums, in steps of float32's eps."""
 
+FEWEST_TRANSFORMED = 640
+"""Voxels; with fewer, transforming weights takes longer than what it saves."""
+
 
 class CppAmx(Backend):
     """Any window, stride and dilation, both layouts; one group."""
 
     name = "cpp.amx"
     family = "cpp"
+    mixes_layouts = ("x", "weight")
     plain = False
     """Compute as the matrix unit would without one, slowly: only for tests."""
 
@@ -59,16 +63,24 @@ class CppAmx(Backend):
 
     def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = empty(problem, "output", x)
-        if call(kernels().split_forward, plan_of(problem), x, weight, bias, y, options=self._options(problem)):
+        plan = mixed_plan_of(problem, x, weight)
+        if call(kernels().split_forward, plan, x, weight, bias, y, options=self._options(problem)):
             return y
+        x, weight = (operand.contiguous(memory_format=MEMORY_FORMAT[problem.layout]) for operand in (x, weight))
         return _other(problem).forward(problem, x, weight, bias)
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
-        result = empty(problem, "input", grad_output)
-        options = self._options(problem)
-        if call(kernels().split_grad_input, plan_of(problem), grad_output, weight, result, options=options):
-            return result
-        return _other(problem).grad_input(problem, grad_output, weight)
+        return self.transposed(problem, grad_output, weight, None)
+
+    def transposed(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        result = empty(problem, "input", x)
+        # Elsewhere than in float32 the bias is added to what was rounded before.
+        inside = bias if problem.dtype == "float32" else None
+        operands, options = (x, weight, inside, result), self._options(problem)
+        splits, added = call(kernels().split_grad_input, plan_of(problem), *operands, options=options)
+        if not splits:
+            return _other(problem).transposed(problem, x, weight, bias)
+        return result if bias is None or (added and inside is not None) else result.add_(bias.view(-1, 1, 1, 1))
 
     def grad_weight(self, problem: ConvProblem, grad_output: Tensor, x: Tensor) -> Tensor:
         result = empty(problem, "weight", x)
@@ -113,6 +125,9 @@ class CppAmx(Backend):
 
 def _may_be_transformed(problem: ConvProblem, pass_: Pass, axis: int) -> bool:
     if pass_ == "grad_weight" or math.prod(problem.kernel_size) < 27 or parts(problem) == 1:
+        return False
+    size = problem.input_size if pass_ == "grad_input" else problem.output_size
+    if problem.batch * math.prod(size) < FEWEST_TRANSFORMED:
         return False
     return problem.kernel_size[axis] == 3 and problem.stride[axis] == problem.dilation[axis] == 1
 

@@ -62,10 +62,20 @@ def gather_time(problem: ConvProblem, pass_: Pass, parts: int, transformed: Sequ
         transformed: axes of which one has two products for three taps.
     """
     sources, targets, size = problem.in_channels, problem.out_channels, problem.output_size
-    strides, packed = (1, 1, 1), math.prod(problem.stride)
+    strides, packed = (1, 1, 1), float(math.prod(problem.stride))
+    columns = _computed(targets, TILE) * targets
     if pass_ == "grad_input":
         sources, targets, size = targets, sources, problem.input_size
-        strides, packed = problem.stride, 1  # a source value is packed once for every residue of the stride
+        columns = _computed(targets, TILE) * targets
+        strides, residues = problem.stride, math.prod(problem.stride)
+        packed = 1.0  # where a source value is packed for every residue of the stride
+        if residues <= 8 and max(problem.dilation) == 1:
+            packed = 1 / residues
+            if residues * targets <= 2 * TILE:
+                # All residues' results are columns of one product with the taps of all.
+                union = math.prod(-(-k // s) for k, s in zip(problem.kernel_size, strides, strict=True))
+                shared = union * _computed(residues * targets, TILE) * targets
+                columns = min(columns, shared * residues / math.prod(problem.kernel_size))
     taps = [max(1.0, k / s) for k, s in zip(problem.kernel_size, strides, strict=True)]
     mixed = [_computed(size[axis], 2) for axis in transformed]
     along = 2 / 3 * min(mixed) if mixed else 1.0
@@ -75,7 +85,7 @@ def gather_time(problem: ConvProblem, pass_: Pass, parts: int, transformed: Sequ
         steps = math.ceil(taps[2]) * -(-sources // STEP)
     width = math.ceil(size[2] / strides[2])
     rows = min(_computed(width, TILE), 1.05 * (width + problem.kernel_size[2] - 1) / width)
-    products = PRODUCTS[parts] * taps[0] * taps[1] * along * steps * STEP * rows * _computed(targets, TILE) * targets
+    products = PRODUCTS[parts] * taps[0] * taps[1] * along * steps * STEP * rows * columns
     around = 2.0 if mixed else 1.5 if max(problem.kernel_size[:2]) > 1 else 1.0
     cost = GATHER_COSTS[problem.dtype][problem.layout]
     voxel = products / PRODUCTS_PER_FMA + around * packed * sources * parts * cost.packing + targets * cost.storing

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..epilogue import Activation
+from ..problem import Layout
 from .base import MEMORY_FORMAT
 from .cpp import call, kernels, load_extension
 
@@ -31,7 +32,13 @@ def is_available() -> bool:
 
 @lru_cache(maxsize=1024)
 def _plan(
-    shape: tuple[int, ...], channels_last: bool, eps: float, activation: Activation, negative_slope: float, slopes: int
+    shape: tuple[int, ...],
+    channels_last: bool,
+    planar_result: bool,
+    eps: float,
+    activation: Activation,
+    negative_slope: float,
+    slopes: int,
 ) -> _C.InstanceNorm:
     samples, channels, *size = shape
     voxels = size[0] * size[1] * size[2]
@@ -44,20 +51,28 @@ def _plan(
         activation=activation,
         negative_slope=negative_slope,
         slopes=slopes,
+        planar_result=planar_result,
     )
     return plan
 
 
 def _plan_of(
-    x: Tensor, layout: str, slopes: Tensor | None, eps: float, activation: Activation, negative_slope: float
+    x: Tensor,
+    layout: Layout,
+    slopes: Tensor | None,
+    eps: float,
+    activation: Activation,
+    negative_slope: float,
+    planar_result: bool = False,
 ) -> _C.InstanceNorm:
     count = 0 if slopes is None else slopes.numel()
-    return _plan(tuple(x.shape), layout == "ndhwc", eps, activation, negative_slope, count)
+    return _plan(tuple(x.shape), layout == "ndhwc", planar_result, eps, activation, negative_slope, count)
 
 
 def forward(
     x: Tensor,
-    layout: str,
+    layout: Layout,
+    result_layout: Layout,
     weight: Tensor | None,
     bias: Tensor | None,
     slopes: Tensor | None,
@@ -69,15 +84,16 @@ def forward(
 
     Args:
         x: (N, C, D, H, W), dense in `layout`.
-        layout: "ncdhw" or "ndhwc", also of the result.
+        layout: of x.
+        result_layout: of the result: that of x, or "ncdhw".
         weight, bias: (C,) or None.
         slopes: PReLU's weight, (1,) or (C,), in place of `activation`; or None.
         eps: added to the variance.
         activation: none, relu or leaky_relu.
         negative_slope: of leaky_relu.
     """
-    plan = _plan_of(x, layout, slopes, eps, activation, negative_slope)
-    y = torch.empty(x.shape, dtype=x.dtype, memory_format=MEMORY_FORMAT[layout])
+    plan = _plan_of(x, layout, slopes, eps, activation, negative_slope, layout != result_layout)
+    y = torch.empty(x.shape, dtype=x.dtype, memory_format=MEMORY_FORMAT[result_layout])
     statistics = torch.empty(2, x.shape[0] * x.shape[1], dtype=torch.float64)
     options = (x.dtype == torch.float64,)
     call(kernels().instance_norm_forward, plan, x, weight, bias, slopes, y, statistics, options=options)
@@ -87,7 +103,7 @@ def forward(
 def backward(
     grad: Tensor,
     x: Tensor,
-    layout: str,
+    layout: Layout,
     weight: Tensor | None,
     bias: Tensor | None,
     slopes: Tensor | None,

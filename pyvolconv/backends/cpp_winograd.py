@@ -26,6 +26,7 @@ from .cpp import (
     host_reasons,
     kernels,
     load_extension,
+    mixed_plan_of,
     plan_of,
     pooled_plan_of,
 )
@@ -58,6 +59,7 @@ class CppWinograd(PooledForward):
 
     name = "cpp.winograd"
     family = "cpp"
+    mixes_layouts = ("weight",)  # of a contiguous x long rows take up to half as long again, more than a copy
 
     def unsupported_reasons(self, problem: ConvProblem, pass_: Pass) -> list[str]:
         reasons = host_reasons(problem, DTYPES)
@@ -85,7 +87,7 @@ class CppWinograd(PooledForward):
     def forward(self, problem: ConvProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = empty(problem, "output", x)
         outputs = self._outputs(problem, "forward")
-        call(kernels().winograd_forward, plan_of(problem), x, weight, bias, y, options=(outputs,))
+        call(kernels().winograd_forward, mixed_plan_of(problem, x, weight), x, weight, bias, y, options=(outputs,))
         return y
 
     def grad_input(self, problem: ConvProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
@@ -201,7 +203,7 @@ def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes:
 
     Where two wide FMAs start per cycle (`cheap`), the products run at 0.66 of that, and what is moved takes as long as
     14 (ncdhw: 15) products, 7 (8) in grad_weight, with few taps longer, and the products are held up by weights
-    beyond 9 MiB; transforming a weight takes 180 per point.
+    beyond 9 MiB; transforming a weight takes 400 per point.
     """
     lanes = vector_bytes // DTYPE_BYTES[problem.dtype]
     channels = (problem.in_channels, problem.out_channels)
@@ -221,7 +223,7 @@ def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes:
         each *= 1.1 if cheap else 1.44
     strides = math.prod(problem.stride)
     moving = each * (1 / channels[0] + strides / channels[1]) / 2
-    finishing = 180.0 if cheap else 8.0
+    finishing = 400.0 if cheap else 8.0
     if pass_ == "grad_weight":
         bytes_ = DTYPE_BYTES[problem.dtype]
         source_blocks, target_blocks = -(-channels[0] * bytes_ // 256), -(-channels[1] * bytes_ // 512)
