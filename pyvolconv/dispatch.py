@@ -247,8 +247,9 @@ def _choose(
             return None
     backend = expected_fastest(problem, pass_, able) if measured is None else measured
     if not forced and not backend.ours:
+        ours = ", ".join(one.name for one in able if one.ours)
         refused = "; ".join(f"{name}: {several[0]}" for name, several in reasons.items() if several)
-        why = "measured to be faster" if measured is not None else refused or "expected to be faster"
+        why = f"{'expected' if measured is None else 'measured'} to be faster than {ours}" if ours else refused
         logger.warning("%s of %s runs in ATen (%s)", pass_, problem, why)
     return backend
 

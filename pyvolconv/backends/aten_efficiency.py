@@ -133,15 +133,16 @@ def _bfloat16_on_matrix_unit(problem: ConvProblem, pass_: Pass) -> float:
     Then memory weighs most, in ncdhw reorders before and after: in FLOPs a byte takes 22 of a source or result (ncdhw:
     90 and 200), 160 of a weight; in the weight gradient 45 (106) of the input, 240 of the weight.
     """
-    if pass_ == "grad_weight" and max(problem.dilation) > 1:
-        return 0.27
     ndhwc, flops = problem.layout == "ndhwc", problem.flops(pass_)
     source, target = problem.in_channels, problem.out_channels
     read, written = (2 * math.prod(shape) / flops for shape in (problem.input_shape, problem.output_shape))
     weight = 2 * math.prod(problem.weight_shape) / flops
     if pass_ == "grad_weight":
+        started = 1.5e8 / flops
+        if max(problem.dilation) > 1:
+            return 1 / (1 / 0.27 + started)
         used = _rounded_up(source, 16) * _rounded_up(target, 16)
-        return 1 / ((0.27 if ndhwc else 0.33) * used + (45 if ndhwc else 106) * read + 240 * weight + 1.5e8 / flops)
+        return 1 / ((0.27 if ndhwc else 0.33) * used + (45 if ndhwc else 106) * read + 240 * weight + started)
     if pass_ == "grad_input":
         source, target, read, written = target, source, written, read
     if source < 3:

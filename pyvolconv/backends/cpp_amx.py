@@ -8,7 +8,9 @@ FMAs, so that convolution runs above their peak; Winograd's F(2, 3) along one ax
 Artificial Intelligence Datatype For Higher-Precision Computations", 2019).
 
 A float16 value is exactly the sum of two bfloat16 ones; what three products leave out of the product of two values is
-below 2**-17 of it, a 64th of what rounding a result to float16 takes. A bfloat16 value is one. Tensors are read and
+below 2**-17 of it, a 64th of what rounding a result to float16 takes. Where taps are transformed, a result may lose as
+much of the values beside its window's own, as by Winograd (`Accuracy.reach`): beside values a million times as large
+nothing of it is left. A bfloat16 value is one, and is not transformed. Tensors are read and
 written in their own dtype; sums are float32.
 
 Operands with an infinity, a NaN, or a value that rounds to an infinite bfloat16 have no such parts: those are

@@ -19,6 +19,9 @@ TILE, STEP = 16, 32
 
 PRODUCTS_PER_FMA = 7.5
 
+FEWEST_VOXELS = 1024
+"""In grad_weight, of the part of the volume that one of several sums is over."""
+
 
 class GatherCosts(NamedTuple):
     """Of a part of a source value each time it is packed, of a result, of a part of a weight."""
@@ -103,7 +106,7 @@ def grad_weight_time(problem: ConvProblem, parts: int) -> float:
     columns = -(-kernel * problem.in_channels // TILE)
     rows = -(-problem.out_channels // TILE)
     tiles = math.prod(problem.kernel_size[:2]) * columns * rows
-    splits = min(max(1.0, 2000 / tiles), 8.0)
+    splits = max(1.0, min(2000 / tiles, 8.0, voxels / FEWEST_VOXELS))
     cost = GRAD_WEIGHT_COSTS[problem.dtype]
     products = voxels / (STEP * 0.94) * tiles * cost.step[parts]
     packing = packed * (problem.in_channels * positions * cost.source + TILE * columns * parts * cost.part)
