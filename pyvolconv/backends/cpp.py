@@ -242,7 +242,7 @@ class CppDirect(PooledForward):
             reached *= 0.35 if problem.layout == "ndhwc" else 0.15
         if cheap:
             along_the_width = used_share(channels, lanes) < 0.5  # lanes are voxels of a row, which are transposed
-            reached *= 0.4 if along_the_width else 0.83
+            reached *= (0.2 if pass_ == "grad_input" else 0.4) if along_the_width else 0.83
         return 1 / (1 / (reached * max(used_share(channels, lanes), used_share(width, lanes))) + 12 * moved)
 
 

@@ -19,6 +19,12 @@ TILE, STEP = 16, 32
 
 PRODUCTS_PER_FMA = 7.5
 
+TOUCHING: dict[Layout, float] = {"ndhwc": 3.0, "ncdhw": 2.0}
+"""How many times as long storing takes where each residue of a stride is one tap, so that little else is done."""
+
+NARROW_ROWS = 1.3
+"""The same of products with the taps of all residues, results of which are columns."""
+
 FEWEST_VOXELS = 1024
 """In grad_weight, of the part of the volume that one of several sums is over."""
 
@@ -65,7 +71,7 @@ def gather_time(problem: ConvProblem, pass_: Pass, parts: int, transformed: Sequ
         transformed: axes of which one has two products for three taps.
     """
     sources, targets, size = problem.in_channels, problem.out_channels, problem.output_size
-    strides, packed = (1, 1, 1), float(math.prod(problem.stride))
+    strides, packed, stored = (1, 1, 1), float(math.prod(problem.stride)), 1.0
     columns = _computed(targets, TILE) * targets
     if pass_ == "grad_input":
         sources, targets, size = targets, sources, problem.input_size
@@ -74,10 +80,12 @@ def gather_time(problem: ConvProblem, pass_: Pass, parts: int, transformed: Sequ
         packed = 1.0  # where a source value is packed for every residue of the stride
         if residues <= 8 and max(problem.dilation) == 1:
             packed = 1 / residues
+            if residues > 1 and problem.kernel_size == strides:
+                stored = TOUCHING[problem.layout]
             if residues * targets <= 2 * TILE:
                 # All residues' results are columns of one product with the taps of all.
                 union = math.prod(-(-k // s) for k, s in zip(problem.kernel_size, strides, strict=True))
-                shared = union * _computed(residues * targets, TILE) * targets
+                shared = NARROW_ROWS * union * _computed(residues * targets, TILE) * targets
                 columns = min(columns, shared * residues / math.prod(problem.kernel_size))
     taps = [max(1.0, k / s) for k, s in zip(problem.kernel_size, strides, strict=True)]
     mixed = [_computed(size[axis], 2) for axis in transformed]
@@ -91,7 +99,9 @@ def gather_time(problem: ConvProblem, pass_: Pass, parts: int, transformed: Sequ
     products = PRODUCTS[parts] * taps[0] * taps[1] * along * steps * STEP * rows * columns
     around = 2.0 if mixed else 1.5 if max(problem.kernel_size[:2]) > 1 else 1.0
     cost = GATHER_COSTS[problem.dtype][problem.layout]
-    voxel = products / PRODUCTS_PER_FMA + around * packed * sources * parts * cost.packing + targets * cost.storing
+    voxel = (
+        products / PRODUCTS_PER_FMA + around * packed * sources * parts * cost.packing + targets * stored * cost.storing
+    )
     return problem.batch * math.prod(size) * voxel + math.prod(problem.weight_shape) * parts * cost.weight
 
 

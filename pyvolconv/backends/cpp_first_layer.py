@@ -116,7 +116,8 @@ def _grad_input_efficiency(problem: ConvProblem, lanes: int) -> float:
     """0.67 of peak with rows of whole vectors, and the time of 48 FLOPs for each byte (of 20 where arithmetic is not as
     cheap): rows are read from memory and transposed, sums of taps are added along them."""
     used = used_share(problem.output_size[2], lanes) * DTYPE_BYTES["float32"] / DTYPE_BYTES[problem.dtype]
-    values = math.prod(problem.output_shape) + math.prod(problem.input_shape) * problem.kernel_size[2]
+    apart = 1 if problem.stride[2] == 1 else 2  # sums are added one by one
+    values = math.prod(problem.output_shape) + apart * math.prod(problem.input_shape) * problem.kernel_size[2]
     moved = values * DTYPE_BYTES[problem.dtype] / problem.flops("grad_input")
     return 1 / (1.5 / used + (48 if arithmetic_is_cheap() else 20) * moved)
 
