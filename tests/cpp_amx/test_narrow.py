@@ -12,14 +12,10 @@ from pyvolconv.backends.cpp_widened import CppWidened
 from pyvolconv.problem import LAYOUTS, ConvProblem
 
 from ..conftest import between_guards
-from .units import CELLS, WITH, integers, unit_of
+from .units import CELLS, WITH, integers, same_bits, unit_of
 
 DTYPES = tuple(PARTS)
 NOT_SPLIT = {"infinity": torch.inf, "minus infinity": -torch.inf, "NaN": torch.nan}
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
