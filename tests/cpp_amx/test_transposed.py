@@ -40,6 +40,20 @@ def test_residues(text, layout, unit, parts, operands, run_pass, reference, asse
     torch.testing.assert_close(unit.transposed(problem, *args, bias).double(), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("text", ["n2ic3oc4-i5x6x7-k3-p1", "n2ic3oc4-i5x6x7-k3-s2-p1", "n2ic3oc4-i9-k1-s3x3x2"])
+@pytest.mark.parametrize("value", [1.0, torch.nan], ids=["splits", "does not"])
+def test_bias_is_that_of_a_later_addition(value, text, dtype, layout, unit, operands):
+    """To the bit: in one task or a task for each residue, in what is rounded to 16 bits, and where others compute."""
+    problem = ConvProblem.parse(f"cpu-{dtype}-{layout}-{text}")
+    x, weight = operands(problem, "grad_input")
+    x[-1, -1, -1, -1, -1] = value
+    bias = torch.randn(problem.in_channels).to(x.dtype)
+    expected = unit.grad_input(problem, x, weight).add_(bias.view(-1, 1, 1, 1))
+    torch.testing.assert_close(unit.transposed(problem, x, weight, bias), expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("forced", ["cpp.direct", "cpp.amx", "cpp.winograd", "aten"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bias_of_a_transposed_convolution(forced, layout, own):
