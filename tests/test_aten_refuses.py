@@ -63,11 +63,18 @@ def test_ours_computes_them(text):
     for result, expected in zip(
         results, [exact, *torch.autograd.grad(exact, (exact_x, exact_w), grad.double())], strict=True
     ):
-        torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+        torch.testing.assert_close(
+            result.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+        )
 
 
 def test_the_others_may_be_left_to_torch():
-    for text in ("n2ic64oc64-i4x7x9-k3-p1", "n2ic64oc256-i16-k1", "n2ic16oc16-i3x5x5-k3-s2-p1", "n1ic3oc64-i16-k7-s2-p3"):
+    for text in (
+        "n2ic64oc64-i4x7x9-k3-p1",
+        "n2ic64oc256-i16-k1",
+        "n2ic16oc16-i3x5x5-k3-s2-p1",
+        "n1ic3oc64-i16-k7-s2-p3",
+    ):
         for dtype in ("float32", "float16", "bfloat16"):
             problem = ConvProblem.parse(f"cpu-{dtype}-ndhwc-{text}")
             assert AtenBackend().unsupported_reasons(problem, "forward") == []
