@@ -14,6 +14,7 @@ import torch
 
 from ..host import starts_two_wide_fmas
 from ..problem import ConvProblem, Pass
+from . import aten_onednn_time
 
 
 def share_of_peak(problem: ConvProblem, pass_: Pass) -> float:
@@ -31,8 +32,10 @@ def share_of_peak(problem: ConvProblem, pass_: Pass) -> float:
             return _bfloat16_on_matrix_unit(problem, pass_)
         if problem.dtype == "bfloat16" and torch.cpu._is_avx512_bf16_supported():
             return _bfloat16(problem, pass_)
-        if problem.dtype == "float32" and problem.groups == 1 and not _falls_to_im2col(problem):
-            return _float32_gradient_of_weight(problem) if pass_ == "grad_weight" else _float32(problem, pass_)
+        if problem.dtype == "float32" and problem.groups == 1 and _falls_to_im2col(problem):
+            return _im2col(problem, pass_)
+        if problem.dtype == "float32" and problem.groups == 1:
+            return _float32(problem, pass_)
     lanes = min(problem.in_channels, problem.out_channels) // problem.groups
     return 0.5 if lanes >= 16 else 0.1
 
@@ -50,56 +53,48 @@ def _is_depthwise_of_whole_vectors(problem: ConvProblem) -> bool:
 
 
 def _float32(problem: ConvProblem, pass_: Pass) -> float:
-    """Forward and grad_input of oneDNN without groups.
+    """All passes of oneDNN without groups.
+
+    Large kernels from few channels reach 0.7 of peak where two wide FMAs start per cycle, 0.6 where windows touch.
+    """
+    if not starts_two_wide_fmas():
+        return _float32_gradient_of_weight(problem) if pass_ == "grad_weight" else _float32_gather(problem, pass_)
+    if problem.in_channels <= 4 and math.prod(problem.kernel_size) >= 49:
+        if pass_ == "forward":
+            return 0.6 if problem.kernel_size == problem.stride else 0.7
+        if pass_ == "grad_weight" and problem.out_channels < 16:
+            return 0.7
+    time = aten_onednn_time.expected_time(problem, pass_, _inside_share(problem))
+    return problem.flops(pass_) / time
+
+
+def _float32_gather(problem: ConvProblem, pass_: Pass) -> float:
+    """Forward and grad_input where one wide FMA starts per cycle.
 
     With 16 channels and more they run at 0.93 of peak (ncdhw 0.9), channels rounded up to whole vectors of 16, and
     leave out taps that lie in the padding; memory takes the time of 12 FLOPs for each byte to be moved, of 5 where a
-    product needs no window. Touching windows are slower, in ncdhw much. Where two wide FMAs start per cycle, a byte
-    takes the time of 2.5 times as many FLOPs, and large kernels from few channels reach 0.7, of
-    touching windows 0.6.
+    product needs no window. Touching windows are slower, in ncdhw much.
     """
-    ndhwc, moved = problem.layout == "ndhwc", _moved(problem, pass_)
-    if pass_ == "forward" and _is_large_from_few_channels(problem):
-        return 0.6 if problem.kernel_size == problem.stride else 0.7
+    ndhwc, moved = problem.layout == "ndhwc", problem.min_bytes(pass_) / problem.flops(pass_)
     channels = min(problem.in_channels, problem.out_channels)
     if problem.kernel_size == (1, 1, 1) and (channels >= 16 or ndhwc):
         return 1 / (1 / 0.85 + 5 * moved)
     if channels < 16:
         return 1 / (10 + 12 * moved)
-    if problem.kernel_size not in ((1, 1, 1), problem.stride):
-        reached = 0.93 if ndhwc else 0.9
-    elif not ndhwc:
-        reached = 0.4
-    elif starts_two_wide_fmas():
-        reached = 0.85 if pass_ == "forward" else 0.6
+    if problem.kernel_size in ((1, 1, 1), problem.stride):
+        reached = 0.7 if ndhwc else 0.4
     else:
-        reached = 0.7
+        reached = 0.93 if ndhwc else 0.9
     return 1 / (_inside_share(problem) / (reached * _used_of_vectors(problem)) + 12 * moved)
 
 
 def _float32_gradient_of_weight(problem: ConvProblem) -> float:
-    """That of oneDNN without groups: in ndhwc nearly as good as ours, and better where much is padding."""
-    cheap = starts_two_wide_fmas()
-    if _is_large_from_few_channels(problem) and problem.out_channels < 16:
-        return 0.7
+    """There: in ndhwc nearly as good as ours, and better where much is padding."""
     channels = min(problem.in_channels, problem.out_channels)
     dense = problem.stride == problem.dilation == (1, 1, 1) and min(problem.kernel_size) > 1
     if dense and problem.layout == "ndhwc" and 8 <= channels <= 192:
-        return 0.72 * max(_used_of_vectors(problem), 0.8 if cheap else 0.5) / _inside_share(problem)
-    if channels < 16:
-        return 0.1
-    if not cheap:
-        return 0.5
-    return 1 / (2 + (5 if problem.kernel_size == (1, 1, 1) else 12) * _moved(problem, "grad_weight"))
-
-
-def _is_large_from_few_channels(problem: ConvProblem) -> bool:
-    return starts_two_wide_fmas() and problem.in_channels <= 4 and math.prod(problem.kernel_size) >= 49
-
-
-def _moved(problem: ConvProblem, pass_: Pass) -> float:
-    """Bytes per FLOP, dearer where arithmetic is cheap."""
-    return (2.5 if starts_two_wide_fmas() else 1.0) * problem.min_bytes(pass_) / problem.flops(pass_)
+        return 0.72 * max(_used_of_vectors(problem), 0.5) / _inside_share(problem)
+    return 0.1 if channels < 16 else 0.5
 
 
 def _used_of_vectors(problem: ConvProblem) -> float:
@@ -181,6 +176,28 @@ def _falls_to_im2col(problem: ConvProblem) -> bool:
     """Torch leaves oneDNN alone for one small sample (`use_mkldnn` in ATen/native/Convolution.cpp)."""
     values = problem.in_channels * problem.input_size[0] * problem.input_size[1]
     return problem.batch == 1 and max(problem.kernel_size) <= 3 and values <= 20480
+
+
+def _im2col(problem: ConvProblem, pass_: Pass) -> float:
+    """That of torch's own columns and a product at 0.7 of peak, for one sample; only the product uses all threads.
+
+    In FLOPs a byte takes 90 of the columns (grad_input 145; none of a single tap with unit stride), and in ndhwc, which
+    is copied before and after, 110 of the input and 75 of the output, 110 and 250 where gradients are asked for.
+    """
+    flops = problem.flops(pass_)
+    read, written = (4 * math.prod(shape) / flops for shape in (problem.input_shape, problem.output_shape))
+    time = 1.4
+    if problem.kernel_size != (1, 1, 1) or problem.stride != (1, 1, 1):
+        columns = math.prod(problem.kernel_size) * problem.in_channels / problem.out_channels * written
+        time += (145 if pass_ == "grad_input" else 90) * _cheap() * columns
+    if problem.layout == "ndhwc":
+        time += _cheap() * (110 * read + (75 if pass_ == "forward" else 250) * written)
+    return 1 / time
+
+
+def _cheap() -> float:
+    """How many more FLOPs start in the time of a byte than where one wide FMA starts per cycle, over those of two."""
+    return 1.0 if starts_two_wide_fmas() else 0.4
 
 
 def _has_float16() -> bool:

@@ -4,19 +4,18 @@ A scheme F(m_d x m_h x m_w, 3x3x3) computes a tile of m_d * m_h * m_w outputs fr
 per pair of channels where direct convolution takes 27 m_d m_h m_w: 8 for 27 with F(2x2x2), 6 for 27 with F(2x2x4) or
 F(2x4x2), 3.4 for 27 with F(4x4x4) (A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks", 2016;
 csrc/algorithm/winograd_axis.h has the transforms). With stride 2 an axis takes 5 products for 6
-(winograd_strided_axis.h). Transforms and ragged edges take some of that back; `_best` weighs it up.
+(winograd_strided_axis.h). Transforms and ragged edges take some of that back; `cpp_winograd_time` weighs it up.
 """
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ..precision import Precision, get_precision
-from ..problem import DTYPE_BYTES, ConvProblem, Pass
+from ..problem import ConvProblem, Pass
 from .base import Accuracy, empty
 from .cpp import (
     DTYPES,
@@ -30,8 +29,7 @@ from .cpp import (
     plan_of,
     pooled_plan_of,
 )
-
-Outputs = tuple[int, int, int]
+from .cpp_winograd_time import Outputs, expected_time
 
 SCHEMES: dict[tuple[int, int, int], dict[Precision, tuple[Outputs, ...]]] = {
     (3, 3, 3): {
@@ -133,21 +131,6 @@ def _reach(outputs: int, stride: int, dilation: int) -> int:
     return 0 if outputs == 1 else (outputs + 1 if stride == 1 else 2) * dilation
 
 
-def _points(outputs: int, kernel: int, stride: int) -> int:
-    """Products of a tile along an axis."""
-    return outputs + kernel - 1 if stride == 1 else 5
-
-
-def _weights(outputs: int, kernel: int, stride: int) -> int:
-    """What three taps are transformed to along an axis."""
-    return outputs + kernel - 1 if stride == 1 else 4
-
-
-def _tiles(count: int, outputs: int, dilation: int) -> int:
-    """Along an axis: every residue modulo the dilation has tiles of its own, as many as the first."""
-    return min(count, dilation) * -(-count // dilation // outputs)
-
-
 class _Choice(NamedTuple):
     efficiency: float
     outputs: Outputs
@@ -184,66 +167,12 @@ def _fitting(problem: ConvProblem, pass_: Pass, precision: Precision) -> list[Ou
     return [outputs for outputs in schemes if all(m % w == 0 for m, w in zip(outputs, pool.window, strict=True))]
 
 
-def _used(size: int, lanes: int) -> float:
-    """Share in use of what computes `lanes` values at once."""
-    return size / (-(-size // lanes) * lanes)
-
-
 @lru_cache(maxsize=4096)
 def _best(problem: ConvProblem, pass_: Pass, precision: Precision, vector_bytes: int, cheap: bool) -> _Choice:
-    """The scheme with the least expected time.
-
-    In units of one FMA of one pair of channels at peak, with numbers fitted to measurements (docs/performance.md): the
-    products run at 0.82 of peak; loading, transforming and storing an output voxel takes as long as 3.6 (ncdhw: 5.2) of
-    its direct products for each channel, averaged harmonically; transforming a weight takes 8 per point; and weights
-    that exceed the caches are read again for every box of tiles, sooner with strides, whose boxes have fewer tiles, and
-    which have as many input voxels to an output voxel as their product. grad_weight transforms two tensors, each once
-    for every block of channels of the other, and transforms its sums back, which wait in memory for those of other
-    splits of the tiles unless there are many blocks.
-
-    Where two wide FMAs start per cycle (`cheap`), the products run at 0.66 of that, and what is moved takes as long as
-    14 (ncdhw: 15) products, 7 (8) in grad_weight, with few taps longer, and the products are held up by weights
-    beyond 9 MiB; transforming a weight takes 400 per point.
-    """
-    lanes = vector_bytes // DTYPE_BYTES[problem.dtype]
-    channels = (problem.in_channels, problem.out_channels)
-    targets = channels[0] if pass_ == "grad_input" else channels[1]
-    half = lanes // 2 if vector_bytes == 64 and pass_ != "grad_weight" else lanes
-    used = _used(targets, half)
-    if pass_ == "grad_weight":
-        used *= _used(channels[0], lanes // 2)  # rows of a register tile
-    size: tuple[int, ...] = problem.input_size if pass_ == "grad_input" else problem.output_size
-    if problem.pool is not None:
-        size = tuple(count * window for count, window in zip(problem.pooled_size, problem.pool.window, strict=True))
-    taps = math.prod(problem.kernel_size)
-    each = 3.6
-    if cheap:
-        each = 7.0 if pass_ == "grad_weight" else 14.0 * (27 / taps) ** 0.75
-    if problem.layout == "ncdhw":
-        each *= 1.1 if cheap else 1.44
-    strides = math.prod(problem.stride)
-    moving = each * (1 / channels[0] + strides / channels[1]) / 2
-    finishing = 400.0 if cheap else 8.0
-    if pass_ == "grad_weight":
-        bytes_ = DTYPE_BYTES[problem.dtype]
-        source_blocks, target_blocks = -(-channels[0] * bytes_ // 256), -(-channels[1] * bytes_ // 512)
-        moving = each * (source_blocks / channels[0] + strides * target_blocks / channels[1])
-        finishing = 128.0 if source_blocks * target_blocks < 16 else 64.0
-    shared = (
-        strides if pass_ == "grad_input" else 1
-    )  # input voxels among which an output voxel's products are shared out
+    """The scheme with the least expected time."""
+    direct = problem.flops(pass_) / 2
     best = _Choice(0.0, (0, 0, 0))
     for outputs in _fitting(problem, pass_, precision):
-        points = math.prod(map(_points, outputs, problem.kernel_size, problem.stride))
-        tiles = problem.batch * math.prod(map(_tiles, size, outputs, problem.dilation))
-        weights = math.prod(map(_weights, outputs, problem.kernel_size, problem.stride))
-        weight_bytes = weights * math.prod(channels) * DTYPE_BYTES[problem.dtype]
-        spilling = 1.0
-        if pass_ != "grad_weight":
-            most_bytes = (16 if strides == 1 else 4) << 20
-            spilling = max(1.0, weight_bytes / (9 << 20)) if cheap else 1.7 if weight_bytes > most_bytes else 1.0
-        products = tiles * points * spilling / ((0.66 if cheap else 0.82) * used)
-        transforms = taps * moving * tiles * math.prod(outputs) / shared + finishing * points
-        efficiency = taps * problem.batch * math.prod(size) / shared / (products + transforms)
-        best = max(best, _Choice(efficiency, outputs))
+        time = expected_time(problem, pass_, outputs, vector_bytes, cheap)
+        best = max(best, _Choice(direct / time, outputs))
     return best

@@ -1,0 +1,168 @@
+"""How long `cpp.winograd` is expected to take with a scheme, in FMAs at peak: its cost model.
+
+The numbers are fitted to measurements (docs/performance.md) on two kinds of processor: those that start two FMAs of 64
+bytes per cycle (Sapphire Rapids), where moving, transforming and summing weigh more than products, and those that
+start one (Zen 3 and 4).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from ..problem import DTYPE_BYTES, ConvProblem, Layout, Pass
+
+Outputs = tuple[int, int, int]
+
+FEWEST_TILES, MOST_TILES, FEWEST_BOXES = 8, 96, 16
+"""Of a box, and boxes unless each would have fewer tiles (csrc/algorithm/winograd_blocking.h)."""
+
+WEIGHT_BYTES_IN_CACHE = 1 << 20
+"""Up to which a box finds transformed weights in its core's own cache."""
+
+
+class GatherCosts(NamedTuple):
+    """Of a product, a source voxel of a channel, a transformed one, an output of a channel, a transformed weight, one
+    that a box reads from beyond its core's cache, and of a call."""
+
+    product: float
+    source: float
+    point: float
+    output: float
+    weight: float
+    reread: float
+    call: float
+
+
+GATHER_COSTS: dict[Layout, GatherCosts] = {
+    "ncdhw": GatherCosts(2.44, 44, 15, 93, 220, 17, 5e6),
+    "ndhwc": GatherCosts(1.86, 58, 7, 87, 250, 17, 3e5),
+}
+
+
+class GradWeightCosts(NamedTuple):
+    """Of a product, a transformed source value, a gradient value, a sum that a box adds to."""
+
+    product: float
+    point: float
+    gradient: float
+    total: float
+
+
+GRAD_WEIGHT_COSTS: dict[Layout, GradWeightCosts] = {
+    "ncdhw": GradWeightCosts(2.5, 10, 200, 90),
+    "ndhwc": GradWeightCosts(2.0, 8, 185, 100),
+}
+
+
+def expected_time(problem: ConvProblem, pass_: Pass, outputs: Outputs, vector_bytes: int, cheap: bool) -> float:
+    """Of a pass in tiles of `outputs`; `cheap` where two wide FMAs start per cycle."""
+    if not cheap:
+        return _time_where_products_cost(problem, pass_, outputs, vector_bytes)
+    lanes = vector_bytes // DTYPE_BYTES[problem.dtype]
+    if pass_ == "grad_weight":
+        return _grad_weight_time(problem, outputs, lanes)
+    return _gather_time(problem, pass_, outputs, lanes)
+
+
+def _gather_time(problem: ConvProblem, pass_: Pass, outputs: Outputs, lanes: int) -> float:
+    sources, targets = problem.in_channels, problem.out_channels
+    voxels = problem.batch * math.prod(problem.input_size)
+    if pass_ == "grad_input":
+        sources, targets = targets, sources
+        voxels = problem.batch * math.prod(problem.output_size)
+    tiles, points, weights = _counts(problem, pass_, outputs)
+    values = weights * sources * targets
+    packed, half = _rounded_up(sources, lanes), max(lanes // 2, 1)
+    cost = GATHER_COSTS[problem.layout]
+    time = tiles * points * (cost.product * sources * _rounded_up(targets, half) + cost.point * packed)
+    time += cost.source * voxels * packed + cost.output * tiles * math.prod(outputs) * _rounded_up(targets, lanes)
+    if values * DTYPE_BYTES[problem.dtype] > WEIGHT_BYTES_IN_CACHE:
+        time += cost.reread * values * max(1.0, min(FEWEST_BOXES, tiles / FEWEST_TILES), tiles / MOST_TILES)
+    return time + cost.weight * values + cost.call
+
+
+def _grad_weight_time(problem: ConvProblem, outputs: Outputs, lanes: int) -> float:
+    """Both operands are transformed, each once for every block of channels of the other; splits of the tiles have sums
+    of their own, which pass through memory where they are many."""
+    sources, targets = problem.in_channels, problem.out_channels
+    source_blocks, target_blocks = _channel_blocks(problem)
+    tiles, points, weights = _counts(problem, "grad_weight", outputs)
+    boxes = max(1.0, min(-(-FEWEST_BOXES // (source_blocks * target_blocks)), tiles / FEWEST_TILES))
+    cost = GRAD_WEIGHT_COSTS[problem.layout]
+    products = points * _rounded_up(sources, max(lanes // 2, 1)) * _rounded_up(targets, lanes)
+    source = points * sources * target_blocks
+    gradient = math.prod(outputs) * targets * source_blocks
+    time = tiles * (cost.product * products + cost.point * source + cost.gradient * gradient)
+    return time + cost.total * boxes * weights * sources * targets
+
+
+def _time_where_products_cost(problem: ConvProblem, pass_: Pass, outputs: Outputs, vector_bytes: int) -> float:
+    """Products run at 0.82 of peak; loading, transforming and storing an output voxel takes as long as 3.6 (ncdhw: 5.2)
+    of its direct products for each channel, averaged harmonically; transforming a weight takes 8 per point; and weights
+    that exceed the caches are read again for every box of tiles, sooner with strides, whose boxes have fewer tiles, and
+    which have as many input voxels to an output voxel as their product. grad_weight transforms two tensors, each once
+    for every block of channels of the other, and transforms its sums back, which wait in memory for those of other
+    splits of the tiles unless there are many blocks.
+    """
+    lanes = vector_bytes // DTYPE_BYTES[problem.dtype]
+    channels, strides = (problem.in_channels, problem.out_channels), math.prod(problem.stride)
+    targets = channels[0] if pass_ == "grad_input" else channels[1]
+    used = used_share(targets, lanes // 2 if vector_bytes == 64 and pass_ != "grad_weight" else lanes)
+    each = 3.6 if problem.layout == "ndhwc" else 5.2
+    tiles, points, weights = _counts(problem, pass_, outputs)
+    spilling = 1.0
+    if pass_ == "grad_weight":
+        used *= used_share(channels[0], lanes // 2)  # rows of a register tile
+        source_blocks, target_blocks = _channel_blocks(problem)
+        moving = each * (source_blocks / channels[0] + strides * target_blocks / channels[1])
+        finishing = 128.0 if source_blocks * target_blocks < 16 else 64.0
+    else:
+        moving, finishing = each * (1 / channels[0] + strides / channels[1]) / 2, 8.0
+        most_bytes = (16 if strides == 1 else 4) << 20
+        if weights * math.prod(channels) * DTYPE_BYTES[problem.dtype] > most_bytes:
+            spilling = 1.7
+    # Input voxels among which an output voxel's products are shared out.
+    shared = strides if pass_ == "grad_input" else 1
+    moved = math.prod(problem.kernel_size) * moving * tiles * math.prod(outputs) / shared
+    return (tiles * points * spilling / (0.82 * used) + moved + finishing * points) * math.prod(channels)
+
+
+def _counts(problem: ConvProblem, pass_: Pass, outputs: Outputs) -> tuple[int, int, int]:
+    """Tiles, products of a tile for a pair of channels, and the weights that stand for the taps."""
+    size: tuple[int, ...] = problem.input_size if pass_ == "grad_input" else problem.output_size
+    if problem.pool is not None:
+        size = tuple(count * window for count, window in zip(problem.pooled_size, problem.pool.window, strict=True))
+    tiles = problem.batch * math.prod(map(_tiles, size, outputs, problem.dilation))
+    points = math.prod(map(_points, outputs, problem.kernel_size, problem.stride))
+    return tiles, points, math.prod(map(_weights, outputs, problem.kernel_size, problem.stride))
+
+
+def _points(outputs: int, kernel: int, stride: int) -> int:
+    """Products of a tile along an axis."""
+    return outputs + kernel - 1 if stride == 1 else 5
+
+
+def _weights(outputs: int, kernel: int, stride: int) -> int:
+    """What three taps are transformed to along an axis."""
+    return outputs + kernel - 1 if stride == 1 else 4
+
+
+def _tiles(count: int, outputs: int, dilation: int) -> int:
+    """Along an axis: every residue modulo the dilation has tiles of its own, as many as the first."""
+    return min(count, dilation) * -(-count // dilation // outputs)
+
+
+def _channel_blocks(problem: ConvProblem) -> tuple[int, int]:
+    """Of grad_weight: of 256 bytes of source channels, of 512 of target channels."""
+    bytes_ = DTYPE_BYTES[problem.dtype]
+    return -(-problem.in_channels * bytes_ // 256), -(-problem.out_channels * bytes_ // 512)
+
+
+def _rounded_up(size: int, lanes: int) -> int:
+    return -(-size // lanes) * lanes
+
+
+def used_share(size: int, lanes: int) -> float:
+    """Share in use of what computes `lanes` values at once."""
+    return size / _rounded_up(size, lanes)
