@@ -24,6 +24,8 @@ def share_of_peak(problem: ConvProblem, pass_: Pass) -> float:
             return 0.5 if problem.kernel_size == (1, 1, 1) and problem.groups == 1 else 0.04  # a product, or im2col
         if problem.dtype == "float16" and (pass_ == "grad_weight" or not _has_float16()):
             return 0.001 if _has_float16() else 0.1 if pass_ == "grad_weight" else 0.01
+        if problem.groups > 1 and problem.dtype == "float32" and starts_two_wide_fmas():
+            return problem.flops(pass_) / aten_onednn_time.grouped_time(problem, pass_)
         if problem.groups > 1 and pass_ != "forward":
             return 0.02
         if _is_depthwise_of_whole_vectors(problem) and starts_two_wide_fmas():
@@ -60,10 +62,9 @@ def _float32(problem: ConvProblem, pass_: Pass) -> float:
     if not starts_two_wide_fmas():
         return _float32_gradient_of_weight(problem) if pass_ == "grad_weight" else _float32_gather(problem, pass_)
     if problem.in_channels <= 4 and math.prod(problem.kernel_size) >= 49:
-        if pass_ == "forward":
-            return 0.6 if problem.kernel_size == problem.stride else 0.7
-        if pass_ == "grad_weight" and problem.out_channels < 16:
-            return 0.7
+        reached = 0.6 if pass_ == "forward" and problem.kernel_size == problem.stride else 0.7
+        if pass_ == "forward" or (pass_ == "grad_weight" and problem.out_channels < 16):
+            return 1 / (1 / reached + 1e8 / problem.flops(pass_))
     time = aten_onednn_time.expected_time(problem, pass_, _inside_share(problem))
     return problem.flops(pass_) / time
 
@@ -81,10 +82,8 @@ def _float32_gather(problem: ConvProblem, pass_: Pass) -> float:
         return 1 / (1 / 0.85 + 5 * moved)
     if channels < 16:
         return 1 / (10 + 12 * moved)
-    if problem.kernel_size in ((1, 1, 1), problem.stride):
-        reached = 0.7 if ndhwc else 0.4
-    else:
-        reached = 0.93 if ndhwc else 0.9
+    touching = problem.kernel_size in ((1, 1, 1), problem.stride)
+    reached = (0.7 if ndhwc else 0.4) if touching else (0.93 if ndhwc else 0.9)
     return 1 / (_inside_share(problem) / (reached * _used_of_vectors(problem)) + 12 * moved)
 
 
@@ -181,12 +180,13 @@ def _falls_to_im2col(problem: ConvProblem) -> bool:
 def _im2col(problem: ConvProblem, pass_: Pass) -> float:
     """That of torch's own columns and a product at 0.7 of peak, for one sample; only the product uses all threads.
 
-    In FLOPs a byte takes 90 of the columns (grad_input 145; none of a single tap with unit stride), and in ndhwc, which
-    is copied before and after, 110 of the input and 75 of the output, 110 and 250 where gradients are asked for.
+    In FLOPs a byte takes 90 of the columns (grad_input 145; none of a single tap with unit stride), 20 of the weight,
+    and in ndhwc, which is copied before and after, 80 of the weight, 110 of the input and 75 of the output, 250 where
+    gradients are asked for.
     """
     flops = problem.flops(pass_)
     read, written = (4 * math.prod(shape) / flops for shape in (problem.input_shape, problem.output_shape))
-    time = 1.4
+    time = 1.4 + (80 if problem.layout == "ndhwc" else 20) * _cheap() * 4 * math.prod(problem.weight_shape) / flops
     if problem.kernel_size != (1, 1, 1) or problem.stride != (1, 1, 1):
         columns = math.prod(problem.kernel_size) * problem.in_channels / problem.out_channels * written
         time += (145 if pass_ == "grad_input" else 90) * _cheap() * columns

@@ -8,40 +8,49 @@ is reordered before and after.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from ..problem import ConvProblem, Layout, Pass
+from .linear_time import Costs, summed
 
 Kind = Literal["pointwise", "dense", "few channels", "strided", "touching"]
-
-
-class Costs(NamedTuple):
-    """Of a product's two FLOPs, a byte of the input, of the output and of the weight, and of a call."""
-
-    flop: float
-    input: float
-    output: float
-    weight: float
-    call: float
 
 
 COSTS: dict[tuple[Kind, Pass], dict[Layout, Costs]] = {
     ("pointwise", "forward"): {"ncdhw": Costs(0.55, 61, 29, 0, 1.0e8), "ndhwc": Costs(1.05, 13, 2, 43, 5.0e7)},
     ("pointwise", "grad_input"): {"ncdhw": Costs(0.5, 61, 29, 0, 1.2e8), "ndhwc": Costs(1.2, 7, 6, 165, 6.5e7)},
     ("pointwise", "grad_weight"): {"ncdhw": Costs(0, 90, 44, 117, 1.0e8), "ndhwc": Costs(1.3, 14, 4, 35, 8.0e7)},
-    ("dense", "forward"): {"ncdhw": Costs(1.42, 59, 0, 102, 7.0e7), "ndhwc": Costs(1.34, 8, 0, 86, 0)},
-    ("dense", "grad_input"): {"ncdhw": Costs(1.56, 28, 22, 74, 0), "ndhwc": Costs(1.35, 11, 1, 93, 3.6e7)},
-    ("dense", "grad_weight"): {"ncdhw": Costs(1.56, 110, 15, 45, 0), "ndhwc": Costs(1.3, 86, 0, 225, 0)},
-    ("few channels", "forward"): {"ncdhw": Costs(0.34, 197, 0, 8800, 0), "ndhwc": Costs(0.06, 256, 23, 4200, 0)},
-    ("few channels", "grad_input"): {"ncdhw": Costs(1.89, 6, 0, 0, 0), "ndhwc": Costs(0.03, 0, 308, 8000, 0)},
-    ("few channels", "grad_weight"): {"ncdhw": Costs(0.1, 384, 60, 0, 0), "ndhwc": Costs(0, 287, 53, 1250, 0)},
+    ("dense", "forward"): {"ncdhw": Costs(1.42, 59, 0, 102, 7.0e7), "ndhwc": Costs(1.34, 8, 0, 86, 5.0e7)},
+    ("dense", "grad_input"): {"ncdhw": Costs(1.56, 28, 22, 74, 5.0e7), "ndhwc": Costs(1.35, 11, 1, 93, 6.0e7)},
+    ("dense", "grad_weight"): {"ncdhw": Costs(1.56, 110, 15, 45, 5.0e7), "ndhwc": Costs(1.3, 86, 0, 225, 5.0e7)},
+    ("few channels", "forward"): {
+        "ncdhw": Costs(0.34, 197, 0, 8800, 5.0e7),
+        "ndhwc": Costs(0.06, 256, 23, 4200, 5.0e7),
+    },
+    ("few channels", "grad_input"): {"ncdhw": Costs(1.89, 6, 0, 0, 5.0e7), "ndhwc": Costs(0.03, 0, 308, 8000, 5.0e7)},
+    ("few channels", "grad_weight"): {"ncdhw": Costs(0.1, 384, 60, 0, 5.0e7), "ndhwc": Costs(0, 287, 53, 1250, 5.0e7)},
     ("strided", "forward"): {"ncdhw": Costs(1.65, 40, 0, 77, 2.2e8), "ndhwc": Costs(1.36, 0, 10, 49, 7.0e7)},
-    ("strided", "grad_input"): {"ncdhw": Costs(1.89, 286, 0, 31, 0), "ndhwc": Costs(1.5, 20, 2, 61, 7.0e7)},
-    ("strided", "grad_weight"): {"ncdhw": Costs(2.06, 93, 0, 47, 0), "ndhwc": Costs(1.96, 13, 0, 95, 4.0e7)},
-    ("touching", "forward"): {"ncdhw": Costs(2.4, 25, 0, 0, 0), "ndhwc": Costs(1.18, 8, 9, 0, 0)},
-    ("touching", "grad_input"): {"ncdhw": Costs(2.8, 246, 0, 0, 0), "ndhwc": Costs(1.2, 30, 0, 0, 0)},
-    ("touching", "grad_weight"): {"ncdhw": Costs(2.8, 42, 0, 0, 0), "ndhwc": Costs(2.8, 0, 0, 0, 0)},
+    ("strided", "grad_input"): {"ncdhw": Costs(1.89, 286, 0, 31, 5.0e7), "ndhwc": Costs(1.5, 20, 2, 61, 7.0e7)},
+    ("strided", "grad_weight"): {"ncdhw": Costs(2.06, 93, 0, 47, 5.0e7), "ndhwc": Costs(1.96, 13, 0, 95, 6.0e7)},
+    ("touching", "forward"): {"ncdhw": Costs(2.4, 25, 0, 0, 5.0e7), "ndhwc": Costs(1.18, 8, 9, 0, 5.0e7)},
+    ("touching", "grad_input"): {"ncdhw": Costs(2.8, 246, 0, 0, 5.0e7), "ndhwc": Costs(1.2, 30, 0, 0, 5.0e7)},
+    ("touching", "grad_weight"): {"ncdhw": Costs(2.8, 42, 0, 0, 5.0e7), "ndhwc": Costs(2.8, 0, 0, 0, 5.0e7)},
 }
+
+
+DEPTHWISE_COSTS: dict[Pass, dict[Layout, Costs]] = {
+    "forward": {"ncdhw": Costs(7.4, 50, 150, 0, 0), "ndhwc": Costs(1.6, 32, 4, 0, 3.0e7)},
+    "grad_input": {"ncdhw": Costs(95, 60, 80, 0, 9.0e8), "ndhwc": Costs(27, 60, 0, 0, 9.5e8)},
+    "grad_weight": {"ncdhw": Costs(130, 80, 150, 0, 0), "ndhwc": Costs(10, 150, 650, 0, 0)},
+}
+"""Without rounding to vectors; gradients run in loops over groups."""
+
+GROUPED_COSTS: dict[Pass, dict[Layout, Costs]] = {
+    "forward": {"ncdhw": Costs(6, 30, 30, 0, 0), "ndhwc": Costs(4.3, 20, 20, 0, 0)},
+    "grad_input": {"ncdhw": Costs(6, 30, 30, 0, 0), "ndhwc": Costs(5, 20, 20, 0, 0)},
+    "grad_weight": {"ncdhw": Costs(30, 0, 0, 0, 0), "ndhwc": Costs(10.5, 0, 0, 0, 0)},
+}
+"""The same of groups of several channels (of four, where they were measured)."""
 
 
 def kind_of(problem: ConvProblem) -> Kind:
@@ -59,12 +68,15 @@ def expected_time(problem: ConvProblem, pass_: Pass, inside_share: float) -> flo
     """Of a pass without groups; `inside_share` of its products have an input voxel that is not padding."""
     kind = kind_of(problem)
     cost = COSTS[kind, pass_][problem.layout]
-    read, written, weight = (
-        4 * math.prod(shape) for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
-    )
     rounded = math.prod(-(-count // 16) * 16 / count for count in (problem.in_channels, problem.out_channels))
-    flop = cost.flop
+    flops = rounded * inside_share * problem.flops(pass_)
     if pass_ == "grad_weight" and kind == "dense" and max(problem.dilation) > 1:
-        flop *= 3 if problem.layout == "ncdhw" else 1.5
-    products = flop * rounded * inside_share * problem.flops(pass_)
-    return products + cost.input * read + cost.output * written + cost.weight * weight + cost.call
+        flops *= 3 if problem.layout == "ncdhw" else 1.5
+    return summed(problem, cost, flops)
+
+
+def grouped_time(problem: ConvProblem, pass_: Pass) -> float:
+    """Of a pass with groups."""
+    depthwise = problem.groups in (problem.in_channels, problem.out_channels)
+    cost = (DEPTHWISE_COSTS if depthwise else GROUPED_COSTS)[pass_][problem.layout]
+    return summed(problem, cost, problem.flops(pass_))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..host import starts_two_wide_fmas
 from ..problem import DTYPE_BYTES, ConvProblem, Layout, Pass
+from . import cpp_direct_time
 from .base import Accuracy, Backend, empty
 
 if TYPE_CHECKING:
@@ -210,42 +211,5 @@ class CppDirect(PooledForward):
         return Accuracy(constant=1.0, accumulate_dtype=problem.dtype, bitwise_reproducible=True)
 
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
-        """Share of lanes in use, times what the kernels reach, with the time of 12 FLOPs for every byte to be moved.
-
-        The numbers are fitted to measurements (docs/performance.md): 0.82 of peak at 16 channels and more in ndhwc,
-        0.75 in ncdhw, where strides and dilation break rows into pieces; gradients of weights 0.8. A product without
-        a window is packed less (in ndhwc not at all where it has no more columns than depth), and there few channels on
-        either side leave its lanes or its loop empty. Where two wide FMAs start per cycle, loads and transposes keep
-        the kernels to a smaller share of that, and a byte takes the time of 2.5 times as many FLOPs.
-        """
-        cheap = arithmetic_is_cheap()
         lanes = {"avx512": 64, "avx2": 32}.get(kernels().current_isa(), 16) // DTYPE_BYTES[problem.dtype]
-        channels, sources = problem.out_channels, problem.in_channels
-        if pass_ == "grad_input":
-            channels, sources = sources, channels
-        if 1 < problem.groups < problem.in_channels:
-            channels //= problem.groups
-        width = problem.output_size[2] if pass_ == "forward" else problem.input_size[2]
-        moved = (2.5 if cheap else 1.0) * problem.min_bytes(pass_) / problem.flops(pass_)
-        if pass_ == "grad_weight":
-            used = max(used_share(problem.in_channels, lanes), used_share(width, lanes))
-            return 1 / (1 / ((0.66 if cheap else 0.8) * used) + 12 * moved)
-        if problem.kernel_size == (1, 1, 1) and problem.groups == 1:
-            in_order = problem.layout == "ndhwc"
-            used = used_share(channels, lanes) * min(1, sources / lanes) if in_order else 0.69 if cheap else 1.0
-            return 1 / (1 / ((0.75 if in_order and channels > sources else 0.88) * used) + 5 * moved)
-        reached = (
-            0.82 if problem.layout == "ndhwc" else 0.75 if problem.stride == problem.dilation == (1, 1, 1) else 0.58
-        )
-        if pass_ == "grad_input" and channels < lanes // 2 and problem.reduction_length(pass_) == problem.out_channels:
-            # One tap meets a voxel: vectors of few channels, or of voxels that are far apart.
-            reached *= 0.35 if problem.layout == "ndhwc" else 0.15
-        if cheap:
-            along_the_width = used_share(channels, lanes) < 0.5  # lanes are voxels of a row, which are transposed
-            reached *= (0.2 if pass_ == "grad_input" else 0.4) if along_the_width else 0.83
-        return 1 / (1 / (reached * max(used_share(channels, lanes), used_share(width, lanes))) + 12 * moved)
-
-
-def used_share(size: int, lanes: int) -> float:
-    """Share of lanes in use when `size` values are cut into vectors."""
-    return size / (-(-size // lanes) * lanes)
+        return cpp_direct_time.expected_share(problem, pass_, lanes, arithmetic_is_cheap())

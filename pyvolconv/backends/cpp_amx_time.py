@@ -25,6 +25,8 @@ TOUCHING: dict[Layout, float] = {"ndhwc": 3.0, "ncdhw": 2.0}
 NARROW_ROWS = 1.3
 """The same of products with the taps of all residues, results of which are columns."""
 
+CALL = 4e6
+
 FEWEST_VOXELS = 1024
 """In grad_weight, of the part of the volume that one of several sums is over."""
 
@@ -102,7 +104,7 @@ def gather_time(problem: ConvProblem, pass_: Pass, parts: int, transformed: Sequ
     voxel = (
         products / PRODUCTS_PER_FMA + around * packed * sources * parts * cost.packing + targets * stored * cost.storing
     )
-    return problem.batch * math.prod(size) * voxel + math.prod(problem.weight_shape) * parts * cost.weight
+    return problem.batch * math.prod(size) * voxel + math.prod(problem.weight_shape) * parts * cost.weight + CALL
 
 
 def grad_weight_time(problem: ConvProblem, parts: int) -> float:
@@ -120,7 +122,7 @@ def grad_weight_time(problem: ConvProblem, parts: int) -> float:
     cost = GRAD_WEIGHT_COSTS[problem.dtype]
     products = voxels / (STEP * 0.94) * tiles * cost.step[parts]
     packing = packed * (problem.in_channels * positions * cost.source + TILE * columns * parts * cost.part)
-    time = products + packing + voxels * TILE * rows * cost.gradient + splits * tiles * cost.tile
+    time = products + packing + voxels * TILE * rows * cost.gradient + splits * tiles * cost.tile + CALL
     return 2 * time if 2 < kernel <= problem.stride[2] else time  # windows apart from one another: packed one by one
 
 

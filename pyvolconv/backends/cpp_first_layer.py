@@ -15,7 +15,7 @@ import math
 
 from torch import Tensor
 
-from ..problem import DTYPE_BYTES, ConvProblem, Pass
+from ..problem import DTYPE_BYTES, ConvProblem, Layout, Pass
 from .base import Accuracy, empty
 from .cpp import (
     DTYPES,
@@ -27,8 +27,8 @@ from .cpp import (
     load_extension,
     plan_of,
     pooled_plan_of,
-    used_share,
 )
+from .cpp_direct_time import used_share
 
 MOST_CHANNELS = 4
 
@@ -108,6 +108,8 @@ class CppFirstLayer(PooledForward):
         time = start + problem.in_channels * (channel + transform)
         if problem.layout == "ncdhw":
             time *= {"stored": 1.1, "pooled": 1.15, "grad_weight": 1.75}[kind]
+        if arithmetic_is_cheap() and kind != "pooled":
+            time *= _MOVED[problem.layout, pass_]
         products = problem.flops(pass_) / 2
         return products / (problem.batch * depth * height * width * vectors * lanes * time)
 
@@ -116,7 +118,7 @@ def _grad_input_efficiency(problem: ConvProblem, lanes: int) -> float:
     """0.67 of peak with rows of whole vectors, and the time of 48 FLOPs for each byte (of 20 where arithmetic is not as
     cheap): rows are read from memory and transposed, sums of taps are added along them."""
     used = used_share(problem.output_size[2], lanes) * DTYPE_BYTES["float32"] / DTYPE_BYTES[problem.dtype]
-    apart = 1 if problem.stride[2] == 1 else 2  # sums are added one by one
+    apart = 1 if problem.stride[2] == 1 or arithmetic_is_cheap() else 2  # sums are added one by one
     values = math.prod(problem.output_shape) + apart * math.prod(problem.input_shape) * problem.kernel_size[2]
     moved = values * DTYPE_BYTES[problem.dtype] / problem.flops("grad_input")
     return 1 / (1.5 / used + (48 if arithmetic_is_cheap() else 20) * moved)
@@ -135,3 +137,11 @@ _TIMES = {
     (False, "grad_weight"): (230, 110),
 }
 """Of a tile and of each input channel, by whether vectors have 64 bytes and by what becomes of the products."""
+
+_MOVED: dict[tuple[Layout, Pass], float] = {
+    ("ndhwc", "forward"): 1.6,
+    ("ncdhw", "forward"): 2.2,
+    ("ndhwc", "grad_weight"): 1.8,
+    ("ncdhw", "grad_weight"): 1.35,
+}
+"""How many times as long it takes where arithmetic is cheap, so that stores and reads are most of the work."""

@@ -21,13 +21,16 @@ WEIGHT_BYTES_IN_CACHE = 1 << 20
 """Up to which a box finds transformed weights in its core's own cache."""
 
 
+LARGE_OUTPUT_BYTES, LARGE_OUTPUT = 16 << 20, 1.6
+"""From which on an output in ncdhw, which is transposed, takes so many times as long to store."""
+
+
 class GatherCosts(NamedTuple):
-    """Of a product, a source voxel of a channel, a transformed one, an output of a channel, a transformed weight, one
-    that a box reads from beyond its core's cache, and of a call."""
+    """Of a product, a source voxel of a channel, an output of a channel, a transformed weight, one that a box reads
+    from beyond its core's cache, and of a call."""
 
     product: float
     source: float
-    point: float
     output: float
     weight: float
     reread: float
@@ -35,8 +38,8 @@ class GatherCosts(NamedTuple):
 
 
 GATHER_COSTS: dict[Layout, GatherCosts] = {
-    "ncdhw": GatherCosts(2.44, 44, 15, 93, 220, 17, 5e6),
-    "ndhwc": GatherCosts(1.86, 58, 7, 87, 250, 17, 3e5),
+    "ncdhw": GatherCosts(2.55, 52, 125, 220, 16, 5e6),
+    "ndhwc": GatherCosts(1.92, 59, 94, 250, 16, 4e5),
 }
 
 
@@ -73,10 +76,12 @@ def _gather_time(problem: ConvProblem, pass_: Pass, outputs: Outputs, lanes: int
         voxels = problem.batch * math.prod(problem.output_size)
     tiles, points, weights = _counts(problem, pass_, outputs)
     values = weights * sources * targets
-    packed, half = _rounded_up(sources, lanes), max(lanes // 2, 1)
-    cost = GATHER_COSTS[problem.layout]
-    time = tiles * points * (cost.product * sources * _rounded_up(targets, half) + cost.point * packed)
-    time += cost.source * voxels * packed + cost.output * tiles * math.prod(outputs) * _rounded_up(targets, lanes)
+    packed, stored = _rounded_up(sources, lanes), _rounded_up(targets, lanes)
+    cost, written = GATHER_COSTS[problem.layout], tiles * math.prod(outputs)
+    output = cost.output
+    if problem.layout == "ncdhw" and written * targets * DTYPE_BYTES[problem.dtype] >= LARGE_OUTPUT_BYTES:
+        output *= LARGE_OUTPUT
+    time = cost.product * tiles * points * sources * stored + cost.source * voxels * packed + output * written * stored
     if values * DTYPE_BYTES[problem.dtype] > WEIGHT_BYTES_IN_CACHE:
         time += cost.reread * values * max(1.0, min(FEWEST_BOXES, tiles / FEWEST_TILES), tiles / MOST_TILES)
     return time + cost.weight * values + cost.call
@@ -108,12 +113,12 @@ def _time_where_products_cost(problem: ConvProblem, pass_: Pass, outputs: Output
     lanes = vector_bytes // DTYPE_BYTES[problem.dtype]
     channels, strides = (problem.in_channels, problem.out_channels), math.prod(problem.stride)
     targets = channels[0] if pass_ == "grad_input" else channels[1]
-    used = used_share(targets, lanes // 2 if vector_bytes == 64 and pass_ != "grad_weight" else lanes)
+    used = _used_share(targets, lanes // 2 if vector_bytes == 64 and pass_ != "grad_weight" else lanes)
     each = 3.6 if problem.layout == "ndhwc" else 5.2
     tiles, points, weights = _counts(problem, pass_, outputs)
     spilling = 1.0
     if pass_ == "grad_weight":
-        used *= used_share(channels[0], lanes // 2)  # rows of a register tile
+        used *= _used_share(channels[0], lanes // 2)  # rows of a register tile
         source_blocks, target_blocks = _channel_blocks(problem)
         moving = each * (source_blocks / channels[0] + strides * target_blocks / channels[1])
         finishing = 128.0 if source_blocks * target_blocks < 16 else 64.0
@@ -163,6 +168,5 @@ def _rounded_up(size: int, lanes: int) -> int:
     return -(-size // lanes) * lanes
 
 
-def used_share(size: int, lanes: int) -> float:
-    """Share in use of what computes `lanes` values at once."""
+def _used_share(size: int, lanes: int) -> float:
     return size / _rounded_up(size, lanes)

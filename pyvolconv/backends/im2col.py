@@ -76,7 +76,11 @@ class Im2colBackend(Backend):
         if problem.device == "cpu":
             cheap = starts_two_wide_fmas()
             moved = (12 if cheap else 5) * problem.min_bytes(pass_) / problem.flops(pass_)
-            return 1 / (2 + COPIED_VALUE[cheap] / (2 * reuse) + moved)
+            called = (4e7 if cheap else 2e7) / problem.flops(pass_)  # 80 microseconds
+            if pass_ == "grad_input":
+                # Few rows of a product with a large weight, which is read transposed.
+                called += (800 if cheap else 400) * 4 * math.prod(problem.weight_shape) / problem.flops(pass_)
+            return 1 / (2 + called + COPIED_VALUE[cheap] / (2 * reuse) + moved)
         reached = 0.3 if channels >= 16 else 0.15 if reuse >= 16 else 0.01 * reuse
         written_and_read = 2 * problem.batch * math.prod(problem.output_size) * problem.reduction_length("forward")
         copied = written_and_read * problem.groups * DTYPE_BYTES[problem.dtype]

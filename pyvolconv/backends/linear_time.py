@@ -1,0 +1,30 @@
+"""Times that grow with the products of a pass and with the bytes of its tensors: what cost models are put together of.
+
+In FLOPs of float32 at the FMA peak of the processor.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from ..problem import DTYPE_BYTES, ConvProblem
+
+
+class Costs(NamedTuple):
+    """Of a FLOP of the products, a byte of the input, of the output and of the weight, and of a call."""
+
+    flop: float
+    input: float
+    output: float
+    weight: float
+    call: float
+
+
+def summed(problem: ConvProblem, cost: Costs, flops: float) -> float:
+    """The time of a pass with so many FLOPs in its products, in vain or not."""
+    read, written, weight = (
+        DTYPE_BYTES[problem.dtype] * math.prod(shape)
+        for shape in (problem.input_shape, problem.output_shape, problem.weight_shape)
+    )
+    return cost.flop * flops + cost.input * read + cost.output * written + cost.weight * weight + cost.call
