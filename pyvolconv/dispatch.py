@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from .backends.base import Backend
+from .backends.pooling_time import pooling_time
 from .backends.registry import REGISTRY, select
 from .errors import UnsupportedProblemError, failure
 from .precision import (
@@ -114,14 +115,26 @@ def choose_or_none(problem: ConvProblem, pass_: Pass) -> Backend | None:
     """
     for asked in _listeners:
         asked.add((problem, pass_))
-    if problem.device == "cuda":
-        switches = cuda_switches()
-    else:
-        switches = (convolves_float32_in_bfloat16(), multiplies_float32_in_bfloat16())
     try:
-        return _choose(problem, pass_, forced_backend(), torch.get_num_threads(), switches)
+        return _choose(problem, pass_, forced_backend(), torch.get_num_threads(), _switches(problem))
     except _NobodyAbleError:
         return None
+
+
+def choose_fused_or_none(problem: ConvProblem, keeps_choices: bool) -> Backend | None:
+    """As `choose_or_none` for the forward pass of a problem with a pool, and None also where no times are known and
+    another algorithm without a pool, then torch's pooling, is expected to be faster.
+
+    Args:
+        problem: with a pool.
+        keeps_choices: whether the code of chosen voxels is asked for, for a backward pass.
+    """
+    backend = choose_or_none(problem, "forward")
+    modelled = problem.device == "cpu" and problem.dtype == "float32" and not milliseconds(problem, "forward")
+    if backend is None or forced_backend() or not modelled:
+        return backend
+    apart = _is_faster_apart(problem, keeps_choices, backend, torch.get_num_threads(), _switches(problem))
+    return None if apart else backend
 
 
 def run(method: Callable[..., Result], problem: ConvProblem, pass_: Pass, *operands: Any) -> Result:
@@ -181,6 +194,7 @@ def fastest(problem: ConvProblem, pass_: Pass, able: Sequence[Backend]) -> Backe
 def forget_choices() -> None:
     """Choose anew from the next call on, after something that backends look at (the environment) changed."""
     _choose.cache_clear()
+    _is_faster_apart.cache_clear()
 
 
 def set_precision(precision: Precision) -> None:
@@ -253,6 +267,27 @@ def _choose(
         why = "measured to be faster" if measured is not None else why
         logger.warning("%s of %s runs in ATen (%s)", pass_, problem, why)
     return backend
+
+
+@lru_cache(maxsize=4096)
+def _is_faster_apart(
+    problem: ConvProblem, keeps_choices: bool, fused: Backend, threads: int, switches: tuple[object, ...]
+) -> bool:
+    plain = problem.without_epilogue()
+    able = able_backends(plain, "forward")
+    if not able:
+        return False
+    flops = problem.flops("forward")
+    convolution = fastest(plain, "forward", able)
+    apart = flops / convolution.expected_efficiency(plain, "forward") + pooling_time(problem, keeps_choices)
+    return apart < flops / fused.expected_efficiency(problem, "forward")
+
+
+def _switches(problem: ConvProblem) -> tuple[object, ...]:
+    """What of the process's state changes what backends are able to, or expect."""
+    if problem.device == "cuda":
+        return cuda_switches()
+    return convolves_float32_in_bfloat16(), multiplies_float32_in_bfloat16()
 
 
 def _measured_fastest(problem: ConvProblem, pass_: Pass, able: Sequence[Backend]) -> Backend | None:

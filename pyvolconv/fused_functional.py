@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from . import fused_ops
 from . import fused_transforms as fused_transforms
 from .arguments import Padding, Sizes, conv3d_arguments, triple
 from .autocast import is_hidden_by_vmap, outside_autocast
-from .dispatch import choose_or_none, run
+from .dispatch import choose_fused_or_none, run
 from .elsewhere import is_recorded_for_elsewhere
 from .epilogue import KEEPS_PREACTIVATION, NEGATIVE_SLOPE, Activation, MaxPool, check_activation
 from .functional import conv3d
@@ -125,6 +126,7 @@ class _PooledCall:
 
     problem: ConvProblem
     sizes: tuple[Any, ...]
+    plain: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         value: Tensor
@@ -132,17 +134,17 @@ class _PooledCall:
             value, _ = fused_derivatives.MaxPoolFunction.apply(  # type: ignore[attr-defined]
                 self.run, x, weight, bias, *self.sizes
             )
-        elif (backend := choose_or_none(self.problem, "forward")) is not None:
+        elif (backend := choose_fused_or_none(self.problem, keeps_choices=False)) is not None:
             value = run(backend.max_pool, self.problem, "forward", x, weight, bias)
         else:
-            value, _ = fused_ops.conv3d_max_pool(x, weight, bias, *self.sizes)
+            return fused_ops.pool_in_place(self.problem, self.plain(x, weight, bias))
         if self.problem.activation in KEEPS_PREACTIVATION:
             value = fused_ops.APPLY[self.problem.activation](value, 0.0)
         return value
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
         """Values and code."""
-        backend = choose_or_none(self.problem, "forward")
+        backend = choose_fused_or_none(self.problem, keeps_choices=True)
         if backend is None:
             value, code = fused_ops.conv3d_max_pool(x, weight, bias, *self.sizes)
             return value, code
@@ -170,7 +172,7 @@ def _pooled_call(
     if plain is None or not _fits(pool, input, weight, *plain.args[:3]):
         return None
     sizes = (*plain.args, activation, negative_slope, pool.window, pool.stride, pool.padding, pool.ceil_mode)
-    return _PooledCall(fused_ops.fused_problem(plain.problem, pool, activation, negative_slope), sizes)
+    return _PooledCall(fused_ops.fused_problem(plain.problem, pool, activation, negative_slope), sizes, plain)
 
 
 def _pool_of(size: Any, stride: Any, padding: Any, ceil_mode: Any) -> MaxPool:

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends.base import MEMORY_FORMAT
-from .dispatch import choose_or_none, run
+from .backends.base import MEMORY_FORMAT, activate_in_place
+from .dispatch import choose_fused_or_none, choose_or_none, run
 from .epilogue import KEEPS_PREACTIVATION, NEGATIVE_SLOPE, NO_VOXEL, Activation, MaxPool, Size3
 from .fused_voxels import code_of_indices, gather, passed, scatter
 from .ops import conv3d, conv3d_grad_input, conv3d_grad_weight, conv3d_problem, grad_bias, layout_of, library
@@ -102,7 +102,7 @@ def _run_conv3d_max_pool(x: Tensor, weight: Tensor, bias: Tensor | None, *sizes:
     layout = layout_of(x, weight)
     plain = conv3d_problem(x.shape, weight.shape, geometry, x, layout, bias is not None)  # type: ignore[arg-type]
     problem = fused_problem(plain, pool, activation, slope)
-    backend = choose_or_none(problem, "forward") if x.numel() else None
+    backend = choose_fused_or_none(problem, keeps_choices=True) if x.numel() else None
     if backend is not None:
         x, weight = _dense(layout, x, weight)
         bias = None if bias is None else bias.contiguous()
@@ -157,6 +157,15 @@ def put_together_conv3d_max_pool(x: Tensor, weight: Tensor, bias: Tensor | None,
     if activation == "relu":
         code = torch.where(value <= 0, NO_VOXEL, code)
     return value, code
+
+
+def pool_in_place(problem: ConvProblem, dense: Tensor) -> Tensor:
+    """Activation and max-pool of a convolution's result that nobody else has, by torch's pooling and without a code."""
+    pool = problem.pool
+    assert pool is not None
+    dense = activate_in_place(dense, problem.activation, problem.negative_slope)
+    value: Tensor = F.max_pool3d(dense, pool.window, pool.stride, pool.padding, 1, pool.ceil_mode)
+    return value.contiguous(memory_format=MEMORY_FORMAT[problem.layout])
 
 
 def put_together_grad_input(

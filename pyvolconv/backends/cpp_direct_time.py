@@ -23,6 +23,10 @@ WINDOW_COSTS: dict[Pass, dict[Layout, Costs]] = {
 }
 
 
+OVERLAPPING: dict[Layout, float] = {"ncdhw": 2.0, "ndhwc": 1.3}
+"""How many times as long it takes in front of a max-pool whose windows overlap."""
+
+
 def expected_share(problem: ConvProblem, pass_: Pass, lanes: int, cheap: bool) -> float:
     """FLOPs over the time of the same number at peak, with vectors of `lanes` values.
 
@@ -31,6 +35,9 @@ def expected_share(problem: ConvProblem, pass_: Pass, lanes: int, cheap: bool) -
     wide FMAs start per cycle (`cheap`), loads and transposes keep the kernels to a smaller share of that, and a byte
     takes the time of 2.5 times as many FLOPs.
     """
+    if cheap and problem.pool is not None and problem.pool.overlap > 1:
+        # Rows of windows that overlap are kept, or computed again.
+        return expected_share(problem.without_epilogue(), pass_, lanes, cheap) / OVERLAPPING[problem.layout]
     if cheap and _has_costs(problem):
         costs = POINTWISE_COSTS if problem.kernel_size == (1, 1, 1) else WINDOW_COSTS
         targets = problem.in_channels if pass_ == "grad_input" else problem.out_channels
@@ -39,10 +46,12 @@ def expected_share(problem: ConvProblem, pass_: Pass, lanes: int, cheap: bool) -
     moved = (2.5 if cheap else 1.0) * problem.min_bytes(pass_) / problem.flops(pass_)
     if pass_ == "grad_weight":
         used = max(used_share(problem.in_channels, lanes), used_share(problem.input_size[2], lanes))
-        return 1 / (1 / ((0.66 if cheap else 0.8) * used) + 12 * moved)
-    if problem.kernel_size == (1, 1, 1) and problem.groups == 1:
-        return _pointwise(problem, pass_, lanes, cheap, moved)
-    return _window(problem, pass_, lanes, cheap, moved)
+        share = 1 / (1 / ((0.66 if cheap else 0.8) * used) + 12 * moved)
+    elif problem.kernel_size == (1, 1, 1) and problem.groups == 1:
+        share = _pointwise(problem, pass_, lanes, cheap, moved)
+    else:
+        share = _window(problem, pass_, lanes, cheap, moved)
+    return 1 / (1 / share + (2e6 if cheap else 1e6) / problem.flops(pass_))
 
 
 def _has_costs(problem: ConvProblem) -> bool:
@@ -83,7 +92,7 @@ def _window(problem: ConvProblem, pass_: Pass, lanes: int, cheap: bool, moved: f
     if cheap:
         # Lanes that are voxels of a row are transposed, in ncdhw less.
         few = along_channels <= (0.5 if ndhwc else 0.45)
-        reached *= 0.83 if not few else 0.25 if pass_ == "grad_input" else 0.5
+        reached *= 0.83 if not few else 0.25 if pass_ == "grad_input" else 0.5 if problem.stride[2] == 1 else 0.2
     return 1 / (1 / (reached * max(along_channels, along_the_width)) + 12 * moved)
 
 

@@ -25,6 +25,10 @@ LARGE_OUTPUT_BYTES, LARGE_OUTPUT = 16 << 20, 1.6
 """From which on an output in ncdhw, which is transposed, takes so many times as long to store."""
 
 
+POOLED_OUTPUT = 0.4
+"""Of the time of an output where only what is pooled is stored."""
+
+
 class GatherCosts(NamedTuple):
     """Of a product, a source voxel of a channel, an output of a channel, a transformed weight, one that a box reads
     from beyond its core's cache, and of a call."""
@@ -79,7 +83,9 @@ def _gather_time(problem: ConvProblem, pass_: Pass, outputs: Outputs, lanes: int
     packed, stored = _rounded_up(sources, lanes), _rounded_up(targets, lanes)
     cost, written = GATHER_COSTS[problem.layout], tiles * math.prod(outputs)
     output = cost.output
-    if problem.layout == "ncdhw" and written * targets * DTYPE_BYTES[problem.dtype] >= LARGE_OUTPUT_BYTES:
+    if problem.pool is not None:
+        output *= POOLED_OUTPUT
+    elif problem.layout == "ncdhw" and written * targets * DTYPE_BYTES[problem.dtype] >= LARGE_OUTPUT_BYTES:
         output *= LARGE_OUTPUT
     time = cost.product * tiles * points * sources * stored + cost.source * voxels * packed + output * written * stored
     if values * DTYPE_BYTES[problem.dtype] > WEIGHT_BYTES_IN_CACHE:
