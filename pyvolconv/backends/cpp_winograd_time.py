@@ -90,7 +90,19 @@ def _gather_time(problem: ConvProblem, pass_: Pass, outputs: Outputs, lanes: int
     time = cost.product * tiles * points * sources * stored + cost.source * voxels * packed + output * written * stored
     if values * DTYPE_BYTES[problem.dtype] > WEIGHT_BYTES_IN_CACHE:
         time += cost.reread * values * max(1.0, min(FEWEST_BOXES, tiles / FEWEST_TILES), tiles / MOST_TILES)
-    return time + cost.weight * values + cost.call
+    return (time + cost.weight * values + cost.call) * _held_up(outputs, problem)
+
+
+def _held_up(outputs: Outputs, problem: ConvProblem) -> float:
+    """Tiles of four outputs on several axes leave room for few of them in a box; rows of ncdhw like long tiles."""
+    if problem.stride != (1, 1, 1):
+        return 1.0
+    fours = outputs.count(4)
+    if fours == 2:
+        return 1.5 if problem.kernel_size[0] == 1 else 1.12
+    if fours == 3:
+        return 1.45
+    return 1.1 if problem.layout == "ncdhw" and outputs[1] == 4 else 1.0
 
 
 def _grad_weight_time(problem: ConvProblem, outputs: Outputs, lanes: int) -> float:
