@@ -44,15 +44,27 @@ template <typename T, int Channels>
 void store_strip(const FirstLayerArguments<T>& a, int64_t first, int64_t end, const FirstLayerRow<T>& to) {
     using V = Vector<T>;
     compute_strip<T, Channels>(a, first, end, [&](int64_t tile, FirstLayerOutputs<T>& y) {
+        const auto for_outputs = [&](const auto& body) __attribute__((always_inline)) {
 #pragma GCC unroll 2
-        for (int t = 0; t < kFirstLayerTiles; ++t) {
+            for (int t = 0; t < kFirstLayerTiles; ++t) {
 #pragma GCC unroll 8
-            for (int i = 0; i < 8; ++i) {
-                const int64_t w = 2 * (tile + t) + i % 2;
-                T* row = to.values + i / 4 * to.row[0] + i / 2 % 2 * to.row[1];
-                if (i / 4 >= to.size[0] || i / 2 % 2 >= to.size[1] || w >= to.size[2]) continue;
-                to.stream ? V::stream(row + w * to.pitch, y.of[i][t]) : V::store(row + w * to.pitch, y.of[i][t]);
+                for (int i = 0; i < 8; ++i) {
+                    const int64_t w = 2 * (tile + t) + i % 2;
+                    body(i, w, to.values + i / 4 * to.row[0] + i / 2 % 2 * to.row[1] + w * to.pitch, y.of[i][t]);
+                }
             }
+        };
+        const bool whole = to.size[0] >= 2 && to.size[1] >= 2 && 2 * (tile + kFirstLayerTiles) <= to.size[2];
+        if (whole && to.stream) {
+            for_outputs([](int, int64_t, T* place, typename V::type value)
+                            __attribute__((always_inline)) { V::stream(place, value); });
+        } else if (whole) {
+            for_outputs([](int, int64_t, T* place, typename V::type value)
+                            __attribute__((always_inline)) { V::store(place, value); });
+        } else {
+            for_outputs([&](int i, int64_t w, T* place, typename V::type value) __attribute__((always_inline)) {
+                if (i / 4 < to.size[0] && i / 2 % 2 < to.size[1] && w < to.size[2]) V::store(place, value);
+            });
         }
     });
 }
@@ -129,11 +141,19 @@ void compute_slab(const ConvProblem& problem, const FirstLayerWeights<T>& weight
     FirstLayerArguments<T> a = {};
     a.channels = problem.in_channels;
     const bool single = a.channels == 1;
-    const auto store = single ? store_strip<T, 1> : store_strip<T, 0>;
+    const auto store = single            ? store_strip<T, 1>
+                       : a.channels == 2 ? store_strip<T, 2>
+                       : a.channels == 3 ? store_strip<T, 3>
+                                         : store_strip<T, 4>;
     const auto pool = codes    ? single ? pool_strip<T, 1, true> : pool_strip<T, 0, true>
                       : single ? pool_strip<T, 1, false>
                                : pool_strip<T, 0, false>;
     const auto run = pools ? pool : store;
+    // Blocks of channels follow one another tile by tile where the weights of all stay in L1: what lies side by side is
+    // stored at one time.
+    constexpr int64_t kLineBlocks = 4, kNearBytes = 16 << 10;
+    const int64_t block_bytes = a.channels * kFirstLayerPoints * lanes * static_cast<int64_t>(sizeof(T));
+    const int64_t step = kLineBlocks * block_bytes <= kNearBytes ? kFirstLayerTiles : lanes;
     int64_t tile[3] = {0, 0, 0};
     for (int64_t d = 0; d < slab.count[0]; ++d) {
         tile[0] = slab.first[0] + d;
@@ -148,11 +168,20 @@ void compute_slab(const ConvProblem& problem, const FirstLayerWeights<T>& weight
                 return to;
             };
             for (int64_t w = 0; finite && w < slab.count[2]; w += lanes) {
-                a.source = source.points(2 * h, w / lanes);
-                for (int64_t block = 0; block < weights.blocks(); ++block) {
-                    a.weight = weights.points(block);
-                    a.bias = weights.bias(block);
-                    run(a, w, smaller(w + lanes, slab.count[2]), to(block));
+                const T* points = source.points(2 * h, w / lanes);
+                const int64_t end = smaller(w + lanes, slab.count[2]);
+                for (int64_t block = 0; block < weights.blocks(); block += kLineBlocks) {
+                    const int64_t count = smaller(weights.blocks() - block, kLineBlocks);
+                    FirstLayerRow<T> rows[kLineBlocks];
+                    for (int64_t i = 0; i < count; ++i) rows[i] = to(block + i);
+                    for (int64_t tile = w; tile < end; tile += step) {
+                        a.source = points + (tile - w);
+                        for (int64_t i = 0; i < count; ++i) {
+                            a.weight = weights.points(block + i);
+                            a.bias = weights.bias(block + i);
+                            run(a, tile, smaller(tile + step, end), rows[i]);
+                        }
+                    }
                 }
             }
             for (int64_t block = 0; block < weights.blocks(); ++block) {

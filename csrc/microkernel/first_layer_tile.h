@@ -87,40 +87,43 @@ struct FirstLayerTile {
         }
     }
 
+    PVC_INLINE static int64_t channels_of(const FirstLayerArguments<T>& a) {
+        return Channels == 0 ? a.channels : Channels;
+    }
+
     PVC_INLINE static FirstLayerArguments<T> next_channel(FirstLayerArguments<T> a) {
         a.source += kFirstLayerPoints * lanes;
         a.weight += kFirstLayerPoints * lanes;
         return a;
     }
 
-    // The outputs along the depth of the four points of line (h, w).
-    PVC_INLINE static Pair line(const FirstLayerArguments<T>& a, int h, int w, const T* bias) {
-        const int first = h * 4 + w;
+    // The outputs along the depth of the four points of line w of a row; `start` is added to all of them.
+    PVC_INLINE static Pair line(const FirstLayerArguments<T>& a, int w, const vector* start) {
         vector m1[tiles], m2[tiles];
-        if (bias != nullptr) {
-            const vector start = V::load(bias);
+        if (start != nullptr) {
 #pragma GCC unroll 2
-            for (int t = 0; t < tiles; ++t) m1[t] = start;
-            accumulate(a, first + 16, m1);
+            for (int t = 0; t < tiles; ++t) m1[t] = *start;
+            accumulate(a, w + 16, m1);
         } else {
-            multiply(a, first + 16, m1);
+            multiply(a, w + 16, m1);
         }
         if constexpr (kSpread && Channels == 1) {
             Pair pair;
 #pragma GCC unroll 2
             for (int t = 0; t < tiles; ++t) pair.of[0][t] = pair.of[1][t] = m1[t];
-            spread<true>(a, first + 32, pair.of[0], pair.of[1]);
-            accumulate(a, first, pair.of[0]);
-            accumulate(a, first + 48, pair.of[1]);
+            spread<true>(a, w + 32, pair.of[0], pair.of[1]);
+            accumulate(a, w, pair.of[0]);
+            accumulate(a, w + 48, pair.of[1]);
             return pair;
         }
-        multiply(a, first + 32, m2);
+        multiply(a, w + 32, m2);
         if constexpr (Channels != 1) {
             FirstLayerArguments<T> c = a;
-            for (int64_t i = 1; i < a.channels; ++i) {
+#pragma GCC unroll 4
+            for (int64_t i = 1; i < channels_of(a); ++i) {
                 c = next_channel(c);
-                accumulate(c, first + 16, m1);
-                accumulate(c, first + 32, m2);
+                accumulate(c, w + 16, m1);
+                accumulate(c, w + 32, m2);
             }
         }
         Pair pair;
@@ -129,29 +132,29 @@ struct FirstLayerTile {
             pair.of[0][t] = m1[t] + m2[t];
             pair.of[1][t] = m1[t] - m2[t];
         }
-        accumulate(a, first, pair.of[0]);
-        accumulate(a, first + 48, pair.of[1]);
+        accumulate(a, w, pair.of[0]);
+        accumulate(a, w + 48, pair.of[1]);
         if constexpr (Channels != 1) {
             FirstLayerArguments<T> c = a;
-            for (int64_t i = 1; i < a.channels; ++i) {
+#pragma GCC unroll 4
+            for (int64_t i = 1; i < channels_of(a); ++i) {
                 c = next_channel(c);
-                accumulate(c, first, pair.of[0]);
-                accumulate(c, first + 48, pair.of[1]);
+                accumulate(c, w, pair.of[0]);
+                accumulate(c, w + 48, pair.of[1]);
             }
         }
         return pair;
     }
 
-    PVC_INLINE static void join(const FirstLayerArguments<T>& a, int h, int w, vector* low, vector* high) {
+    PVC_INLINE static void join(const FirstLayerArguments<T>& a, int w, vector* low, vector* high) {
         if constexpr (kSpread && Channels == 1) {
-            const int first = h * 4 + w;
-            spread<false>(a, first + 16, low, high);
-            spread<true>(a, first + 32, low, high);
-            accumulate(a, first, low);
-            accumulate(a, first + 48, high);
+            spread<false>(a, w + 16, low, high);
+            spread<true>(a, w + 32, low, high);
+            accumulate(a, w, low);
+            accumulate(a, w + 48, high);
             return;
         }
-        const Pair pair = line(a, h, w, nullptr);
+        const Pair pair = line(a, w, nullptr);
 #pragma GCC unroll 2
         for (int t = 0; t < tiles; ++t) {
             low[t] += pair.of[0][t];
@@ -159,10 +162,10 @@ struct FirstLayerTile {
         }
     }
 
-    // The outputs along depth and width of the sixteen points of row h.
-    PVC_INLINE static Plane plane(const FirstLayerArguments<T>& a, int h, const T* bias) {
+    // The outputs along depth and width of the sixteen points of a row.
+    PVC_INLINE static Plane plane(const FirstLayerArguments<T>& a, vector start) {
         Plane plane;
-        const Pair one = line(a, h, 1, bias), two = line(a, h, 2, nullptr);
+        const Pair one = line(a, 1, &start), two = line(a, 2, nullptr);
 #pragma GCC unroll 2
         for (int d = 0; d < 2; ++d) {
 #pragma GCC unroll 2
@@ -171,40 +174,45 @@ struct FirstLayerTile {
                 plane.of[d][1][t] = one.of[d][t] - two.of[d][t];
             }
         }
-        join(a, h, 0, plane.of[0][0], plane.of[1][0]);
-        join(a, h, 3, plane.of[0][1], plane.of[1][1]);
+        join(a, 0, plane.of[0][0], plane.of[1][0]);
+        join(a, 3, plane.of[0][1], plane.of[1][1]);
         return plane;
     }
 
-    // Adds the outputs of row h to those along the width at both depths.
-    PVC_INLINE static void add_plane(const FirstLayerArguments<T>& a, int h, vector (*low)[tiles],
-                                     vector (*high)[tiles]) {
-        const Pair one = line(a, h, 1, nullptr), two = line(a, h, 2, nullptr);
-#pragma GCC unroll 2
-        for (int t = 0; t < tiles; ++t) {
-            low[0][t] += one.of[0][t] + two.of[0][t];
-            low[1][t] += one.of[0][t] - two.of[0][t];
-            high[0][t] += one.of[1][t] + two.of[1][t];
-            high[1][t] += one.of[1][t] - two.of[1][t];
-        }
-        join(a, h, 0, low[0], high[0]);
-        join(a, h, 3, low[1], high[1]);
-    }
-
+    // Rows of points in a loop: side by side they are more code than a processor keeps decoded, and then decoding takes
+    // longer than the arithmetic.
     PVC_INLINE static FirstLayerOutputs<T> compute(const FirstLayerArguments<T>& a) {
         FirstLayerOutputs<T> y;
-        const Plane one = plane(a, 1, a.bias), two = plane(a, 2, nullptr);
-#pragma GCC unroll 4
+        vector start = V::load(a.bias);
+#pragma GCC unroll 1
         for (int i = 0; i < 4; ++i) {
-            const int d = i / 2, w = i % 2;
+            const int row = i < 2 ? i + 1 : i == 2 ? 0 : 3;
+            FirstLayerArguments<T> of_row = a;
+            of_row.source += row * 4 * lanes;
+            of_row.weight += row * 4 * lanes;
+            const Plane p = plane(of_row, start);
+            start = vector{};
+            const auto each = [&](const auto& body) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; ++j) {
 #pragma GCC unroll 2
-            for (int t = 0; t < tiles; ++t) {
-                y.of[d * 4 + w][t] = one.of[d][w][t] + two.of[d][w][t];
-                y.of[d * 4 + 2 + w][t] = one.of[d][w][t] - two.of[d][w][t];
+                    for (int t = 0; t < tiles; ++t) {
+                        body(y.of[j / 2 * 4 + j % 2][t], y.of[j / 2 * 4 + 2 + j % 2][t], p.of[j / 2][j % 2][t]);
+                    }
+                }
+            };
+            if (i == 0) {
+                each([](vector& low, vector& high, vector value)
+                         __attribute__((always_inline)) { low = high = value; });
+            } else if (i == 1) {
+                each([](vector& low, vector& high, vector value)
+                         __attribute__((always_inline)) { low += value, high -= value; });
+            } else if (i == 2) {
+                each([](vector& low, vector&, vector value) __attribute__((always_inline)) { low += value; });
+            } else {
+                each([](vector&, vector& high, vector value) __attribute__((always_inline)) { high += value; });
             }
         }
-        add_plane(a, 0, y.of, y.of + 4);
-        add_plane(a, 3, y.of + 2, y.of + 6);
         return y;
     }
 };

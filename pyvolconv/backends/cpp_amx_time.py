@@ -19,7 +19,7 @@ TILE, STEP = 16, 32
 
 PRODUCTS_PER_FMA = 7.5
 
-TOUCHING: dict[Layout, float] = {"ndhwc": 3.0, "ncdhw": 2.0}
+TOUCHING: dict[Layout, float] = {"ndhwc": 2.0, "ncdhw": 2.0}
 """How many times as long storing takes where each residue of a stride is one tap, so that little else is done."""
 
 NARROW_ROWS = 1.3

@@ -44,6 +44,8 @@ def expected_share(problem: ConvProblem, pass_: Pass, lanes: int, cheap: bool) -
         products = problem.flops(pass_) / used_share(targets, 16)
         return problem.flops(pass_) / summed(problem, costs[pass_][problem.layout], products)
     moved = (2.5 if cheap else 1.0) * problem.min_bytes(pass_) / problem.flops(pass_)
+    if cheap and problem.kernel_size == problem.stride != (1, 1, 1):
+        moved *= 0.6  # no value is packed for two windows
     if pass_ == "grad_weight":
         used = max(used_share(problem.in_channels, lanes), used_share(problem.input_size[2], lanes))
         share = 1 / (1 / ((0.66 if cheap else 0.8) * used) + 12 * moved)
