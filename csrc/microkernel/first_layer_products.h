@@ -34,6 +34,9 @@ void add_first_layer_points(const FirstLayerProducts<T>& a) {
     const auto combine = [](int point, vector first, vector second) __attribute__((always_inline)) {
         return point == 0 ? first : point == 1 ? first + second : point == 2 ? first - second : second;
     };
+    constexpr int kGroups = 4 / kHeights, kPasses = 4 * kGroups;
+    constexpr int kGroup = kHeights == 1 ? __builtin_ctz(Heights) : Heights == 6;
+    constexpr int kPass = D * kGroups + kGroup;
     vector sum[kHeights][4][Channels];
     const auto for_points = [&](const auto& body) __attribute__((always_inline)) {
 #pragma GCC unroll 4
@@ -62,11 +65,13 @@ void add_first_layer_points(const FirstLayerProducts<T>& a) {
                 if constexpr (D == 0) y[h][w] = V::load(first);
                 if constexpr (D == 3) y[h][w] = V::load(second);
                 if constexpr (D == 1 || D == 2) y[h][w] = combine(D, V::load(first), V::load(second));
-                if constexpr (D == 1 && (Heights & 1)) {
-                    __builtin_prefetch(first + a.ahead);
-                    __builtin_prefetch(second + a.ahead);
-                }
             }
+        }
+        // Every pass over the row fetches its share of the next one: fetched at one time, it would be waited for.
+#pragma GCC unroll 8
+        for (int voxel = kPass * 8 / kPasses; voxel < (kPass + 1) * 8 / kPasses; ++voxel) {
+            const int d = voxel / 4, h = voxel / 2 % 2, w = voxel % 2;
+            __builtin_prefetch(from + d * a.pitch[0] + h * a.pitch[1] + w * a.pitch[2] + a.ahead);
         }
 #pragma GCC unroll 4
         for (int w = 0; w < 4; ++w) {
