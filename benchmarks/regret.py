@@ -3,6 +3,8 @@
 For each problem, layout and pass of the sets in problems.py all backends that may be chosen are timed in turns, torch
 included, pages kept. Regret is the time of the cost model's choice over the time of the fastest. "untuned" and "tuned"
 are how many times faster than torch in its better layout the two choices are.
+
+`--networks PARTS` takes the layers of whole networks (networks.py), each once, in place of the sets.
 """
 
 from __future__ import annotations
@@ -16,15 +18,30 @@ from rich.console import Console
 from rich.table import Table
 
 import pyvolconv
+from pyvolconv import dispatch
 from pyvolconv.autotune import Tuned, geometric_mean, time_pass
 from pyvolconv.cost.machine import measure_machine
 from pyvolconv.problem import LAYOUTS, PASSES, Layout
 
+from .networks import NETWORKS, inference
 from .problems import PROBLEM_SETS
 from .problems import problem as named_problem
 
 Row = tuple[str, Layout, Tuned, float]
 """Name, layout, times, and milliseconds of torch in its better layout."""
+
+
+def layers_of(parts: str) -> dict[str, str]:
+    """The convolutions that one inference of the networks asks for, by the text that says their sizes."""
+    texts: set[str] = set()
+    for name, make in NETWORKS.items():
+        if any(part in name for part in parts.split(",")):
+            network = make()
+            pyvolconv.accelerate(network.model)
+            with dispatch.listen() as asked:
+                inference(network)()
+            texts |= {str(problem.without_epilogue()).split("-", 3)[3] for problem, _ in asked}
+    return {text: text for text in sorted(texts)}
 
 
 def measured(names: dict[str, str], dtype: str, seconds: float, longest: float) -> Iterator[Row]:
@@ -71,6 +88,7 @@ def main() -> None:
     """Measure, then print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", default="mission,suite", help="comma-separated sets or names of entries")
+    parser.add_argument("--networks", help="comma-separated parts of networks' names, whose layers are taken instead")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seconds", type=float, default=0.3, help="per pass, problem and layout (default 0.3)")
     parser.add_argument("--longest", type=float, default=0.3, help="leave out what takes torch longer (default 0.3 s)")
@@ -81,8 +99,8 @@ def main() -> None:
     if options.high:
         pyvolconv.set_precision("high")
     entries = {name: text for entry_set in PROBLEM_SETS.values() for name, text in entry_set.items()}
-    names: dict[str, str] = {}
-    for word in options.problems.split(","):
+    names: dict[str, str] = layers_of(options.networks) if options.networks else {}
+    for word in () if options.networks else options.problems.split(","):
         names |= PROBLEM_SETS.get(word) or {word: entries.get(word, word)}
     rows = list(measured(names, options.dtype, options.seconds, options.longest))
     if rows:
