@@ -94,7 +94,11 @@ def _window(problem: ConvProblem, pass_: Pass, lanes: int, cheap: bool, moved: f
     if cheap:
         # Lanes that are voxels of a row are transposed, in ncdhw less.
         few = along_channels <= (0.5 if ndhwc else 0.45)
-        reached *= 0.83 if not few else 0.25 if pass_ == "grad_input" else 0.5 if problem.stride[2] == 1 else 0.2
+        one_group = problem.groups == 1
+        if few:
+            reached *= 0.25 if pass_ == "grad_input" and one_group else 0.5 if problem.stride[2] == 1 else 0.2
+        else:
+            reached *= 0.83
     return 1 / (1 / (reached * max(along_channels, along_the_width)) + 12 * moved)
 
 
