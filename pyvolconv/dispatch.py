@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache
-from math import inf
+from math import inf, prod
 from typing import Any, TypeVar
 
 import torch
@@ -176,7 +176,9 @@ def able_backends(problem: ConvProblem, pass_: Pass) -> list[Backend]:
 
 
 def expected_fastest(problem: ConvProblem, pass_: Pass, able: Sequence[Backend]) -> Backend:
-    """What the cost model takes among backends that can run the pass."""
+    """What the cost model takes among backends that can run the pass; any of them where there is nothing to compute."""
+    if _is_empty(problem):
+        return able[0]
     return max(able, key=lambda candidate: candidate.expected_efficiency(problem, pass_))
 
 
@@ -275,12 +277,16 @@ def _is_faster_apart(
 ) -> bool:
     plain = problem.without_epilogue()
     able = able_backends(plain, "forward")
-    if not able:
+    if not able or _is_empty(problem):
         return False
     flops = problem.flops("forward")
     convolution = fastest(plain, "forward", able)
     apart = flops / convolution.expected_efficiency(plain, "forward") + pooling_time(problem, keeps_choices)
     return apart < flops / fused.expected_efficiency(problem, "forward")
+
+
+def _is_empty(problem: ConvProblem) -> bool:
+    return not (prod(problem.input_shape) and prod(problem.weight_shape) and prod(problem.output_shape))
 
 
 def _switches(problem: ConvProblem) -> tuple[object, ...]:

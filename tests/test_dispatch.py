@@ -315,3 +315,12 @@ def test_a_refusal_is_not_remembered_when_the_environment_changes(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pyvolconv.use_backend("triton.implicit_gemm"):
         assert dispatch.choose(problem, "forward").name == "triton.implicit_gemm"
+
+
+@pytest.mark.parametrize("text", ["n0ic4oc4-i5-k3", "n1ic4oc4-i0x5x5-k3-p2", "n0ic4oc4-i5-k3-relu-pool2"])
+def test_nothing_to_compute_is_anybodys(text):
+    problem = ConvProblem.parse(f"cpu-float32-ndhwc-{text}")
+    for pass_ in PASSES:
+        assert dispatch.choose(problem, pass_).name in {backend.name for backend in pyvolconv.backends()}
+    if problem.pool is not None:
+        assert dispatch.choose_fused_or_none(problem, keeps_choices=False) is not None
