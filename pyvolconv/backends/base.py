@@ -152,6 +152,9 @@ class Backend(ABC):
         y = self.forward(problem, x, weight, bias)
         return activate_in_place(y if residual is None else y.add_(residual), activation, negative_slope)
 
+    def __repr__(self) -> str:
+        return f"<backend {self.label}>"
+
     @property
     def label(self) -> str:
         """What times are kept under and messages say: "name", or "name@configuration"."""

@@ -185,7 +185,8 @@ class _Comparison:
     def _candidates(self, data: Splits, x: Tensor, y: Tensor, specs: list[list[PathSpec]]) -> list[Candidate]:
         """One candidate per path, in the better layout; their gradients are compared with float64's on the way.
 
-        The peers are tried first: when the time is over, paths of ours are left out, and the report says which.
+        The peers are tried first, then what `accelerate` makes of the network: when the time is over, other paths of
+        ours are left out, and the report says which.
         """
         longest = self.budget.longest_step(len(specs))
         seed, size, classes = self.settings.seed, data.input_size, data.classes
@@ -198,7 +199,7 @@ class _Comparison:
         with self._saying(f"Trying {LSTM_PATH}") as say:
             spec = PathSpec(LSTM_PATH, "lstm", None, None)
             lstm = fitted([spec], lambda: build(self._lstm, size, classes, seed), x, y, longest)
-            for several in specs:
+            for several in sorted(specs, key=_urgency):
                 path = several[0].path
                 if several[0].ours and now() >= until:
                     self._leave_out(path)
@@ -216,7 +217,8 @@ class _Comparison:
                 found.append(one)
                 if one.untried:
                     self._note(f"{path} was tried in {one.spec.layout} only: {self._time_was_over()}.")
-        return [*found, lstm]
+        order = [several[0].path for several in specs]
+        return [*sorted(found, key=lambda one: order.index(one.spec.path)), lstm]
 
     def _leave_out(self, path: str) -> None:
         self.update(unavailable={**self.result.unavailable, path: self._time_was_over()})
@@ -317,6 +319,12 @@ class _Comparison:
         """Show what is going on; the value changes the words."""
         with self.console.status(text) as status:
             yield status.update
+
+
+def _urgency(several: list[PathSpec]) -> tuple[bool, bool, bool]:
+    """By which paths are tried: torch's, ours in one pass, and the steps between."""
+    spec = several[0]
+    return spec.ours, not spec.fused, spec.dense_backward
 
 
 def _first_line(error: Exception) -> str:
