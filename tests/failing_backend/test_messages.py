@@ -148,7 +148,7 @@ def test_what_torch_raises_stays_what_it_is():
 
 
 def test_operators_put_together_from_plain_passes(planted, monkeypatch):
-    monkeypatch.setattr(fused_ops, "choose_or_none", lambda problem, pass_: None)
+    monkeypatch.setattr(fused_ops, "choose_fused_or_none", lambda problem, keeps_choices: None)
     planted.break_("forward")
     with pytest.raises(BackendError) as caught:
         pooled(*(one.transpose(2, 3) if one.dim() == 5 else one for one in operands()))
