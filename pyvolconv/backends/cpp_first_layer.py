@@ -111,7 +111,7 @@ class CppFirstLayer(PooledForward):
         if arithmetic_is_cheap() and kind != "pooled":
             time *= _MOVED[problem.layout, pass_]
         products = problem.flops(pass_) / 2
-        return products / (problem.batch * depth * height * width * vectors * lanes * time)
+        return products / (problem.batch * depth * height * width * vectors * lanes * time + CALL)
 
 
 def _grad_input_efficiency(problem: ConvProblem, lanes: int) -> float:
@@ -121,8 +121,12 @@ def _grad_input_efficiency(problem: ConvProblem, lanes: int) -> float:
     apart = 1 if problem.stride[2] == 1 or arithmetic_is_cheap() else 2  # sums are added one by one
     values = math.prod(problem.output_shape) + apart * math.prod(problem.input_shape) * problem.kernel_size[2]
     moved = values * DTYPE_BYTES[problem.dtype] / problem.flops("grad_input")
-    return 1 / (1.5 / used + (48 if arithmetic_is_cheap() else 20) * moved)
+    called = 2 * CALL / problem.flops("grad_input")
+    return 1 / (1.5 / used + called + (48 if arithmetic_is_cheap() else 20) * moved)
 
+
+CALL = 2e6
+"""FMAs in the time of a call: weights are transformed and slabs laid out before the first product."""
 
 STREAMED_BYTES = 32 << 20
 """Outputs of this size are written past the caches."""

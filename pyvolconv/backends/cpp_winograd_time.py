@@ -43,7 +43,7 @@ class GatherCosts(NamedTuple):
 
 GATHER_COSTS: dict[Layout, GatherCosts] = {
     "ncdhw": GatherCosts(2.55, 52, 125, 220, 16, 5e6),
-    "ndhwc": GatherCosts(1.92, 59, 94, 250, 16, 4e5),
+    "ndhwc": GatherCosts(1.92, 59, 94, 250, 16, 3e6),
 }
 
 
@@ -117,7 +117,7 @@ def _grad_weight_time(problem: ConvProblem, outputs: Outputs, lanes: int) -> flo
     source = points * sources * target_blocks
     gradient = math.prod(outputs) * targets * source_blocks
     time = tiles * (cost.product * products + cost.point * source + cost.gradient * gradient)
-    return time + cost.total * boxes * weights * sources * targets
+    return time + cost.total * boxes * weights * sources * targets + GATHER_COSTS[problem.layout].call
 
 
 def _time_where_products_cost(problem: ConvProblem, pass_: Pass, outputs: Outputs, vector_bytes: int) -> float:
