@@ -11,7 +11,7 @@ import math
 from typing import Literal
 
 from ..problem import ConvProblem, Layout, Pass
-from .linear_time import Costs, summed
+from .linear_time import Costs, summed, used_share
 
 Kind = Literal["pointwise", "dense", "few channels", "strided", "touching"]
 
@@ -68,8 +68,8 @@ def expected_time(problem: ConvProblem, pass_: Pass, inside_share: float) -> flo
     """Of a pass without groups; `inside_share` of its products have an input voxel that is not padding."""
     kind = kind_of(problem)
     cost = COSTS[kind, pass_][problem.layout]
-    rounded = math.prod(-(-count // 16) * 16 / count for count in (problem.in_channels, problem.out_channels))
-    flops = rounded * inside_share * problem.flops(pass_)
+    used = math.prod(used_share(count, 16) for count in (problem.in_channels, problem.out_channels))
+    flops = inside_share * problem.flops(pass_) / used
     if pass_ == "grad_weight" and kind == "dense" and max(problem.dilation) > 1:
         flops *= 3 if problem.layout == "ncdhw" else 1.5
     return summed(problem, cost, flops)

@@ -13,7 +13,7 @@ from ..precision import convolves_float32_in_bfloat16
 from ..problem import ConvProblem, Pass
 from .base import Accuracy, Backend, empty
 from .cpp import arithmetic_is_cheap, call, kernels, load_extension, plan_of
-from .cpp_direct_time import used_share
+from .linear_time import used_share
 
 LANES = 16
 

@@ -8,7 +8,7 @@ their own, of the layers of ten networks on a Sapphire Rapids; what they write c
 from __future__ import annotations
 
 from ..problem import ConvProblem, Layout, Pass
-from .linear_time import Costs, summed
+from .linear_time import Costs, summed, used_share
 
 POINTWISE_COSTS: dict[Pass, dict[Layout, Costs]] = {
     "forward": {"ncdhw": Costs(1.8, 8.5, 26, 65, 2.4e6), "ndhwc": Costs(1.3, 20, 8.5, 75, 2e6)},
@@ -100,8 +100,3 @@ def _window(problem: ConvProblem, pass_: Pass, lanes: int, cheap: bool, moved: f
         else:
             reached *= 0.83
     return 1 / (1 / (reached * max(along_channels, along_the_width)) + 12 * moved)
-
-
-def used_share(size: int, lanes: int) -> float:
-    """Share of lanes in use when `size` values are cut into vectors."""
-    return size / (-(-size // lanes) * lanes)

@@ -28,7 +28,7 @@ from .cpp import (
     plan_of,
     pooled_plan_of,
 )
-from .cpp_direct_time import used_share
+from .linear_time import used_share
 
 MOST_CHANNELS = 4
 

@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 from ..problem import DTYPE_BYTES, ConvProblem, Layout, Pass
+from .linear_time import rounded_up, used_share
 
 Outputs = tuple[int, int, int]
 
@@ -80,7 +81,7 @@ def _gather_time(problem: ConvProblem, pass_: Pass, outputs: Outputs, lanes: int
         voxels = problem.batch * math.prod(problem.output_size)
     tiles, points, weights = _counts(problem, pass_, outputs)
     values = weights * sources * targets
-    packed, stored = _rounded_up(sources, lanes), _rounded_up(targets, lanes)
+    packed, stored = rounded_up(sources, lanes), rounded_up(targets, lanes)
     cost, written = GATHER_COSTS[problem.layout], tiles * math.prod(outputs)
     output = cost.output
     if problem.pool is not None:
@@ -113,7 +114,7 @@ def _grad_weight_time(problem: ConvProblem, outputs: Outputs, lanes: int) -> flo
     tiles, points, weights = _counts(problem, "grad_weight", outputs)
     boxes = max(1.0, min(-(-FEWEST_BOXES // (source_blocks * target_blocks)), tiles / FEWEST_TILES))
     cost = GRAD_WEIGHT_COSTS[problem.layout]
-    products = points * _rounded_up(sources, max(lanes // 2, 1)) * _rounded_up(targets, lanes)
+    products = points * rounded_up(sources, max(lanes // 2, 1)) * rounded_up(targets, lanes)
     source = points * sources * target_blocks
     gradient = math.prod(outputs) * targets * source_blocks
     time = tiles * (cost.product * products + cost.point * source + cost.gradient * gradient)
@@ -131,12 +132,12 @@ def _time_where_products_cost(problem: ConvProblem, pass_: Pass, outputs: Output
     lanes = vector_bytes // DTYPE_BYTES[problem.dtype]
     channels, strides = (problem.in_channels, problem.out_channels), math.prod(problem.stride)
     targets = channels[0] if pass_ == "grad_input" else channels[1]
-    used = _used_share(targets, lanes // 2 if vector_bytes == 64 and pass_ != "grad_weight" else lanes)
+    used = used_share(targets, lanes // 2 if vector_bytes == 64 and pass_ != "grad_weight" else lanes)
     each = 3.6 if problem.layout == "ndhwc" else 5.2
     tiles, points, weights = _counts(problem, pass_, outputs)
     spilling = 1.0
     if pass_ == "grad_weight":
-        used *= _used_share(channels[0], lanes // 2)  # rows of a register tile
+        used *= used_share(channels[0], lanes // 2)  # rows of a register tile
         source_blocks, target_blocks = _channel_blocks(problem)
         moving = each * (source_blocks / channels[0] + strides * target_blocks / channels[1])
         finishing = 128.0 if source_blocks * target_blocks < 16 else 64.0
@@ -180,11 +181,3 @@ def _channel_blocks(problem: ConvProblem) -> tuple[int, int]:
     """Of grad_weight: of 256 bytes of source channels, of 512 of target channels."""
     bytes_ = DTYPE_BYTES[problem.dtype]
     return -(-problem.in_channels * bytes_ // 256), -(-problem.out_channels * bytes_ // 512)
-
-
-def _rounded_up(size: int, lanes: int) -> int:
-    return -(-size // lanes) * lanes
-
-
-def _used_share(size: int, lanes: int) -> float:
-    return size / _rounded_up(size, lanes)

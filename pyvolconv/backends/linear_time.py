@@ -11,6 +11,16 @@ from typing import NamedTuple
 from ..problem import DTYPE_BYTES, ConvProblem
 
 
+def rounded_up(size: int, lanes: int) -> int:
+    """What is computed of `size` values in whole vectors."""
+    return -(-size // lanes) * lanes
+
+
+def used_share(size: int, lanes: int) -> float:
+    """Share of lanes in use when `size` values are cut into vectors."""
+    return size / rounded_up(size, lanes)
+
+
 class Costs(NamedTuple):
     """Of a FLOP of the products, a byte of the input, of the output and of the weight, and of a call."""
 

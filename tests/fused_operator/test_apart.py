@@ -11,15 +11,9 @@ from pyvolconv import dispatch
 from pyvolconv.backends.pooling_time import pooling_time
 from pyvolconv.problem import ConvProblem
 
+from .calls import ACTIVATIONS, POOLS, ours, theirs
+
 MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last_3d)
-POOLS = ({"pool_size": 2}, {"pool_size": 3, "pool_stride": 2, "pool_padding": 1}, {"pool_size": 2, "ceil_mode": True})
-ACTIVATIONS = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
-    "silu": F.silu,
-    "gelu": F.gelu,
-}
 
 
 @pytest.fixture(params=[True, False], ids=["apart", "in one pass"])
@@ -35,36 +29,30 @@ def apart(request, monkeypatch):
     return asked
 
 
-def torchs(x, w, b, activation, pool):
-    y = ACTIVATIONS[activation](F.conv3d(x, w, b, padding=1))
-    sizes = (pool["pool_size"], pool.get("pool_stride"), pool.get("pool_padding", 0), 1, pool.get("ceil_mode", False))
-    return F.max_pool3d(y, *sizes)
-
-
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS, ids=["ncdhw", "ndhwc"])
-@pytest.mark.parametrize("pool", POOLS, ids=["touching", "overlapping", "ceil"])
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_results_are_torchs(apart, activation, pool, memory_format):
     x = torch.randn(2, 5, 7, 6, 9).contiguous(memory_format=memory_format)
     w, b = torch.randn(17, 5, 3, 3, 3).contiguous(memory_format=memory_format), torch.randn(17)
-    expected = torchs(x.double(), w.double(), b.double(), activation, pool).float()
+    expected = theirs(activation, pool, padding=1)(x.double(), w.double(), b.double()).float()
     with torch.no_grad():
-        y = pyvolconv.conv3d_max_pool(x, w, b, padding=1, activation=activation, negative_slope=0.2, **pool)
+        y = ours(activation, pool, padding=1)(x, w, b)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     assert y.is_contiguous(memory_format=memory_format)
     assert apart == [False]
 
 
-@pytest.mark.parametrize("pool", POOLS, ids=["touching", "overlapping", "ceil"])
+@pytest.mark.parametrize("pool", POOLS)
 def test_gradients_are_torchs(apart, pool):
     operands = [torch.randn(shape) for shape in ((2, 5, 7, 6, 9), (17, 5, 3, 3, 3), (17,))]
-    ours = [operand.clone().requires_grad_() for operand in operands]
-    theirs = [operand.double().requires_grad_() for operand in operands]
-    y = pyvolconv.conv3d_max_pool(*ours, padding=1, activation="relu", **pool)
-    expected = torchs(*theirs, "relu", pool)
+    singles = [operand.clone().requires_grad_() for operand in operands]
+    doubles = [operand.double().requires_grad_() for operand in operands]
+    y = ours("relu", pool, padding=1)(*singles)
+    expected = theirs("relu", pool, padding=1)(*doubles)
     grad = torch.randn(expected.shape)
     for one, other in zip(
-        torch.autograd.grad(y, ours, grad), torch.autograd.grad(expected, theirs, grad.double()), strict=True
+        torch.autograd.grad(y, singles, grad), torch.autograd.grad(expected, doubles, grad.double()), strict=True
     ):
         torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-4)
     assert set(apart) == {True}
@@ -75,7 +63,7 @@ def test_integers_nan_and_infinities_are_chosen_as_torch_does(apart):
     x[0, 0, 1, 2, 3], x[0, 1, 4, 4, 4], x[0, 2, 0, 0, 0] = float("nan"), float("inf"), float("-inf")
     w = torch.eye(3).view(3, 3, 1, 1, 1)
     with torch.no_grad():
-        y = pyvolconv.conv3d_max_pool(x, w[:, :, :, :, :], activation="relu", pool_size=3, pool_stride=2)
+        y = pyvolconv.conv3d_max_pool(x, w, activation="relu", pool_size=3, pool_stride=2)
         expected = F.max_pool3d(F.relu(F.conv3d(x, w)), 3, 2)
     assert torch.equal(y.nan_to_num(7.0), expected.nan_to_num(7.0))
 
