@@ -11,6 +11,7 @@
 #pragma once
 
 #include "../arena.h"
+#include "../cache.h"
 #include "../microkernel/broadcast.h"
 #include "../microkernel/depthwise.h"
 #include "../microkernel/planar.h"
@@ -127,6 +128,21 @@ void list_parts(Blocking<T>& b, int64_t segments, int64_t part_elements) {
     }
 }
 
+// Values of a tile's packed source, and of its sums; and voxels of a tile that is not cut for the sake of more tasks.
+struct TileRoom {
+    int64_t values, few;
+};
+
+// Every tile reads all weights. Where those are more than a core's cache holds, reading one takes as long as some 40 of
+// its products do: tiles as large as the cache allows.
+template <typename T>
+TileRoom tile_room(int64_t weight_bytes) {
+    constexpr int64_t kFew = 96;
+    const TileRoom room = {kL2Bytes / 2 / static_cast<int64_t>(sizeof(T)), kFew};
+    if (weight_bytes <= larger(l2_bytes(), kL2Bytes)) return room;
+    return {larger(room.values, (l2_bytes() - kL2Bytes) / 2 / static_cast<int64_t>(sizeof(T))), 2 * kFew};
+}
+
 template <typename T>
 Blocking<T> choose_blocking(const Gather& gather) {
     constexpr int64_t lanes = Vector<T>::lanes;
@@ -163,8 +179,10 @@ Blocking<T> choose_blocking(const Gather& gather) {
     const int64_t waiting = b.chunks == 1 ? block_width : b.unit_width();  // sums kept per voxel
     const CellAxis depths = gather.cells(0);
     b.slabs = gather.window[0].extent != 0 && b.chunks == 1 && depths.step >= depths.extent;
-    const int64_t voxels = b.slabs ? INT32_MAX : larger(kTileValues / waiting, 16);
-    b.tiling = choose_tiling(gather, {kTileValues / b.chunk, voxels, gather.batch * b.units, b.item_voxels()});
+    const TileRoom room = tile_room<T>(b.unit_weights() * static_cast<int64_t>(sizeof(T)));
+    const int64_t voxels = b.slabs ? INT32_MAX : larger(room.values / waiting, 16);
+    b.tiling =
+        choose_tiling(gather, {room.values / b.chunk, voxels, gather.batch * b.units, b.item_voxels(), false, room.few});
 
     const int64_t run = (b.tiling.axis[2].tap_step == 1 ? gather.axis[2].taps : 1) * b.chunk;
     if (b.kernel != Kernel::broadcast || run < kShortRun)

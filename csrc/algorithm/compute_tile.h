@@ -31,11 +31,18 @@ Microkernel<T> microkernel(const Blocking<T>& b, int64_t grains, int64_t items) 
     return microkernel_of<T, 4>(b, items);
 }
 
-// Passes all `items` of a tile over one part of the reduction; `arguments` are those of the first item.
+// Passes all `items` of a tile over one part of the reduction; `arguments` are those of the first item. On the way the
+// weights that follow are asked for: where they are many, every tile reads them from beyond its core's caches.
 template <typename T>
-void compute_part(const Blocking<T>& b, int64_t grains, int64_t items, TileArguments<T> arguments) {
-    const int64_t full = b.full_tile(grains);
+void compute_part(const Blocking<T>& b, int64_t grains, int64_t items, TileArguments<T> arguments,
+                  int64_t weights = 0) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const int64_t full = b.full_tile(grains), each = ceil_divide(weights * full, items * kLine) * kLine;
+    const T *ahead = arguments.weights + weights, *end = ahead + weights;
     const auto run = [&](Microkernel<T> tile, int64_t count) {
+        for (const T* stop = end - ahead < each ? end : ahead + each; ahead < stop; ahead += kLine) {
+            __builtin_prefetch(ahead, 0, 2);
+        }
         tile(arguments);
         arguments.items += count;
         arguments.places += count;
@@ -177,7 +184,8 @@ class TileTask {
                 arguments.target = last && direct() ? tile_target(target) : nullptr;
                 arguments.stream = arguments.target != nullptr && streams(target);
             }
-            compute_part(b_, grains, items_, arguments);
+            const int64_t next = p + 1 < b_.part_count ? b_.parts[p + 1].element : b_.elements;
+            compute_part(b_, grains, items_, arguments, (next - b_.parts[p].element) * to_.width);
         }
         if (chunk + 1 < b_.chunks || direct()) return;
         if constexpr (!is_pair<T>) {

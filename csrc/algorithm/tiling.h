@@ -56,6 +56,7 @@ struct TileLimits {
     int64_t other_tasks;            // tasks per tile: samples and units of channels
     int64_t vector;                 // voxels along the width that a kernel computes at once
     bool whole_rows = false;        // cut the width last: rows are transposed, or interleaved
+    int64_t few = 96;               // voxels of a tile that is not cut for the sake of more tasks
 };
 
 inline Tiling cut(const Gather& gather, const int64_t pieces[3], const TileLimits& limits) {
@@ -74,12 +75,12 @@ inline Tiling cut(const Gather& gather, const int64_t pieces[3], const TileLimit
 // and fewest idle lanes, until a tile's source and sums fit and there are tasks enough to share out. Depends on the
 // problem alone, never on the number of threads.
 inline Tiling choose_tiling(const Gather& gather, const TileLimits& limits) {
-    constexpr int64_t kTasks = 16, kSmallTile = 96;
+    constexpr int64_t kTasks = 16;
     int64_t pieces[3] = {1, 1, 1};
     Tiling tiling = cut(gather, pieces, limits);
     for (;;) {
         const bool too_large = tiling.packed_voxels() > limits.packed_voxels || tiling.voxels() > limits.voxels;
-        const bool too_few = tiling.count() * limits.other_tasks < kTasks && tiling.voxels() > kSmallTile;
+        const bool too_few = tiling.count() * limits.other_tasks < kTasks && tiling.voxels() > limits.few;
         if (!too_large && !too_few) return tiling;
         Tiling best = tiling;
         double best_cost = 0;
