@@ -76,13 +76,19 @@ constexpr int64_t kMostTiles = 96;
 struct BoxLimits {
     int64_t boxes = 16;  // at least so many, unless each would have few tiles
     int64_t bytes = kL2Bytes;
+    double box_cost = 4;  // in tiles: a few alone leave register tiles unused and read all weights for little
 };
 
-// Every box reads all weights, from beyond a core's own cache where they are many: boxes as large as it allows, with
-// room left for what streams past.
-inline BoxLimits limits_of_machine() {
+// Every box reads all weights: boxes as large as a core's own cache allows, with room left for what streams past. Where
+// the weights come from beyond that cache they are more than the box's source, which is better read from there too, once
+// for each block of target channels.
+inline BoxLimits limits_of_machine(int64_t weight_bytes) {
     BoxLimits limits;
     limits.bytes = larger(kL2Bytes, l2_bytes() - kL2Bytes);
+    if (weight_bytes > larger(kL2Bytes, l2_bytes())) {
+        limits.bytes = larger(limits.bytes, 4 * l2_bytes());
+        limits.box_cost = 16;
+    }
     return limits;
 }
 
@@ -90,7 +96,6 @@ inline BoxLimits limits_of_machine() {
 template <typename T>
 void choose_box(const Gather& gather, const BoxLimits& limits, WinogradBlocking<T>& b) {
     constexpr int64_t kFewestTiles = 8;
-    constexpr double kBoxCost = 4;  // in tiles: a few alone leave register tiles unused and read all weights for little
     // A transformed plane, a packed voxel under a tile, a row of tiles: long rows are read and stored faster, most of
     // all where they have to be transposed.
     const bool last = gather.layout == Layout::ndhwc;
@@ -116,7 +121,7 @@ void choose_box(const Gather& gather, const BoxLimits& limits, WinogradBlocking<
                 const double planes = static_cast<double>(b.source_voxels(axis[0], size[axis[0]]) * count) /
                                       static_cast<double>(size[axis[0]] * scheme.outputs[axis[0]]);
                 const double rows = static_cast<double>(count / size[axis[2]]);
-                const double cost = boxes * (static_cast<double>(count) + kBoxCost + plane_cost * planes +
+                const double cost = boxes * (static_cast<double>(count) + limits.box_cost + plane_cost * planes +
                                              packed_cost * packed + row_cost * rows);
                 if (best == 0 || cost < best) {
                     best = cost;
@@ -129,8 +134,7 @@ void choose_box(const Gather& gather, const BoxLimits& limits, WinogradBlocking<
 }
 
 template <typename T>
-WinogradBlocking<T> choose_winograd(const Gather& gather, const WinogradScheme<T>& scheme,
-                                    const BoxLimits& limits = limits_of_machine()) {
+WinogradBlocking<T> choose_winograd(const Gather& gather, const WinogradScheme<T>& scheme, const BoxLimits& limits) {
     WinogradBlocking<T> b = {};
     b.scheme = &scheme;
     b.batch = gather.batch;
@@ -154,6 +158,12 @@ WinogradBlocking<T> choose_winograd(const Gather& gather, const WinogradScheme<T
     }
     choose_box(gather, limits, b);
     return b;
+}
+
+template <typename T>
+WinogradBlocking<T> choose_winograd(const Gather& gather, const WinogradScheme<T>& scheme) {
+    const int64_t weights = scheme.weight_count() * gather.source_channels * gather.target_channels;
+    return choose_winograd(gather, scheme, limits_of_machine(weights * static_cast<int64_t>(sizeof(T))));
 }
 
 }  // namespace

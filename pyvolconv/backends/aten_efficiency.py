@@ -14,14 +14,14 @@ import torch
 
 from ..host import starts_two_wide_fmas
 from ..problem import ConvProblem, Pass
-from . import aten_onednn_time
+from . import aten_float64_time, aten_onednn_time
 
 
 def share_of_peak(problem: ConvProblem, pass_: Pass) -> float:
     """Expected FLOPs per second over the FMA peak of float32."""
     if problem.device == "cpu":
         if problem.dtype == "float64":
-            return 0.5 if problem.kernel_size == (1, 1, 1) and problem.groups == 1 else 0.04  # a product, or im2col
+            return problem.flops(pass_) / aten_float64_time.expected_time(problem, pass_, starts_two_wide_fmas())
         if problem.dtype == "float16" and (pass_ == "grad_weight" or not _has_float16()):
             return 0.001 if _has_float16() else 0.1 if pass_ == "grad_weight" else 0.01
         if problem.groups > 1 and problem.dtype == "float32" and starts_two_wide_fmas():

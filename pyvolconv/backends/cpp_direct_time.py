@@ -7,7 +7,7 @@ their own, of the layers of ten networks on a Sapphire Rapids; what they write c
 
 from __future__ import annotations
 
-from ..problem import ConvProblem, Layout, Pass
+from ..problem import DTYPE_BYTES, ConvProblem, Layout, Pass
 from .linear_time import Costs, summed, used_share
 
 POINTWISE_COSTS: dict[Pass, dict[Layout, Costs]] = {
@@ -41,14 +41,14 @@ def expected_share(problem: ConvProblem, pass_: Pass, lanes: int, cheap: bool) -
     if cheap and _has_costs(problem):
         costs = POINTWISE_COSTS if problem.kernel_size == (1, 1, 1) else WINDOW_COSTS
         targets = problem.in_channels if pass_ == "grad_input" else problem.out_channels
-        products = problem.flops(pass_) / used_share(targets, 16)
+        products = _fewer_lanes(problem) * problem.flops(pass_) / used_share(targets, 16)
         return problem.flops(pass_) / summed(problem, costs[pass_][problem.layout], products)
     moved = (2.5 if cheap else 1.0) * problem.min_bytes(pass_) / problem.flops(pass_)
     if cheap and problem.kernel_size == problem.stride != (1, 1, 1):
         moved *= 0.6  # no value is packed for two windows
     if pass_ == "grad_weight":
         used = max(used_share(problem.in_channels, lanes), used_share(problem.input_size[2], lanes))
-        share = 1 / (1 / ((0.66 if cheap else 0.8) * used) + 12 * moved)
+        share = 1 / (_fewer_lanes(problem) / ((0.66 if cheap else 0.8) * used) + 12 * moved)
     elif problem.kernel_size == (1, 1, 1) and problem.groups == 1:
         share = _pointwise(problem, pass_, lanes, cheap, moved)
     else:
@@ -56,9 +56,14 @@ def expected_share(problem: ConvProblem, pass_: Pass, lanes: int, cheap: bool) -
     return 1 / (1 / share + (2e6 if cheap else 1e6) / problem.flops(pass_))
 
 
+def _fewer_lanes(problem: ConvProblem) -> float:
+    """How many vectors hold what one holds in float32."""
+    return max(1.0, DTYPE_BYTES[problem.dtype] / DTYPE_BYTES["float32"])
+
+
 def _has_costs(problem: ConvProblem) -> bool:
     return (
-        problem.dtype == "float32"
+        problem.dtype in ("float32", "float64")
         and problem.groups == 1
         and problem.stride == (1, 1, 1)
         and min(problem.in_channels, problem.out_channels) >= 16
@@ -73,7 +78,7 @@ def _pointwise(problem: ConvProblem, pass_: Pass, lanes: int, cheap: bool, moved
         targets, sources = sources, targets
     in_order = problem.layout == "ndhwc"
     used = used_share(targets, lanes) * min(1, sources / lanes) if in_order else 0.69 if cheap else 1.0
-    return 1 / (1 / ((0.75 if in_order and targets > sources else 0.88) * used) + 5 * moved)
+    return 1 / (_fewer_lanes(problem) / ((0.75 if in_order and targets > sources else 0.88) * used) + 5 * moved)
 
 
 def _window(problem: ConvProblem, pass_: Pass, lanes: int, cheap: bool, moved: float) -> float:
@@ -99,4 +104,4 @@ def _window(problem: ConvProblem, pass_: Pass, lanes: int, cheap: bool, moved: f
             reached *= 0.25 if pass_ == "grad_input" and one_group else 0.5 if problem.stride[2] == 1 else 0.2
         else:
             reached *= 0.83
-    return 1 / (1 / (reached * max(along_channels, along_the_width)) + 12 * moved)
+    return 1 / (_fewer_lanes(problem) / (reached * max(along_channels, along_the_width)) + 12 * moved)

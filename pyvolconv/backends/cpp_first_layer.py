@@ -105,7 +105,9 @@ class CppFirstLayer(PooledForward):
             kind = "streamed" if stored >= STREAMED_BYTES else kind
         start, channel = _TIMES[wide, kind]
         transform = 15 * -(-width // lanes) * lanes / width / vectors
-        time = start + problem.in_channels * (channel + transform)
+        time = (
+            (start + problem.in_channels * (channel + transform)) * DTYPE_BYTES[problem.dtype] / DTYPE_BYTES["float32"]
+        )
         if problem.layout == "ncdhw":
             time *= {"stored": 1.1, "pooled": 1.15, "grad_weight": 1.75}[kind]
         if arithmetic_is_cheap() and kind != "pooled":

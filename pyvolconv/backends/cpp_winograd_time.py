@@ -67,13 +67,14 @@ def expected_time(problem: ConvProblem, pass_: Pass, outputs: Outputs, vector_by
     """Of a pass in tiles of `outputs`; `cheap` where two wide FMAs start per cycle."""
     if not cheap:
         return _time_where_products_cost(problem, pass_, outputs, vector_bytes)
-    lanes = vector_bytes // DTYPE_BYTES[problem.dtype]
+    lanes, wide = vector_bytes // DTYPE_BYTES[problem.dtype], DTYPE_BYTES[problem.dtype] / DTYPE_BYTES["float32"]
     if pass_ == "grad_weight":
-        return _grad_weight_time(problem, outputs, lanes)
-    return _gather_time(problem, pass_, outputs, lanes)
+        return wide * _grad_weight_time(problem, outputs, lanes)
+    return wide * _gather_time(problem, pass_, outputs, lanes, wide)
 
 
-def _gather_time(problem: ConvProblem, pass_: Pass, outputs: Outputs, lanes: int) -> float:
+def _gather_time(problem: ConvProblem, pass_: Pass, outputs: Outputs, lanes: int, wide: float) -> float:
+    """In values of float32, each of `wide` values of its own: boxes then have fewer tiles, weights leave the caches."""
     sources, targets = problem.in_channels, problem.out_channels
     voxels = problem.batch * math.prod(problem.input_size)
     if pass_ == "grad_input":
@@ -90,8 +91,8 @@ def _gather_time(problem: ConvProblem, pass_: Pass, outputs: Outputs, lanes: int
         output *= LARGE_OUTPUT
     time = cost.product * tiles * points * sources * stored + cost.source * voxels * packed + output * written * stored
     if values * DTYPE_BYTES[problem.dtype] > WEIGHT_BYTES_IN_CACHE:
-        time += cost.reread * values * max(1.0, min(FEWEST_BOXES, tiles / FEWEST_TILES), tiles / MOST_TILES)
-    return (time + cost.weight * values + cost.call) * _held_up(outputs, problem)
+        time += cost.reread * values * max(1.0, min(FEWEST_BOXES, tiles / FEWEST_TILES), wide * tiles / MOST_TILES)
+    return (time + cost.weight * wide**2 * values + cost.call) * _held_up(outputs, problem)
 
 
 def _held_up(outputs: Outputs, problem: ConvProblem) -> float:

@@ -66,7 +66,7 @@ class Im2colBackend(Backend):
         return Accuracy(constant=2.0, accumulate_dtype=narrow, bitwise_reproducible=False)
 
     def expected_efficiency(self, problem: ConvProblem, pass_: Pass) -> float:
-        """What is left of a GEMM's half of the peak after the columns are written and read.
+        """What is left of a GEMM's half of the peak (float64: a quarter) after the columns are written and read.
 
         A column is used once per channel of the product's other side, so few channels per group mean that
         copying dominates: on the CPU a value takes as long as some hundred FLOPs.
@@ -80,7 +80,8 @@ class Im2colBackend(Backend):
             if pass_ == "grad_input":
                 # Few rows of a product with a large weight, which is read transposed.
                 called += (800 if cheap else 400) * 4 * math.prod(problem.weight_shape) / problem.flops(pass_)
-            return 1 / (2 + called + COPIED_VALUE[cheap] / (2 * reuse) + moved)
+            product = 4 if problem.dtype == "float64" else 2
+            return 1 / (product + called + COPIED_VALUE[cheap] / (2 * reuse) + moved)
         reached = 0.3 if channels >= 16 else 0.15 if reuse >= 16 else 0.01 * reuse
         written_and_read = 2 * problem.batch * math.prod(problem.output_size) * problem.reduction_length("forward")
         copied = written_and_read * problem.groups * DTYPE_BYTES[problem.dtype]
