@@ -2,7 +2,7 @@
 
 `tune` takes the passes that a model was heard to ask for (`example_run`), times them, largest first, within a bounded
 time, and hands the times to `tuned`, which the dispatcher asks before its cost model. As torch's own kernel is among
-those timed, a tuned pass is never slower than torch's but for noise.
+those timed, and taken in a tie, a tuned pass is never slower than torch's but for noise.
 
 A pass fused with a pool competes with the same pass put together from torch's convolution, activation and pooling.
 Where that wins, the plain passes in it are tuned too.
@@ -74,8 +74,9 @@ class Tuned:
 
     @property
     def winner(self) -> str:
-        """The fastest, with its configuration; "aten" with a pool: the pass is put together from plain ones."""
-        return min(self.milliseconds, key=self.milliseconds.__getitem__)
+        """Who runs the pass from now on (`tuned.winner_of`), with its configuration; "aten" with a pool: the pass is
+        put together from plain ones."""
+        return tuned.winner_of(self.milliseconds)
 
     @property
     def best(self) -> float:
@@ -89,8 +90,9 @@ class Tuned:
 
     @property
     def regret(self) -> float | None:
-        """The time of the cost model's choice over the winner's; None where that choice was not timed."""
-        return self.milliseconds[self.expected] / self.best if self.expected in self.milliseconds else None
+        """The time of the cost model's choice over the least; None where that choice was not timed."""
+        times = self.milliseconds
+        return times[self.expected] / min(times.values()) if self.expected in times else None
 
 
 def geometric_mean(ratios: Iterable[float | None]) -> float | None:

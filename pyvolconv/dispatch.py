@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache
-from math import inf, prod
+from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +32,7 @@ from .precision import (
     store_precision,
 )
 from .problem import ConvProblem, Pass
-from .tuned import milliseconds
+from .tuned import milliseconds, winner_of
 
 ENVIRONMENT_VARIABLE = "PYVOLCONV_BACKEND"
 
@@ -111,7 +111,7 @@ def choose(problem: ConvProblem, pass_: Pass) -> Backend:
 def choose_or_none(problem: ConvProblem, pass_: Pass) -> Backend | None:
     """As `choose`, and None where no allowed backend can run the pass.
 
-    Of a problem with a pool also where putting the pass together from plain passes was measured to be faster.
+    Of a problem with a pool also where putting the pass together from plain passes was measured to be as fast.
     """
     for asked in _listeners:
         asked.add((problem, pass_))
@@ -259,14 +259,14 @@ def _choose(
     measured = _measured_fastest(problem, pass_, able)
     if measured is not None and not forced and problem.pool is not None:
         times = milliseconds(problem, pass_)
-        if _peer_time(times) < times[measured.label]:
+        if winner_of({label: times[label] for label in (measured.label, "aten") if label in times}) == "aten":
             return None
     backend = expected_fastest(problem, pass_, able) if measured is None else measured
     if not forced and not backend.ours:
         ours = ", ".join(one.name for one in able if one.ours)
         refused = "; ".join(f"{name}: {several[0]}" for name, several in reasons.items() if several)
         why = f"expected to be faster than {ours}" if ours else refused
-        why = "measured to be faster" if measured is not None else why
+        why = "measured to be as fast or faster" if measured is not None else why
         logger.warning("%s of %s runs in ATen (%s)", pass_, problem, why)
     return backend
 
@@ -307,8 +307,5 @@ def _measured_fastest(problem: ConvProblem, pass_: Pass, able: Sequence[Backend]
             for configuration in backend.configurations(problem, pass_)
             if f"{backend.name}@{configuration}" in times
         ]
-    return min(timed, key=lambda candidate: times[candidate.label], default=None)
-
-
-def _peer_time(times: Mapping[str, float]) -> float:
-    return min((times[backend.name] for backend in REGISTRY if not backend.ours and backend.name in times), default=inf)
+    by_label = {candidate.label: candidate for candidate in timed}
+    return by_label[winner_of({label: times[label] for label in by_label})] if timed else None

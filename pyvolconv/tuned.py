@@ -43,6 +43,24 @@ _complained = False
 _write_error: str | None = None
 
 
+TIE = 0.04
+"""Share of its time by which torch's own kernel has to be beaten: medians of single calls differ by as much."""
+
+
+def winner_of(times: Mapping[str, float]) -> str:
+    """Whom to take of those that were timed: the fastest, and of a tie with torch's own kernel that one.
+
+    Args:
+        times: as `milliseconds` gives them, not empty.
+
+    Example:
+        >>> winner_of({"cpp.direct": 1.0, "aten": 1.1}), winner_of({"cpp.direct": 1.0, "aten": 1.02})
+        ('cpp.direct', 'aten')
+    """
+    fastest = min(times, key=times.__getitem__)
+    return "aten" if "aten" in times and times[fastest] >= (1 - TIE) * times["aten"] else fastest
+
+
 def milliseconds(problem: ConvProblem, pass_: Pass) -> Mapping[str, float]:
     """Name of a backend, or "name@configuration" -> median time that was measured for a pass under the present setting.
 

@@ -74,8 +74,19 @@ def test_torch_is_taken_where_it_is_fastest_and_that_is_said(caplog):
         assert dispatch.choose(PLAIN, "forward").name == "aten"
         assert dispatch.choose(PLAIN, "forward").name == "aten"
     assert [record.getMessage() for record in caplog.records] == [
-        f"forward of {PLAIN} runs in ATen (measured to be faster)"
+        f"forward of {PLAIN} runs in ATen (measured to be as fast or faster)"
     ]
+
+
+@pytest.mark.parametrize("case", [PLAIN, FUSED], ids=str)
+@pytest.mark.parametrize(("ours", "taken"), [(0.97, "aten"), (0.95, "cpp.direct")])
+def test_torch_is_taken_in_a_tie(case, ours, taken):
+    (one, *_) = tune([(case, "forward")], measure=rigged(cpp_direct=ours, cpp_winograd=2.0, cpp_first_layer=2.0))
+    assert one.winner == taken
+    chosen = dispatch.choose_or_none(case, "forward")
+    assert taken == ("aten" if chosen is None else chosen.name)
+    assert one.best == 1000 * (1 if taken == "aten" else ours)
+    assert one.regret == pytest.approx(one.milliseconds[one.expected] / 1000 / ours)
 
 
 def test_forced_beats_tuned_and_a_family_is_chosen_from_by_time():
@@ -317,7 +328,7 @@ def random_states():
 
 @pytest.fixture
 def no_clock(monkeypatch):
-    monkeypatch.setattr(autotune, "measure_alternating", rigged(im2col=0.1))
+    monkeypatch.setattr(autotune, "measure_alternating", rigged(im2col=0.1, aten=1.1))
 
 
 @pytest.mark.usefixtures("no_clock")

@@ -181,8 +181,8 @@ Blocking<T> choose_blocking(const Gather& gather) {
     b.slabs = gather.window[0].extent != 0 && b.chunks == 1 && depths.step >= depths.extent;
     const TileRoom room = tile_room<T>(b.unit_weights() * static_cast<int64_t>(sizeof(T)));
     const int64_t voxels = b.slabs ? INT32_MAX : larger(room.values / waiting, 16);
-    b.tiling =
-        choose_tiling(gather, {room.values / b.chunk, voxels, gather.batch * b.units, b.item_voxels(), false, room.few});
+    b.tiling = choose_tiling(gather,
+                             {room.values / b.chunk, voxels, gather.batch * b.units, b.item_voxels(), false, room.few});
 
     const int64_t run = (b.tiling.axis[2].tap_step == 1 ? gather.axis[2].taps : 1) * b.chunk;
     if (b.kernel != Kernel::broadcast || run < kShortRun)

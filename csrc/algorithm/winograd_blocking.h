@@ -80,8 +80,8 @@ struct BoxLimits {
 };
 
 // Every box reads all weights: boxes as large as a core's own cache allows, with room left for what streams past. Where
-// the weights come from beyond that cache they are more than the box's source, which is better read from there too, once
-// for each block of target channels.
+// the weights come from beyond that cache they are more than the box's source, which is better read from there too,
+// once for each block of target channels.
 inline BoxLimits limits_of_machine(int64_t weight_bytes) {
     BoxLimits limits;
     limits.bytes = larger(kL2Bytes, l2_bytes() - kL2Bytes);
