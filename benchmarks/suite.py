@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import get_args
 
@@ -121,14 +122,17 @@ def measure(name: str, pass_: Pass, dtype: str, seconds: float, tuned_first: boo
             if trial[side, layout] > max(LEFT_OUT * best, 0.02):
                 del runs[side, layout]
     times: dict[tuple[bool, Layout], list[float]] = {key: [] for key in runs}
-    order = list(runs)
+    # The second of two that have the same operands finds them in the cache: each is the second in every other round.
+    orders = cycle(
+        [[(ours, layout) for layout in LAYOUTS for ours in sides] for sides in ((True, False), (False, True))]
+    )
     stop = time.perf_counter() + seconds
     while not all(times.values()) or (time.perf_counter() < stop and min(map(len, times.values())) < 200):
-        for key in order:
-            begin = time.perf_counter()
-            run(*runs[key])
-            times[key].append(1e3 * (time.perf_counter() - begin))
-        order.reverse()  # the second of two that have the same operands finds them in the cache
+        for key in next(orders):
+            if key in runs:
+                begin = time.perf_counter()
+                run(*runs[key])
+                times[key].append(1e3 * (time.perf_counter() - begin))
     medians = {key: statistics.median(several) for key, several in times.items()}
     return Row(
         name,
