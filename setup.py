@@ -25,6 +25,8 @@ from setuptools.errors import CompileError, PlatformError
 
 SOURCES = [
     "csrc/module.cpp",
+    "csrc/bind_winograd.cpp",
+    "csrc/bind_first_layer.cpp",
     "csrc/bind_split.cpp",
     "csrc/bind_instance_norm.cpp",
     "csrc/bind_reorder.cpp",

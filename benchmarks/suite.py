@@ -34,6 +34,7 @@ from .problems import PROBLEM_SETS, problem
 
 ENTRIES = PROBLEM_SETS["suite"] | PROBLEM_SETS["patches"]
 LEFT_OUT = 1.5
+MOST_ROUNDS = 200
 """A layout this much slower than its side's better one in the second call is not timed. First calls may be slow."""
 
 
@@ -94,7 +95,7 @@ def tune(problem: ConvProblem, pass_: Pass, seconds: float) -> None:
 
 
 def measure(name: str, pass_: Pass, dtype: str, seconds: float, tuned_first: bool) -> Row:
-    """At least one round of all candidates, then more until `seconds` are over."""
+    """At least two rounds of all candidates, then more until `seconds` are over."""
     (aten,) = select("aten")
     plain = problem(ENTRIES[name], "ncdhw", dtype, "cpu")
     operands = operands_of(plain, pass_)
@@ -127,7 +128,9 @@ def measure(name: str, pass_: Pass, dtype: str, seconds: float, tuned_first: boo
         [[(ours, layout) for layout in LAYOUTS for ours in sides] for sides in ((True, False), (False, True))]
     )
     stop = time.perf_counter() + seconds
-    while not all(times.values()) or (time.perf_counter() < stop and min(map(len, times.values())) < 200):
+    rounds = 0
+    while rounds == 0 or rounds % 2 or (rounds < MOST_ROUNDS and time.perf_counter() < stop):
+        rounds += 1
         for key in next(orders):
             if key in runs:
                 begin = time.perf_counter()
@@ -176,7 +179,7 @@ def main() -> None:
     parser.add_argument("--passes", default=",".join(PASSES), help="comma-separated passes (default: all)")
     parser.add_argument("--dtype", default="float32", help="name of a torch dtype (default: float32)")
     parser.add_argument("--precision", default="default", choices=get_args(Precision), help="see set_precision")
-    parser.add_argument("--seconds", type=float, default=2.0, help="timed per entry and pass, at least one round (2)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="timed per entry and pass, at least two rounds (2)")
     parser.add_argument("--tuned", action="store_true", help="time all backends first, and take the fastest")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args()

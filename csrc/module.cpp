@@ -7,7 +7,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -37,14 +36,15 @@ namespace {
 using pvc::activation_of;
 using pvc::Plan;
 using pvc::pointer;
+using pvc::PooledPlan;
+using pvc::Size3;
+using pvc::with_passes;
 
 #if defined(__clang__)
 constexpr const char* kCompiler = "clang " __clang_version__;
 #else
 constexpr const char* kCompiler = "g++ " __VERSION__;
 #endif
-
-using Size3 = std::array<int64_t, 3>;
 
 Plan make_plan(int64_t batch, int64_t in_channels, int64_t out_channels, const Size3& input_size,
                const Size3& output_size, const Size3& kernel_size, const Size3& stride, const Size3& padding_begin,
@@ -72,11 +72,6 @@ Plan make_plan(int64_t batch, int64_t in_channels, int64_t out_channels, const S
     }
     return plan;
 }
-
-struct PooledPlan {
-    pvc::PooledProblem problem;
-    bool double_precision;
-};
 
 PooledPlan make_pooled_plan(const Plan& plan, const std::string& activation, double negative_slope, const Size3& window,
                             const Size3& stride, const Size3& padding, const Size3& pooled_size) {
@@ -135,18 +130,6 @@ void grad_weight(const Plan& plan, uintptr_t grad_output, uintptr_t x, uintptr_t
     }
 }
 
-// Calls body(passes, T{}) with the passes of the plan's dtype, without the interpreter lock.
-template <typename AnyPlan, typename Body>
-void with_passes(const AnyPlan& plan, const Body& body) {
-    const pvc::KernelTable& kernels = pvc::current_kernels();
-    const py::gil_scoped_release release;
-    if (plan.double_precision) {
-        body(kernels.float64, double{});
-    } else {
-        body(kernels.float32, float{});
-    }
-}
-
 void forward_max_pool(const PooledPlan& plan, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t pooled,
                       uintptr_t code) {
     with_passes(plan, [&](const auto& passes, auto zero) {
@@ -171,137 +154,6 @@ void grad_weight_max_pool(const PooledPlan& plan, uintptr_t grad_pooled, uintptr
         using T = decltype(zero);
         passes.grad_weight_max_pool(plan.problem, pointer<T>(grad_pooled), pointer<uint8_t>(code), pointer<T>(x),
                                     pointer<T>(grad_weight), pointer<T>(grad_bias));
-    });
-}
-
-// What the Winograd kernels rely on; a scheme that does not fit would write outside of its tiles.
-template <typename T>
-void check_winograd(const pvc::PassTable<T>& passes, const pvc::ConvProblem& problem, const Size3& outputs,
-                    bool transposed) {
-    bool fits = passes.has_winograd(problem, outputs.data(), transposed) && problem.groups == 1;
-    for (int axis = 0; axis < 3; ++axis) {
-        fits = fits && problem.kernel_size[axis] == (outputs[axis] == 1 ? 1 : 3);
-        const bool strided = transposed && problem.stride[axis] != 1;
-        fits = fits && !(strided && (problem.padding_begin[axis] % 2 == 0 || problem.dilation[axis] != 1));
-    }
-    if (!fits) throw std::invalid_argument("no Winograd scheme with these outputs per tile fits the problem");
-}
-
-// Calls body(passes, T{}) with the passes of the dtype, without the interpreter lock, if the scheme fits the problem.
-template <typename Body>
-void with_winograd(const pvc::ConvProblem& problem, bool double_precision, const Size3& outputs, const Body& body,
-                   bool transposed = false) {
-    const pvc::KernelTable& kernels = pvc::current_kernels();
-    if (double_precision) {
-        check_winograd(kernels.float64, problem, outputs, transposed);
-        const py::gil_scoped_release release;
-        body(kernels.float64, double{});
-    } else {
-        check_winograd(kernels.float32, problem, outputs, transposed);
-        const py::gil_scoped_release release;
-        body(kernels.float32, float{});
-    }
-}
-
-void winograd_forward(const Plan& plan, const Size3& outputs, uintptr_t x, uintptr_t weight, uintptr_t bias,
-                      uintptr_t y) {
-    with_winograd(plan.problem, plan.double_precision, outputs, [&](const auto& passes, auto zero) {
-        using T = decltype(zero);
-        passes.winograd_forward(plan.problem, outputs.data(), pointer<T>(x), pointer<T>(weight), pointer<T>(bias),
-                                pointer<T>(y));
-    });
-}
-
-void winograd_grad_input(const Plan& plan, const Size3& outputs, uintptr_t grad_output, uintptr_t weight,
-                         uintptr_t result) {
-    with_winograd(
-        plan.problem, plan.double_precision, outputs,
-        [&](const auto& passes, auto zero) {
-            using T = decltype(zero);
-            passes.winograd_grad_input(plan.problem, outputs.data(), pointer<T>(grad_output), pointer<T>(weight),
-                                       pointer<T>(result));
-        },
-        true);
-}
-
-void winograd_grad_weight(const Plan& plan, const Size3& outputs, uintptr_t grad_output, uintptr_t x,
-                          uintptr_t result) {
-    for (const int64_t count : outputs) {
-        if (count > 2)
-            throw std::invalid_argument("the gradient of a weight takes one or two outputs per tile and axis");
-    }
-    with_winograd(plan.problem, plan.double_precision, outputs, [&](const auto& passes, auto zero) {
-        using T = decltype(zero);
-        passes.winograd_grad_weight(plan.problem, outputs.data(), pointer<T>(grad_output), pointer<T>(x),
-                                    pointer<T>(result));
-    });
-}
-
-void winograd_forward_max_pool(const PooledPlan& plan, const Size3& outputs, uintptr_t x, uintptr_t weight,
-                               uintptr_t bias, uintptr_t pooled, uintptr_t code) {
-    const pvc::PooledProblem& problem = plan.problem;
-    for (int axis = 0; axis < 3; ++axis) {
-        if (problem.pool_padding[axis] != 0 || problem.pool_stride[axis] != problem.pool_window[axis] ||
-            outputs[axis] % problem.pool_window[axis] != 0 || problem.conv.dilation[axis] != 1) {
-            throw std::invalid_argument("the windows of the pool do not fit into tiles of these outputs");
-        }
-    }
-    with_winograd(problem.conv, plan.double_precision, outputs, [&](const auto& passes, auto zero) {
-        using T = decltype(zero);
-        passes.winograd_forward_max_pool(problem, outputs.data(), pointer<T>(x), pointer<T>(weight), pointer<T>(bias),
-                                         pointer<T>(pooled), pointer<uint8_t>(code));
-    });
-}
-
-// What the kernels for few input channels rely on.
-void check_first_layer(const pvc::ConvProblem& problem) {
-    bool fits = problem.groups == 1;
-    for (int axis = 0; axis < 3; ++axis) {
-        fits = fits && problem.stride[axis] == 1 && problem.dilation[axis] == 1 && problem.kernel_size[axis] == 3;
-    }
-    if (!fits) throw std::invalid_argument("the first-layer kernels need 3x3x3 taps, stride 1 and one group");
-}
-
-void first_layer_forward(const Plan& plan, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t y) {
-    check_first_layer(plan.problem);
-    with_passes(plan, [&](const auto& passes, auto zero) {
-        using T = decltype(zero);
-        passes.first_layer_forward(plan.problem, pointer<T>(x), pointer<T>(weight), pointer<T>(bias), pointer<T>(y));
-    });
-}
-
-void first_layer_grad_input(const Plan& plan, uintptr_t grad_output, uintptr_t weight, uintptr_t result) {
-    if (plan.problem.in_channels > 4 || plan.problem.groups != 1) {
-        throw std::invalid_argument("the first-layer gradient needs 1 to 4 channels in one group");
-    }
-    with_passes(plan, [&](const auto& passes, auto zero) {
-        using T = decltype(zero);
-        passes.first_layer_grad_input(plan.problem, pointer<T>(grad_output), pointer<T>(weight), pointer<T>(result));
-    });
-}
-
-void first_layer_grad_weight(const Plan& plan, uintptr_t grad_output, uintptr_t x, uintptr_t result) {
-    check_first_layer(plan.problem);
-    if (plan.problem.in_channels > 4) throw std::invalid_argument("the first-layer gradient needs 1 to 4 channels");
-    with_passes(plan, [&](const auto& passes, auto zero) {
-        using T = decltype(zero);
-        passes.first_layer_grad_weight(plan.problem, pointer<T>(grad_output), pointer<T>(x), pointer<T>(result));
-    });
-}
-
-void first_layer_forward_max_pool(const PooledPlan& plan, uintptr_t x, uintptr_t weight, uintptr_t bias,
-                                  uintptr_t pooled, uintptr_t code) {
-    const pvc::PooledProblem& problem = plan.problem;
-    check_first_layer(problem.conv);
-    for (int axis = 0; axis < 3; ++axis) {
-        if (problem.pool_window[axis] != 2 || problem.pool_stride[axis] != 2 || problem.pool_padding[axis] != 0) {
-            throw std::invalid_argument("the first-layer kernels pool windows of 2x2x2 with stride 2 and no padding");
-        }
-    }
-    with_passes(plan, [&](const auto& passes, auto zero) {
-        using T = decltype(zero);
-        passes.first_layer_forward_max_pool(problem, pointer<T>(x), pointer<T>(weight), pointer<T>(bias),
-                                            pointer<T>(pooled), pointer<uint8_t>(code));
     });
 }
 
@@ -375,33 +227,16 @@ PYBIND11_MODULE(_C, module) {
     module.def("grad_weight_max_pool", &grad_weight_max_pool, py::arg("plan"), py::arg("grad_pooled"), py::arg("code"),
                py::arg("x"), py::arg("grad_weight"), py::arg("grad_bias"));
 
-    module.def("winograd_forward", &winograd_forward, py::arg("plan"), py::arg("outputs"), py::arg("x"),
-               py::arg("weight"), py::arg("bias"), py::arg("y"));
-    module.def("winograd_grad_input", &winograd_grad_input, py::arg("plan"), py::arg("outputs"), py::arg("grad_output"),
-               py::arg("weight"), py::arg("grad_input"));
-    module.def("winograd_grad_weight", &winograd_grad_weight, py::arg("plan"), py::arg("outputs"),
-               py::arg("grad_output"), py::arg("x"), py::arg("grad_weight"));
-    module.def("winograd_forward_max_pool", &winograd_forward_max_pool, py::arg("plan"), py::arg("outputs"),
-               py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("pooled"), py::arg("code"));
-
-    module.def("first_layer_forward", &first_layer_forward, py::arg("plan"), py::arg("x"), py::arg("weight"),
-               py::arg("bias"), py::arg("y"));
-    module.def("first_layer_grad_input", &first_layer_grad_input, py::arg("plan"), py::arg("grad_output"),
-               py::arg("weight"), py::arg("grad_input"));
-    module.def("first_layer_grad_weight", &first_layer_grad_weight, py::arg("plan"), py::arg("grad_output"),
-               py::arg("x"), py::arg("grad_weight"));
-    module.def("first_layer_forward_max_pool", &first_layer_forward_max_pool, py::arg("plan"), py::arg("x"),
-               py::arg("weight"), py::arg("bias"), py::arg("pooled"), py::arg("code"));
-
     module.def("bfloat16_forward", &bfloat16_forward, py::arg("plan"), py::arg("float32"), py::arg("x"),
                py::arg("weight"), py::arg("bias"), py::arg("y"));
     module.def("bfloat16_grad_input", &bfloat16_grad_input, py::arg("plan"), py::arg("float32"), py::arg("grad_output"),
                py::arg("weight"), py::arg("grad_input"));
     module.def("has_bfloat16", &pvc::has_bfloat16);
 
+    pvc::bind_winograd(module);
+    pvc::bind_first_layer(module);
     pvc::bind_split(module);
     pvc::bind_reorder(module);
-
     pvc::bind_instance_norm(module);
 
     module.def("compiled_isas", &pvc::compiled_isas);

@@ -90,9 +90,9 @@ class Tuned:
 
     @property
     def regret(self) -> float | None:
-        """The time of the cost model's choice over the least; None where that choice was not timed."""
+        """The time of the cost model's choice over the winner's, 1 in a tie; None where that choice was not timed."""
         times = self.milliseconds
-        return times[self.expected] / min(times.values()) if self.expected in times else None
+        return max(times[self.expected] / self.best, 1.0) if self.expected in times else None
 
 
 def geometric_mean(ratios: Iterable[float | None]) -> float | None:
@@ -115,7 +115,7 @@ def tune(
     measure: Measure | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Tuned]:
-    """Time passes of problems, the largest first, and have the dispatcher take the fastest backend from now on.
+    """Time passes of problems, the largest first, and have the dispatcher take the fastest backend, in a tie torch's own, from now on.
 
     Times are kept for later processes, at Ctrl-C those that there are, unless other processes kept cores busy that this
     one needed (`cost.busy`; Linux only). A warning then says so, and the next process measures again.

@@ -86,7 +86,7 @@ def test_torch_is_taken_in_a_tie(case, ours, taken):
     chosen = dispatch.choose_or_none(case, "forward")
     assert taken == ("aten" if chosen is None else chosen.name)
     assert one.best == 1000 * (1 if taken == "aten" else ours)
-    assert one.regret == pytest.approx(one.milliseconds[one.expected] / 1000 / ours)
+    assert one.regret == max(one.milliseconds[one.expected] / one.best, 1)
 
 
 def test_forced_beats_tuned_and_a_family_is_chosen_from_by_time():

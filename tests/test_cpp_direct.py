@@ -196,6 +196,19 @@ def test_results_larger_than_caches(run, operands, reference, poisoned):
         assert torch.equal(run(problem, pass_, args).double(), reference(problem, pass_, args)), pass_
 
 
+def test_weights_larger_than_caches(run, operands, reference, threads):
+    """Tiles are as large as a core's cache allows then, and each asks for the weights that follow."""
+    texts = ("n8ic288oc96-i2x7x7-k3-p1", "n1ic1100oc520-i3x5x19-k1", "n3ic130oc257-i9x10x11-k3x1x3-p1x0x1-bias")
+    for text, dtype, layout in itertools.product(texts, ("float32", "float64"), LAYOUTS):
+        problem = ConvProblem.parse(f"cpu-{dtype}-{layout}-{text}")
+        for pass_ in ("forward", "grad_input"):
+            args = operands(problem, pass_, integers=True)
+            exact = reference(problem, pass_, args)
+            for count in (1, 3):
+                threads(count)
+                assert torch.equal(run(problem, pass_, args).double(), exact), (text, dtype, layout, pass_, count)
+
+
 axis_size = st.integers(1, 19)
 small = st.integers(1, 3)
 

@@ -331,6 +331,14 @@ def test_speed_up_is_against_torch_in_the_same_allocator_state():
     assert rows["kept", "LSTM"].speed_up is None
 
 
+def test_paths_on_whole_batches_come_before_scaled_ones():
+    result = complete_result()
+    result.paths.append(timing("gemm", 1.0, "kept", ours=True, samples=2))
+    assert result.best("kept", ours=True).path == "cpp fused"
+    result.paths[:] = [row for row in result.paths if row.scaled]
+    assert result.best("kept", ours=True).path == "gemm"
+
+
 def test_scaled_and_missing_paths_are_marked(written):
     _, page = written
     notes = path_notes(complete_result())

@@ -200,6 +200,14 @@ def test_infinity_and_nan_in_a_strided_gradient(isa, kernel, stride, outputs, op
             hit[place] = kept
 
 
+def test_boxes_larger_than_caches(isa, operands, reference):
+    """With weights beyond a core's cache boxes of tiles are, too."""
+    for layout, pass_ in (("ndhwc", "forward"), ("ncdhw", "grad_input")):
+        problem = problem_of("n1ic160oc160-i8x40x40", (3, 3, 3), "float64", layout)
+        args = operands(problem, pass_, integers=True)
+        assert torch.equal(run(problem, (2, 2, 2), pass_, args), reference(problem, pass_, args))
+
+
 @pytest.mark.parametrize("outputs", [(2, 2, 2), (1, 2, 2), (2, 1, 1)])
 def test_exact_on_integers(isa, outputs, operands, reference):
     """The constants of F(2, 3) are powers of two."""

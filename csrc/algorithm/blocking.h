@@ -134,13 +134,15 @@ struct TileRoom {
 };
 
 // Every tile reads all weights. Where those are more than a core's cache holds, reading one takes as long as some 40 of
-// its products do: tiles as large as the cache allows.
+// its products do: tiles as large as the cache allows, and where there are `others` to share out, small ones stay
+// whole.
 template <typename T>
-TileRoom tile_room(int64_t weight_bytes) {
-    constexpr int64_t kFew = 96;
+TileRoom tile_room(int64_t weight_bytes, int64_t others) {
+    constexpr int64_t kFew = 96, kManyOthers = 8;
     const TileRoom room = {kL2Bytes / 2 / static_cast<int64_t>(sizeof(T)), kFew};
     if (weight_bytes <= larger(l2_bytes(), kL2Bytes)) return room;
-    return {larger(room.values, (l2_bytes() - kL2Bytes) / 2 / static_cast<int64_t>(sizeof(T))), 2 * kFew};
+    return {larger(room.values, (l2_bytes() - kL2Bytes) / 2 / static_cast<int64_t>(sizeof(T))),
+            others >= kManyOthers ? 2 * kFew : kFew};
 }
 
 template <typename T>
@@ -179,7 +181,7 @@ Blocking<T> choose_blocking(const Gather& gather) {
     const int64_t waiting = b.chunks == 1 ? block_width : b.unit_width();  // sums kept per voxel
     const CellAxis depths = gather.cells(0);
     b.slabs = gather.window[0].extent != 0 && b.chunks == 1 && depths.step >= depths.extent;
-    const TileRoom room = tile_room<T>(b.unit_weights() * static_cast<int64_t>(sizeof(T)));
+    const TileRoom room = tile_room<T>(b.unit_weights() * static_cast<int64_t>(sizeof(T)), gather.batch * b.units);
     const int64_t voxels = b.slabs ? INT32_MAX : larger(room.values / waiting, 16);
     b.tiling = choose_tiling(gather,
                              {room.values / b.chunk, voxels, gather.batch * b.units, b.item_voxels(), false, room.few});

@@ -185,7 +185,8 @@ class TileTask {
                 arguments.stream = arguments.target != nullptr && streams(target);
             }
             const int64_t next = p + 1 < b_.part_count ? b_.parts[p + 1].element : b_.elements;
-            compute_part(b_, grains, items_, arguments, (next - b_.parts[p].element) * to_.width);
+            const bool follow = p + 1 < b_.part_count || (b_.chunks == 1 && block + 1 < b_.blocks);
+            compute_part(b_, grains, items_, arguments, follow ? (next - b_.parts[p].element) * to_.width : 0);
         }
         if (chunk + 1 < b_.chunks || direct()) return;
         if constexpr (!is_pair<T>) {

@@ -73,7 +73,7 @@ inline Tiling cut(const Gather& gather, const int64_t pieces[3], const TileLimit
 
 // Starts from the whole target and halves one axis after another, each time the one that costs least repeated packing
 // and fewest idle lanes, until a tile's source and sums fit and there are tasks enough to share out. Depends on the
-// problem alone, never on the number of threads.
+// problem and the machine's caches, never on the number of threads.
 inline Tiling choose_tiling(const Gather& gather, const TileLimits& limits) {
     constexpr int64_t kTasks = 16;
     int64_t pieces[3] = {1, 1, 1};

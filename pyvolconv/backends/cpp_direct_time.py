@@ -41,7 +41,7 @@ def expected_share(problem: ConvProblem, pass_: Pass, lanes: int, cheap: bool) -
     if cheap and _has_costs(problem):
         costs = POINTWISE_COSTS if problem.kernel_size == (1, 1, 1) else WINDOW_COSTS
         targets = problem.in_channels if pass_ == "grad_input" else problem.out_channels
-        products = _fewer_lanes(problem) * problem.flops(pass_) / used_share(targets, 16)
+        products = _fewer_lanes(problem) * problem.flops(pass_) / used_share(targets, lanes)
         return problem.flops(pass_) / summed(problem, costs[pass_][problem.layout], products)
     moved = (2.5 if cheap else 1.0) * problem.min_bytes(pass_) / problem.flops(pass_)
     if cheap and problem.kernel_size == problem.stride != (1, 1, 1):

@@ -65,9 +65,9 @@ GRAD_WEIGHT_COSTS: dict[Layout, GradWeightCosts] = {
 
 def expected_time(problem: ConvProblem, pass_: Pass, outputs: Outputs, vector_bytes: int, cheap: bool) -> float:
     """Of a pass in tiles of `outputs`; `cheap` where two wide FMAs start per cycle."""
-    if not cheap:
-        return _time_where_products_cost(problem, pass_, outputs, vector_bytes)
     lanes, wide = vector_bytes // DTYPE_BYTES[problem.dtype], DTYPE_BYTES[problem.dtype] / DTYPE_BYTES["float32"]
+    if not cheap:
+        return wide * _time_where_products_cost(problem, pass_, outputs, vector_bytes)
     if pass_ == "grad_weight":
         return wide * _grad_weight_time(problem, outputs, lanes)
     return wide * _gather_time(problem, pass_, outputs, lanes, wide)
