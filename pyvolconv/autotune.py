@@ -115,7 +115,9 @@ def tune(
     measure: Measure | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Tuned]:
-    """Time passes of problems, the largest first, and have the dispatcher take the fastest backend, in a tie torch's own, from now on.
+    """Time passes of problems, the largest first, and have the dispatcher take the fastest backend from now on.
+
+    In a tie that is torch's own (`tuned.winner_of`).
 
     Times are kept for later processes, at Ctrl-C those that there are, unless other processes kept cores busy that this
     one needed (`cost.busy`; Linux only). A warning then says so, and the next process measures again.
