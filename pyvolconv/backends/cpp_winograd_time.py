@@ -109,15 +109,15 @@ def _held_up(outputs: Outputs, problem: ConvProblem) -> float:
 
 def _grad_weight_time(problem: ConvProblem, outputs: Outputs, lanes: int) -> float:
     """Both operands are transformed, each once for every block of channels of the other; splits of the tiles have sums
-    of their own, which pass through memory where they are many."""
+    of their own, which pass through memory where they are many. Half a vector takes as long to transform as a whole."""
     sources, targets = problem.in_channels, problem.out_channels
     source_blocks, target_blocks = _channel_blocks(problem)
     tiles, points, weights = _counts(problem, "grad_weight", outputs)
     boxes = max(1.0, min(-(-FEWEST_BOXES // (source_blocks * target_blocks)), tiles / FEWEST_TILES))
     cost = GRAD_WEIGHT_COSTS[problem.layout]
     products = points * rounded_up(sources, max(lanes // 2, 1)) * rounded_up(targets, lanes)
-    source = points * sources * target_blocks
-    gradient = math.prod(outputs) * targets * source_blocks
+    source = points * rounded_up(sources, lanes) * target_blocks
+    gradient = math.prod(outputs) * rounded_up(targets, lanes) * source_blocks
     time = tiles * (cost.product * products + cost.point * source + cost.gradient * gradient)
     return time + cost.total * boxes * weights * sources * targets + GATHER_COSTS[problem.layout].call
 
