@@ -28,7 +28,7 @@ COSTS: dict[tuple[Kind, Pass], dict[Layout, Costs]] = {
         "ndhwc": Costs(0.06, 256, 23, 4200, 5.0e7),
     },
     ("few channels", "grad_input"): {"ncdhw": Costs(1.89, 6, 0, 0, 5.0e7), "ndhwc": Costs(0.03, 0, 308, 8000, 5.0e7)},
-    ("few channels", "grad_weight"): {"ncdhw": Costs(0.1, 384, 60, 0, 5.0e7), "ndhwc": Costs(0, 287, 53, 1250, 5.0e7)},
+    ("few channels", "grad_weight"): {"ncdhw": Costs(0.1, 384, 60, 0, 5.0e7), "ndhwc": Costs(0, 252, 47, 1100, 5.0e7)},
     ("strided", "forward"): {"ncdhw": Costs(1.65, 40, 0, 77, 2.2e8), "ndhwc": Costs(1.36, 0, 10, 49, 7.0e7)},
     ("strided", "grad_input"): {"ncdhw": Costs(1.89, 286, 0, 31, 5.0e7), "ndhwc": Costs(1.5, 20, 2, 61, 7.0e7)},
     ("strided", "grad_weight"): {"ncdhw": Costs(2.06, 93, 0, 47, 5.0e7), "ndhwc": Costs(1.96, 13, 0, 95, 6.0e7)},

@@ -23,6 +23,14 @@ WINDOW_COSTS: dict[Pass, dict[Layout, Costs]] = {
 }
 
 
+DEPTHWISE_COSTS = Costs(1.72, 14.7, 14.7, 0, 5e6)
+"""Forward in ndhwc with 3 or 5 taps along the width and unit stride, on the tensors themselves."""
+
+COMPETING_BYTES, COMPETING = 1 << 17, 1.7
+"""Planes that are multiples of this apart lie in the same sets of the second-level cache: how many times as long three
+taps take then, which have little to compute meanwhile."""
+
+
 OVERLAPPING: dict[Layout, float] = {"ncdhw": 2.0, "ndhwc": 1.3}
 """How many times as long it takes in front of a max-pool whose windows overlap."""
 
@@ -43,6 +51,9 @@ def expected_share(problem: ConvProblem, pass_: Pass, lanes: int, cheap: bool) -
         targets = problem.in_channels if pass_ == "grad_input" else problem.out_channels
         products = _fewer_lanes(problem) * problem.flops(pass_) / used_share(targets, lanes)
         return problem.flops(pass_) / summed(problem, costs[pass_][problem.layout], products)
+    if cheap and pass_ == "forward" and _is_depthwise_in_place(problem):
+        products = problem.flops(pass_) / used_share(problem.out_channels, lanes)
+        return problem.flops(pass_) / (_held_up(problem) * summed(problem, DEPTHWISE_COSTS, products))
     moved = (2.5 if cheap else 1.0) * problem.min_bytes(pass_) / problem.flops(pass_)
     if cheap and problem.kernel_size == problem.stride != (1, 1, 1):
         moved *= 0.6  # no value is packed for two windows
@@ -54,6 +65,22 @@ def expected_share(problem: ConvProblem, pass_: Pass, lanes: int, cheap: bool) -
     else:
         share = _window(problem, pass_, lanes, cheap, moved)
     return 1 / (1 / share + (2e6 if cheap else 1e6) / problem.flops(pass_))
+
+
+def _is_depthwise_in_place(problem: ConvProblem) -> bool:
+    return (
+        problem.dtype == "float32"
+        and problem.layout == "ndhwc"
+        and problem.groups == problem.in_channels == problem.out_channels >= 16
+        and problem.stride == problem.dilation == (1, 1, 1)
+        and problem.kernel_size[2] in (3, 5)
+        and problem.pool is None
+    )
+
+
+def _held_up(problem: ConvProblem) -> float:
+    plane = problem.input_size[1] * problem.input_size[2] * problem.in_channels * DTYPE_BYTES[problem.dtype]
+    return COMPETING if plane % COMPETING_BYTES == 0 and problem.kernel_size[0] <= 3 else 1.0
 
 
 def _fewer_lanes(problem: ConvProblem) -> float:
