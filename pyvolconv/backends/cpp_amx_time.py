@@ -40,7 +40,7 @@ class GatherCosts(NamedTuple):
 
 
 GATHER_COSTS: dict[str, dict[Layout, GatherCosts]] = {
-    "float32": {"ndhwc": GatherCosts(18, 37, 50), "ncdhw": GatherCosts(26, 52, 50)},
+    "float32": {"ndhwc": GatherCosts(18, 37, 50), "ncdhw": GatherCosts(26, 52, 85)},
     "float16": {"ndhwc": GatherCosts(15, 25, 70), "ncdhw": GatherCosts(24, 60, 70)},
     "bfloat16": {"ndhwc": GatherCosts(26, 24, 119), "ncdhw": GatherCosts(40, 49, 119)},
 }
