@@ -54,7 +54,7 @@ def _found(name: str) -> object:
     try:
         found: object = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{name!r}: {error}") from error
+        raise ValueError(f"{name!r}: {error}; looked in {Path.cwd()} and among what is installed") from error
     finally:
         sys.path.pop(0)
     for part in path.split("."):

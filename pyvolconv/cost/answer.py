@@ -145,7 +145,8 @@ def _work(result: ComparisonResult) -> str:
         f"{_times(cnn.flops / lstm.flops)} the arithmetic: a convolution uses each weight once per voxel, on average "
         f"{wording.count(cnn.weight_uses)} times per sample over all of the CNN's weights; the LSTM uses each weight "
         f"once per frame, on average {wording.significant(lstm.weight_uses)} times. No implementation of these two "
-        "networks changes that factor, short of computing the same sums with fewer multiplications."
+        "networks changes that factor, short of computing the same sums with fewer multiplications, or leaving out "
+        "those with zeros, as ours partly do."
     )
 
 
