@@ -36,12 +36,13 @@ def test_strides_of_channels_last(keep, grad):
 @pytest.mark.parametrize("shape", [(2, 6, 5, 4, 7), (6, 3, 4, 5), (1, 6, 1, 1, 2)])
 @pytest.mark.parametrize("affine", [True, False])
 def test_the_module_alone(shape, affine, nodes):
+    """In float64 torch's: of two values that are nearly equal its float32 is off by far more than ours."""
     theirs, ours = pair(affine=affine)
     x = torch.randn(shape)
     expected, y = theirs(x), ours(x)
     assert len(nodes) == 1
-    torch.testing.assert_close(y, expected)
     assert y.stride() == expected.stride()
+    torch.testing.assert_close(y, theirs.double()(x.double()).float())
 
 
 def untouched():
