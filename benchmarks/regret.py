@@ -69,7 +69,7 @@ def print_rows(console: Console, rows: list[Row], every: bool) -> None:
         chosen = one.milliseconds.get(one.expected)
         if chosen is None or (not every and chosen <= 1.05 * one.best and chosen <= torch_time):
             continue
-        ratios = (f"{ratio:.2f}" for ratio in (max(chosen / one.best, 1.0), torch_time / chosen, torch_time / one.best))
+        ratios = (f"{ratio:.2f}" for ratio in (one.regret or 1.0, torch_time / chosen, torch_time / one.best))
         times = (f"{time:.3g}" for time in (chosen, one.best))
         table.add_row(name, one.pass_, layout, one.expected, one.winner, *times, *ratios)
     console.print(table)

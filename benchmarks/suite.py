@@ -33,8 +33,8 @@ from pyvolconv.problem import LAYOUTS, PASSES, ConvProblem, Layout, Pass
 from .problems import PROBLEM_SETS, problem
 
 ENTRIES = PROBLEM_SETS["suite"] | PROBLEM_SETS["patches"]
-LEFT_OUT = 1.5
 MOST_ROUNDS = 200
+LEFT_OUT = 1.5
 """A layout this much slower than its side's better one in the second call is not timed. First calls may be slow."""
 
 

@@ -8,7 +8,7 @@ their own, of the layers of ten networks on a Sapphire Rapids; what they write c
 from __future__ import annotations
 
 from ..problem import DTYPE_BYTES, ConvProblem, Layout, Pass
-from .linear_time import Costs, summed, used_share
+from .linear_time import Costs, fewer_lanes, summed, used_share
 
 POINTWISE_COSTS: dict[Pass, dict[Layout, Costs]] = {
     "forward": {"ncdhw": Costs(1.8, 8.5, 26, 65, 2.4e6), "ndhwc": Costs(1.3, 20, 8.5, 75, 2e6)},
@@ -49,7 +49,7 @@ def expected_share(problem: ConvProblem, pass_: Pass, lanes: int, cheap: bool) -
     if cheap and _has_costs(problem):
         costs = POINTWISE_COSTS if problem.kernel_size == (1, 1, 1) else WINDOW_COSTS
         targets = problem.in_channels if pass_ == "grad_input" else problem.out_channels
-        products = _fewer_lanes(problem) * problem.flops(pass_) / used_share(targets, lanes)
+        products = fewer_lanes(problem) * problem.flops(pass_) / used_share(targets, lanes)
         return problem.flops(pass_) / summed(problem, costs[pass_][problem.layout], products)
     if cheap and pass_ == "forward" and _is_depthwise_in_place(problem):
         products = problem.flops(pass_) / used_share(problem.out_channels, lanes)
@@ -59,7 +59,7 @@ def expected_share(problem: ConvProblem, pass_: Pass, lanes: int, cheap: bool) -
         moved *= 0.6  # no value is packed for two windows
     if pass_ == "grad_weight":
         used = max(used_share(problem.in_channels, lanes), used_share(problem.input_size[2], lanes))
-        share = 1 / (_fewer_lanes(problem) / ((0.66 if cheap else 0.8) * used) + 12 * moved)
+        share = 1 / (fewer_lanes(problem) / ((0.66 if cheap else 0.8) * used) + 12 * moved)
     elif problem.kernel_size == (1, 1, 1) and problem.groups == 1:
         share = _pointwise(problem, pass_, lanes, cheap, moved)
     else:
@@ -83,11 +83,6 @@ def _held_up(problem: ConvProblem) -> float:
     return COMPETING if plane % COMPETING_BYTES == 0 and problem.kernel_size[0] <= 3 else 1.0
 
 
-def _fewer_lanes(problem: ConvProblem) -> float:
-    """How many vectors hold what one holds in float32."""
-    return max(1.0, DTYPE_BYTES[problem.dtype] / DTYPE_BYTES["float32"])
-
-
 def _has_costs(problem: ConvProblem) -> bool:
     return (
         problem.dtype in ("float32", "float64")
@@ -105,7 +100,7 @@ def _pointwise(problem: ConvProblem, pass_: Pass, lanes: int, cheap: bool, moved
         targets, sources = sources, targets
     in_order = problem.layout == "ndhwc"
     used = used_share(targets, lanes) * min(1, sources / lanes) if in_order else 0.69 if cheap else 1.0
-    return 1 / (_fewer_lanes(problem) / ((0.75 if in_order and targets > sources else 0.88) * used) + 5 * moved)
+    return 1 / (fewer_lanes(problem) / ((0.75 if in_order and targets > sources else 0.88) * used) + 5 * moved)
 
 
 def _window(problem: ConvProblem, pass_: Pass, lanes: int, cheap: bool, moved: float) -> float:
@@ -131,4 +126,4 @@ def _window(problem: ConvProblem, pass_: Pass, lanes: int, cheap: bool, moved: f
             reached *= 0.25 if pass_ == "grad_input" and one_group else 0.5 if problem.stride[2] == 1 else 0.2
         else:
             reached *= 0.83
-    return 1 / (_fewer_lanes(problem) / (reached * max(along_channels, along_the_width)) + 12 * moved)
+    return 1 / (fewer_lanes(problem) / (reached * max(along_channels, along_the_width)) + 12 * moved)

@@ -28,7 +28,7 @@ from .cpp import (
     plan_of,
     pooled_plan_of,
 )
-from .linear_time import used_share
+from .linear_time import fewer_lanes, used_share
 
 MOST_CHANNELS = 4
 
@@ -105,9 +105,7 @@ class CppFirstLayer(PooledForward):
             kind = "streamed" if stored >= STREAMED_BYTES else kind
         start, channel = _TIMES[wide, kind]
         transform = 15 * -(-width // lanes) * lanes / width / vectors
-        time = (
-            (start + problem.in_channels * (channel + transform)) * DTYPE_BYTES[problem.dtype] / DTYPE_BYTES["float32"]
-        )
+        time = (start + problem.in_channels * (channel + transform)) * fewer_lanes(problem)
         if problem.layout == "ncdhw":
             time *= {"stored": 1.1, "pooled": 1.15, "grad_weight": 1.75}[kind]
         if arithmetic_is_cheap() and kind != "pooled":

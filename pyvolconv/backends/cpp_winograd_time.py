@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 from ..problem import DTYPE_BYTES, ConvProblem, Layout, Pass
-from .linear_time import rounded_up, used_share
+from .linear_time import fewer_lanes, rounded_up, used_share
 
 Outputs = tuple[int, int, int]
 
@@ -65,7 +65,7 @@ GRAD_WEIGHT_COSTS: dict[Layout, GradWeightCosts] = {
 
 def expected_time(problem: ConvProblem, pass_: Pass, outputs: Outputs, vector_bytes: int, cheap: bool) -> float:
     """Of a pass in tiles of `outputs`; `cheap` where two wide FMAs start per cycle."""
-    lanes, wide = vector_bytes // DTYPE_BYTES[problem.dtype], DTYPE_BYTES[problem.dtype] / DTYPE_BYTES["float32"]
+    lanes, wide = vector_bytes // DTYPE_BYTES[problem.dtype], fewer_lanes(problem)
     if not cheap:
         return wide * _time_where_products_cost(problem, pass_, outputs, vector_bytes)
     if pass_ == "grad_weight":

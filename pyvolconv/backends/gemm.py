@@ -15,6 +15,7 @@ from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from . import cuda_peak
 from .base import MEMORY_FORMAT, Accuracy, Backend, empty, geometry
 from .im2col import COPIED_VALUE
+from .linear_time import fewer_lanes
 
 _ROUNDS_LIKE = {"ieee": "float32", "tf32": "float16", "bf16": "bfloat16"}
 """The dtype that has as many fraction bits as float32 operands keep."""
@@ -95,16 +96,15 @@ class GemmBackend(Backend):
             return 1e-6
         if problem.kernel_size == (1, 1, 1) != problem.input_size:
             return 1e-6
-        cheap, slower = starts_two_wide_fmas(), 2 if problem.dtype == "float64" else 1
+        cheap, slower = starts_two_wide_fmas(), fewer_lanes(problem)
         called = (2e7 if cheap else 1e7) / problem.flops(pass_)  # 40 microseconds of Python and of torch's operators
         if problem.kernel_size == problem.input_size:
             return 1 / (slower / 0.9 + called + 5 * problem.min_bytes(pass_) / problem.flops(pass_))
         piece = problem.kernel_size[2] * (problem.in_channels if problem.layout == "ndhwc" else 1)
         windows = problem.batch * math.prod(problem.output_size) * problem.reduction_length("forward")
         copied = windows * (0.6 + 5 / piece) * COPIED_VALUE[cheap] / problem.flops(pass_)
-        return 1 / (
-            slower / 0.8 + called + copied + (12 if cheap else 5) * problem.min_bytes(pass_) / problem.flops(pass_)
-        )
+        moved = (12 if cheap else 5) * problem.min_bytes(pass_) / problem.flops(pass_)
+        return 1 / (slower / 0.8 + called + copied + moved)
 
 
 def _not_one_product(problem: ConvProblem) -> list[str]:

@@ -12,6 +12,7 @@ from ..host import starts_two_wide_fmas
 from ..problem import DTYPE_BYTES, ConvProblem, Pass
 from . import cuda_peak
 from .base import Accuracy, Backend, empty, geometry
+from .linear_time import fewer_lanes
 
 COPIED_VALUE = {False: 250, True: 490}
 """FLOPs at the peak of the CPU in the time that a value of a column takes, by `starts_two_wide_fmas`."""
@@ -80,8 +81,7 @@ class Im2colBackend(Backend):
             if pass_ == "grad_input":
                 # Few rows of a product with a large weight, which is read transposed.
                 called += (800 if cheap else 400) * 4 * math.prod(problem.weight_shape) / problem.flops(pass_)
-            product = 4 if problem.dtype == "float64" else 2
-            return 1 / (product + called + COPIED_VALUE[cheap] / (2 * reuse) + moved)
+            return 1 / (2 * fewer_lanes(problem) + called + COPIED_VALUE[cheap] / (2 * reuse) + moved)
         reached = 0.3 if channels >= 16 else 0.15 if reuse >= 16 else 0.01 * reuse
         written_and_read = 2 * problem.batch * math.prod(problem.output_size) * problem.reduction_length("forward")
         copied = written_and_read * problem.groups * DTYPE_BYTES[problem.dtype]

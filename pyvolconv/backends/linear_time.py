@@ -21,6 +21,11 @@ def used_share(size: int, lanes: int) -> float:
     return size / rounded_up(size, lanes)
 
 
+def fewer_lanes(problem: ConvProblem) -> float:
+    """How many vectors hold what one holds in float32."""
+    return max(1.0, DTYPE_BYTES[problem.dtype] / DTYPE_BYTES["float32"])
+
+
 class Costs(NamedTuple):
     """Of a FLOP of the products, a byte of the input, of the output and of the weight, and of a call."""
 
