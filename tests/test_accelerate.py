@@ -18,6 +18,8 @@ import pyvolconv
 from pyvolconv import dispatch
 from pyvolconv.errors import UnsupportedProblemError
 
+from .closeness import assert_close
+
 
 class CausalConv3d(nn.Conv3d):
     """As in video autoencoders: changes self.padding after construction, pads by itself, calls super().forward."""
@@ -91,7 +93,7 @@ def test_nothing_but_the_arithmetic_changes(net, x):
     assert ran(lambda: net(x)) == 0
 
     assert pyvolconv.accelerate(net) is net
-    torch.testing.assert_close(net(x), expected)
+    assert_close(net(x), expected)
     assert ran(lambda: net(x)) == 4
     assert len(convolutions(net)) == 4
     for name, module in net.named_modules():
@@ -132,7 +134,7 @@ def test_our_own_modules_stay_ours():
 def test_a_bare_module_and_one_without_convolutions(x):
     layer = nn.Conv3d(1, 2, 3)
     expected = layer(x)
-    torch.testing.assert_close(pyvolconv.accelerate(layer)(x), expected)
+    assert_close(pyvolconv.accelerate(layer)(x), expected)
     linear = nn.Linear(3, 3)
     assert type(pyvolconv.accelerate(linear)) is nn.Linear
 
@@ -149,7 +151,7 @@ def test_subclass_with_feature_cache(x):
     expected = layer(x), layer(x, cache)
     pyvolconv.accelerate(layer)
     assert ran(lambda: layer(x)) == 1
-    torch.testing.assert_close((layer(x), layer(x, cache)), expected)
+    assert_close((layer(x), layer(x, cache)), expected)
     assert sum(isinstance(m, CausalConv3d) for m in nn.Sequential(layer).modules()) == 1
     layer.padding = (0, 1, 1)
     assert layer(x).shape == (2, 3, 4, 7, 8)
@@ -177,7 +179,7 @@ def test_pickle_holds_the_original_classes(protocol):
     assert b"pyvolconv" not in text
     other = pickle.loads(text)
     assert [type(m) for m in other] == [nn.Conv3d, nn.ConvTranspose3d]
-    torch.testing.assert_close(other(x), expected)
+    assert_close(other(x), expected)
     assert sum(map(is_ours, model)) == 2, "writing must not change what is written"
 
 
@@ -188,7 +190,7 @@ def test_torch_save_and_state_dict(tmp_path, net, x):
     assert list(net.state_dict()) == keys
     torch.save(net.state_dict(), tmp_path / "state.pt")
     plain.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), strict=True)
-    torch.testing.assert_close(plain(x), net(x))
+    assert_close(plain(x), net(x))
     net.load_state_dict(plain.state_dict(), strict=True)
 
 
@@ -227,20 +229,20 @@ def test_reparametrised_weights(change, accelerate_first, x):
     expected = change(other)(x)
     torch.manual_seed(3)
     layer = change(pyvolconv.accelerate(layer)) if accelerate_first else pyvolconv.accelerate(change(layer))
-    torch.testing.assert_close(layer(x), expected)
+    assert_close(layer(x), expected)
     assert ran(lambda: layer(x)) == 1
     if not parametrize.is_parametrized(layer):
         return
     with pytest.raises(RuntimeError, match="parametrized modules is only supported through state_dict"):
         pickle.dumps(layer)
-    torch.testing.assert_close(copy.deepcopy(layer)(x), expected)
+    assert_close(copy.deepcopy(layer)(x), expected)
     pyvolconv.revert(layer)
     assert ran(lambda: layer(x)) == 0
-    torch.testing.assert_close(layer(x), expected)
+    assert_close(layer(x), expected)
     pyvolconv.accelerate(layer)
     parametrize.remove_parametrizations(layer, "weight")
     assert ran(lambda: layer(x)) == 1
-    torch.testing.assert_close(layer(x), expected)
+    assert_close(layer(x), expected)
     assert type(pyvolconv.revert(layer)) is nn.Conv3d
 
 
@@ -250,7 +252,7 @@ def test_fx_keeps_call_module_nodes(x):
     graph = fx.symbolic_trace(pyvolconv.accelerate(model))
     assert [node.op for node in graph.graph.nodes] == expected
     assert expected.count("call_module") == 3
-    torch.testing.assert_close(graph(x), model(x))
+    assert_close(graph(x), model(x))
 
 
 def test_fx_traces_through_a_users_subclass(x):
@@ -259,7 +261,7 @@ def test_fx_traces_through_a_users_subclass(x):
     called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     assert called.count(pyvolconv.conv3d) == 2
     assert called.count(pyvolconv.conv_transpose3d) == 1
-    torch.testing.assert_close(graph(x), model(x))
+    assert_close(graph(x), model(x))
 
 
 def test_a_lazy_module_stays_accelerated(x):
@@ -272,7 +274,7 @@ def test_a_lazy_module_stays_accelerated(x):
 def test_compile_of_an_accelerated_model(net, x):
     expected = net(x)
     compiled = torch.compile(pyvolconv.accelerate(net), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), expected)
+    assert_close(compiled(x), expected)
     compiled(x).sum().backward()
     assert net.stem.weight.grad is not None
     torch.compiler.reset()

@@ -12,6 +12,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, line
 
 import pyvolconv
 
+from .closeness import assert_close
+
 FUNCTIONS = {
     "conv3d": (
         pyvolconv.conv3d,
@@ -98,9 +100,7 @@ def test_gradients_of_any_subset_of_the_operands(ours, theirs, options, wanted):
     inputs = [arg for arg, want in zip(args, wanted, strict=True) if want]
     y, expected = ours(*args, **options), theirs(*args, **options)
     cotangent = torch.randn_like(y)
-    torch.testing.assert_close(
-        torch.autograd.grad(y, inputs, cotangent), torch.autograd.grad(expected, inputs, cotangent)
-    )
+    assert_close(torch.autograd.grad(y, inputs, cotangent), torch.autograd.grad(expected, inputs, cotangent))
 
 
 def scalar(function, options):
@@ -130,7 +130,7 @@ def test_function_transforms(name, arg, transform):
     x, w, b = torch.randn(1, 2, 2, 3, 2), torch.randn(2, 1, 2, 1, 2), torch.randn(2)
     args = (x.double(), w.double(), b.double())
     apply = TRANSFORMS[transform]
-    torch.testing.assert_close(apply(scalar(ours, options), arg)(*args), apply(scalar(theirs, options), arg)(*args))
+    assert_close(apply(scalar(ours, options), arg)(*args), apply(scalar(theirs, options), arg)(*args))
 
 
 @pytest.mark.parametrize(("ours", "theirs", "options"), CASES)
@@ -142,7 +142,7 @@ def test_mixed_second_derivatives(ours, theirs, options):
         tangents = tuple(torch.ones_like(arg) for arg in args)
         return jvp(gradients, args, tangents)[1], vjp(gradients, *args)[1](tangents)
 
-    torch.testing.assert_close(mixed(ours), mixed(theirs))
+    assert_close(mixed(ours), mixed(theirs))
 
 
 @pytest.mark.parametrize(("ours", "theirs", "options"), CASES)
@@ -161,8 +161,8 @@ def test_forward_mode_with_any_subset_of_tangents(ours, theirs, options):
 
         primal, tangent = tangent_of(ours)
         expected_primal, expected_tangent = tangent_of(theirs)
-        torch.testing.assert_close(primal, expected_primal)
-        torch.testing.assert_close(tangent, expected_tangent)
+        assert_close(primal, expected_primal)
+        assert_close(tangent, expected_tangent)
         assert (tangent is None) == (not any(wanted))
 
 
@@ -171,7 +171,7 @@ def test_linearize():
     y, push = linearize(lambda w: pyvolconv.conv3d(x, w).sin(), w)
     tangent = torch.randn_like(w)
     expected = jvp(lambda w: F.conv3d(x, w).sin(), (w,), (tangent,))
-    torch.testing.assert_close((y, push(tangent)), expected)
+    assert_close((y, push(tangent)), expected)
 
 
 IN_DIMS = [dims for dims in itertools.product([None, 0, -1], repeat=3) if any(dim is not None for dim in dims)]
@@ -189,7 +189,7 @@ def test_vmap_over_every_combination_of_operands(ours, theirs, options, in_dims)
     pairs += [(grad(scalar(ours, options), arg), grad(scalar(theirs, options), arg)) for arg in range(3)]
     for index, (got, expected) in enumerate(pairs):
         keywords = options if index == 0 else {}
-        torch.testing.assert_close(
+        assert_close(
             vmap(lambda *args, f=got, k=keywords: f(*args, **k), in_dims)(*mapped),
             vmap(lambda *args, f=expected, k=keywords: f(*args, **k), in_dims)(*mapped),
         )
@@ -202,7 +202,7 @@ def test_nested_vmap():
         inner = vmap(lambda x, w: function(x, w, stride=2, groups=2), (0, 0))
         return vmap(inner, (0, 1))(x, w)
 
-    torch.testing.assert_close(twice(pyvolconv.conv3d), twice(F.conv3d))
+    assert_close(twice(pyvolconv.conv3d), twice(F.conv3d))
 
 
 def test_per_sample_gradients_of_a_network():
@@ -217,7 +217,7 @@ def test_per_sample_gradients_of_a_network():
 
     expected = vmap(grad(loss), (None, 0))(parameters, samples)
     pyvolconv.accelerate(theirs)
-    torch.testing.assert_close(vmap(grad(loss), (None, 0))(parameters, samples), expected)
+    assert_close(vmap(grad(loss), (None, 0))(parameters, samples), expected)
 
 
 def test_create_graph_and_third_derivative():
@@ -230,7 +230,7 @@ def test_create_graph_and_third_derivative():
             value = (gradient**2).sum()
         return value
 
-    torch.testing.assert_close(third(pyvolconv.conv3d), third(F.conv3d))
+    assert_close(third(pyvolconv.conv3d), third(F.conv3d))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])

@@ -13,6 +13,8 @@ from pyvolconv.backends.registry import select
 from pyvolconv.kernels import im2col
 from pyvolconv.problem import LAYOUTS, PASSES, ConvProblem
 
+from .closeness import assert_close
+
 BACKEND = Im2colBackend()
 TILED = (
     "n3ic2oc3-i4x5x6-k3-p1-bias",
@@ -112,5 +114,5 @@ def test_a_window_that_is_the_whole_input(text, layout):
     ours, torchs = select("im2col")[0], select("aten")[0]
     for pass_, operands in {"forward": (x, w, None), "grad_input": (grad, w), "grad_weight": (grad, x)}.items():
         result, expected = (getattr(backend, pass_)(problem, *operands) for backend in (ours, torchs))
-        torch.testing.assert_close(result, expected)
+        assert_close(result, expected)
         assert result.is_contiguous(memory_format=MEMORY_FORMAT[layout])

@@ -16,6 +16,8 @@ from pyvolconv import ops
 from pyvolconv.backends.base import MEMORY_FORMAT
 from pyvolconv.problem import PASSES, ConvProblem
 
+from .closeness import assert_close
+
 FORMATS = list(MEMORY_FORMAT.values())
 # Sizes that reach the vectorised paths: full register tiles, several of them, and an edge.
 LARGE = (
@@ -91,7 +93,7 @@ def test_strides_are_those_of_torch(text, formats):
     x, w = x.to(memory_format=formats[0]), w.to(memory_format=formats[1])
     y = pyvolconv.conv3d(x, w, b, stride, padding[::2], dilation, groups)
     expected = F.conv3d(x, w, b, stride, padding[::2], dilation, groups)
-    torch.testing.assert_close(y, expected)
+    assert_close(y, expected)
     if torch.backends.mkldnn.is_available():
         assert y.stride() == expected.stride()
 
@@ -137,13 +139,13 @@ def check_compiled(large, dynamic, compiler):
     for batch in (x, torch.cat([x.detach(), x.detach()]).requires_grad_() if dynamic else x):
         operands[0] = batch
         y, expected = compiled(batch, w, b), function(batch, w, b)
-        torch.testing.assert_close(y, expected)
+        assert_close(y, expected)
         assert y.stride() == expected.stride()
         cotangent = torch.randn_like(expected)
         gradients = torch.autograd.grad(y, operands, cotangent)
         for got, wanted in zip(gradients, torch.autograd.grad(expected, operands, cotangent), strict=True):
             # The same kernels; only torch's own reductions around them may sum in another order.
-            torch.testing.assert_close(got / wanted.abs().max(), wanted / wanted.abs().max())
+            assert_close(got / wanted.abs().max(), wanted / wanted.abs().max())
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -181,7 +183,7 @@ def test_export_keeps_the_operator():
     assert any("pyvolconv.conv3d" in str(node.target) for node in program.graph.nodes)
     for size in (2, 5):
         more = x[:1].repeat(size, 1, 1, 1, 1)
-        torch.testing.assert_close(program.module()(more), net(more))
+        assert_close(program.module()(more), net(more))
 
 
 @pytest.mark.parametrize("name", ["conv3d", "conv_transpose3d"])
@@ -233,7 +235,7 @@ def test_checkpointing_keeps_the_forced_backend(reentrant):
     expected = torch.autograd.grad(twice(x).sum(), (x, w))
     y = checkpoint(twice, x, use_reentrant=reentrant)
     y.sum().backward()
-    torch.testing.assert_close((x.grad, w.grad), expected)
+    assert_close((x.grad, w.grad), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64])
@@ -252,4 +254,4 @@ def test_inference_mode_and_views(pass_name):
     for x in views:
         w = torch.randn(3, 2, 2, 2).unsqueeze(1).expand(3, x.shape[1], 2, 2, 2)
         with torch.inference_mode():
-            torch.testing.assert_close(pyvolconv.conv3d(x, w, padding=1), F.conv3d(x, w, padding=1))
+            assert_close(pyvolconv.conv3d(x, w, padding=1), F.conv3d(x, w, padding=1))

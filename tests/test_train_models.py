@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from pyvolconv.train.models import NETWORKS, FrameLSTM, VolumeCNN, build, parameter_count
 
+from .closeness import assert_close
+
 
 @pytest.mark.parametrize(("name", "parameters"), [("cnn", 97_194), ("lstm", 118_562), ("bilstm", 239_170)])
 def test_parameter_counts_are_those_stated(name, parameters):
@@ -39,14 +41,14 @@ def test_lstm_reads_frames_in_order():
     assert not torch.allclose(model(x), model(x.flip(2)))
     sequence, _ = model.lstm1(x.reshape(2, 5, 12))
     output, _ = model.lstm2(sequence)
-    torch.testing.assert_close(model(x), model.classifier(output[:, -1]))
+    assert_close(model(x), model.classifier(output[:, -1]))
 
 
 def test_bidirectional_lstm_ends_at_both_ends():
     model, x = build("bilstm", (5, 3, 4)), torch.randn(2, 1, 5, 3, 4)
     output, _ = model.lstm2(model.lstm1(x.reshape(2, 5, 12))[0])
     ends = torch.cat([output[:, -1, :16], output[:, 0, 16:]], dim=1)
-    torch.testing.assert_close(model(x), model.classifier(ends))
+    assert_close(model(x), model.classifier(ends))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

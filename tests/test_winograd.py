@@ -17,6 +17,8 @@ from pyvolconv.backends.cpp_winograd import SCHEMES, STRIDED_SCHEMES, CppWinogra
 from pyvolconv.epilogue import NO_VOXEL
 from pyvolconv.problem import LAYOUTS, PASSES, ConvProblem
 
+from .closeness import assert_close
+
 _C, missing = load_extension()
 pytestmark = pytest.mark.skipif(_C is None, reason=missing or "compiled")
 
@@ -336,7 +338,7 @@ def test_pooled_values_with_biases_that_are_not_finite(isa, outputs, activation)
         _C.winograd_forward_max_pool(
             pooled_plan_of(problem), outputs, *(t.data_ptr() for t in (x, weight, bias, pooled)), address
         )
-        torch.testing.assert_close(pooled, expected, equal_nan=True)
+        assert_close(pooled, expected, equal_nan=True)
 
 
 def test_scheme_that_does_not_fit_is_refused():

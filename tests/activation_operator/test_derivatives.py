@@ -9,6 +9,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
+from ..closeness import assert_close
 from .calls import CASES, operands, ours, theirs
 
 
@@ -40,7 +41,7 @@ def test_gradients_and_tangents_of_any_subset_of_the_operands(wanted):
             primals = tuple(tensor.detach() for tensor in inputs)
             tangent = jvp(of_some, primals, tuple(torch.ones_like(tensor) for tensor in primals))[1]
             results.append((torch.autograd.grad(y.pow(3).sum(), inputs), tangent))
-        torch.testing.assert_close(*results)
+        assert_close(*results)
 
 
 def scalar(function):
@@ -66,9 +67,7 @@ def test_function_transforms(activation, arg, transform):
     args = (x[:1], w[:2, :, :, :1, :].contiguous(), b[:2])
     args = (*args, torch.randn_like(theirs()(*args)))
     apply = TRANSFORMS[transform]
-    torch.testing.assert_close(
-        apply(scalar(ours(activation)), arg)(*args), apply(scalar(theirs(activation)), arg)(*args)
-    )
+    assert_close(apply(scalar(ours(activation)), arg)(*args), apply(scalar(theirs(activation)), arg)(*args))
 
 
 IN_DIMS = [dims for dims in itertools.product([None, 0, -1], repeat=4) if any(dim is not None for dim in dims)]
@@ -82,7 +81,7 @@ def test_vmap_over_every_combination_of_operands(activation):
             tensors[0] if dim is None else torch.stack(tensors, dim)
             for tensors, dim in zip(zip(*several, strict=True), in_dims, strict=True)
         ]
-        torch.testing.assert_close(vmap(ours(activation), in_dims)(*mapped), vmap(theirs(activation), in_dims)(*mapped))
+        assert_close(vmap(ours(activation), in_dims)(*mapped), vmap(theirs(activation), in_dims)(*mapped))
 
 
 def test_vmap_of_gradients():
@@ -91,4 +90,4 @@ def test_vmap_of_gradients():
     for activation in ("leaky_relu", "gelu"):
         for arg in range(4):
             got, expected = (vmap(grad(scalar(f(activation)), arg))(*mapped) for f in (ours, theirs))
-            torch.testing.assert_close(got, expected)
+            assert_close(got, expected)

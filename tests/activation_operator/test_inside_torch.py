@@ -13,6 +13,7 @@ import pyvolconv
 from pyvolconv import activation_ops, ops
 from pyvolconv.cost.operators import operator_cost
 
+from ..closeness import assert_close
 from .calls import operands, ours, theirs
 
 
@@ -25,7 +26,7 @@ def test_compiles_in_one_graph(dynamic, activation):
         x = torch.randn(batch, 4, 4, 6, 5, requires_grad=True)
         r = torch.randn_like(theirs()(x, w, b), requires_grad=True)
         y, expected = compiled(x, w, b, r), theirs(activation)(x, w, b, r)
-        torch.testing.assert_close(y, expected)
+        assert_close(y, expected)
         cotangent = torch.randn_like(y)
         gradients = [torch.autograd.grad(result, (x, w, b, r), cotangent) for result in (y, expected)]
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
@@ -77,7 +78,7 @@ def test_checkpoint():
     args = operands()
     expected = torch.autograd.grad(theirs("silu")(*args).sum(), args)
     y = checkpoint(ours("silu"), *args, use_reentrant=False)
-    torch.testing.assert_close(torch.autograd.grad(y.sum(), args), expected)
+    assert_close(torch.autograd.grad(y.sum(), args), expected)
 
 
 def test_modes_of_torch_functions_get_every_argument():

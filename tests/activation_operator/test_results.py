@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import pyvolconv
 
+from ..closeness import assert_close
 from .calls import CASES, GEOMETRY, LAYOUTS, operands, ours, outcome, theirs
 
 BACKENDS = ("cpp", "im2col", "aten")
@@ -41,9 +42,9 @@ def test_residual_of_any_strides():
     expected = theirs()(x, w, b, r)
     several = [r.to(memory_format=torch.channels_last_3d), r[..., :1].expand_as(r), r.transpose(3, 4).clone().mT]
     for other in (r, *several):
-        torch.testing.assert_close(ours()(x, w, b, other), theirs()(x, w, b, other))
+        assert_close(ours()(x, w, b, other), theirs()(x, w, b, other))
     assert torch.equal(ours()(x, w, b, several[0]), ours()(x, w, b, r))
-    torch.testing.assert_close(ours()(x[0], w, b, r[0]), expected[0])
+    assert_close(ours()(x[0], w, b, r[0]), expected[0])
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])
@@ -54,7 +55,7 @@ def test_residual_of_another_shape_or_dtype_is_added_as_torch_adds(activation):
         expected, expected_error = outcome(theirs(activation), x, w, b, other)
         assert (type(error), str(error)) == (type(expected_error), str(expected_error))
         if error is None:
-            torch.testing.assert_close(got, expected)
+            assert_close(got, expected)
 
 
 def test_empty_operands():
@@ -64,11 +65,9 @@ def test_empty_operands():
         r = torch.randn_like(theirs()(x, w, b), requires_grad=True)
         for activation in ("relu", "gelu"):
             y, expected = ours(activation)(x, w, b, r), theirs(activation)(x, w, b, r)
-            torch.testing.assert_close(y, expected)
+            assert_close(y, expected)
             leaves = (x, w, b, r)
-            torch.testing.assert_close(
-                torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves)
-            )
+            assert_close(torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.complex64])
@@ -117,7 +116,7 @@ def test_derivatives_at_zero_and_nan_are_torchs():
             leaf = x.clone().requires_grad_()
             y = function(activation, padding=((0, 0),) * 3)(leaf, w)
             gradients.append((y.detach(), torch.autograd.grad(y.sum(), leaf)[0]))
-        torch.testing.assert_close(*gradients, equal_nan=True)
+        assert_close(*gradients, equal_nan=True)
 
 
 def test_refuses_impossible_activations():

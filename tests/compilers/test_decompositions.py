@@ -10,6 +10,8 @@ import pyvolconv
 from pyvolconv import activation_ops, fused_ops, ops
 from pyvolconv.epilogue import KEEPS_PREACTIVATION
 
+from ..closeness import assert_close
+
 GEOMETRIES = {
     "plain": ((1, 1, 1), (1, 1, 0, 0, 2, 2), (1, 1, 1), 1),
     "even kernel, same": ((1, 1, 1), (0, 1, 0, 1, 1, 2), (1, 1, 1), 1),
@@ -53,7 +55,7 @@ def calls(geometry, activation="none"):
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_same_results(geometry, name):
     operator, args = calls(geometry)[name]
-    torch.testing.assert_close(pyvolconv.decompositions()[operator](*args), operator(*args))
+    assert_close(pyvolconv.decompositions()[operator](*args), operator(*args))
 
 
 @pytest.mark.parametrize("activation", fused_ops.APPLY)
@@ -64,13 +66,13 @@ def test_same_results_of_every_activation(activation):
         if name == "max_pool" and activation in KEEPS_PREACTIVATION:
             # Far below zero such an activation is zero up to rounding: which voxel is the largest there is anybody's.
             got, expected = (fused_ops.APPLY[activation](values, 0.0) for values, _ in (got, expected))
-        torch.testing.assert_close(got, expected)
+        assert_close(got, expected)
 
 
 @pytest.mark.parametrize("name", ["max_pool grad_input", "max_pool grad_weight"])
 def test_gradients_where_no_voxel_was_chosen(name):
     operator, args = calls(GEOMETRIES["plain"], "relu")[name]
-    torch.testing.assert_close(pyvolconv.decompositions()[operator](*args), operator(*args))
+    assert_close(pyvolconv.decompositions()[operator](*args), operator(*args))
 
 
 @pytest.mark.parametrize("name", calls(GEOMETRIES["plain"]))
@@ -90,4 +92,4 @@ def test_graph_of_symbolic_sizes(geometry, name):
     called = {node.target for node in graph.graph.nodes if node.op == "call_function"}
     assert not {target for target in called if "pyvolconv" in str(target)}
     more = [torch.cat([t, t, t]) if t.dim() == 5 and t.shape[0] == 2 else t for t in tensors]
-    torch.testing.assert_close(graph(*more), operator(*more, *rest))
+    assert_close(graph(*more), operator(*more, *rest))

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import pyvolconv
 
+from ..closeness import assert_close
+
 KINDS = ("module", "accelerated")
 NAMES = ("Conv3d", "ConvTranspose3d")
 FORMATS = (torch.contiguous_format, torch.channels_last_3d)
@@ -70,18 +72,6 @@ def assert_same_outcome(got: Any, expected: Any) -> None:
     assert description(got) == description(expected)
     if isinstance(expected, Tensor) and expected.device.type != "meta":
         assert_close(got, expected)
-
-
-def assert_close(got: Tensor, expected: Tensor) -> None:
-    """Equal but for rounding, in units in the last place of the largest value: far less than any fault would change."""
-    if not (expected.is_floating_point() or expected.is_complex()):
-        assert torch.equal(got, expected)
-    elif expected.numel():
-        eps = torch.finfo(expected.dtype).eps
-        # Sums in float16 and bfloat16 are rounded once, at their end; others wherever a kernel cuts them in parts.
-        units = 2 if eps > 1e-4 else 256
-        size = max(1.0, float(expected.abs().max()))
-        torch.testing.assert_close(got, expected, rtol=0, atol=units * eps * size)
 
 
 def small_integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -16,7 +16,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import pyvolconv
 
-from .layers import assert_close, assert_same_outcome, is_ours, outcome, pair
+from ..closeness import assert_close
+from .layers import assert_same_outcome, is_ours, outcome, pair
 
 COPIES = {
     "copy": copy.copy,

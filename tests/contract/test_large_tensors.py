@@ -16,7 +16,8 @@ from torch import nn
 
 import pyvolconv
 
-from .layers import FORMATS, assert_close
+from ..closeness import assert_close
+from .layers import FORMATS
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,8 @@ from torch import nn
 
 import pyvolconv
 
-from .layers import assert_close, assert_same_outcome, is_ours, outcome
+from ..closeness import assert_close
+from .layers import assert_same_outcome, is_ours, outcome
 
 
 @pytest.fixture

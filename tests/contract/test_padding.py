@@ -9,7 +9,8 @@ from torch import nn
 
 import pyvolconv
 
-from .layers import FORMATS, assert_close, assert_same_outcome, outcome, pair, small_integers
+from ..closeness import assert_close
+from .layers import FORMATS, assert_same_outcome, outcome, pair, small_integers
 
 MODES = ("reflect", "replicate", "circular")
 

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from .layers import assert_close, assert_same_outcome, outcome, pair
+from ..closeness import assert_close
+from .layers import assert_same_outcome, outcome, pair
 
 CHANGES = {
     "nothing": lambda state: state,

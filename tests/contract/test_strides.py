@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from .layers import FORMATS, assert_close, pair, used_strides
+from ..closeness import assert_close
+from .layers import FORMATS, pair, used_strides
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64]
 MIXED = [formats for formats in itertools.product(FORMATS, FORMATS) if torch.channels_last_3d in formats]

@@ -10,6 +10,8 @@ import torch
 from pyvolconv.backends.registry import REGISTRY
 from pyvolconv.problem import ConvProblem
 
+from ..closeness import assert_close
+
 MIXING = [backend for backend in REGISTRY if backend.mixes_layouts]
 FORMATS = (torch.contiguous_format, torch.channels_last_3d)
 
@@ -44,4 +46,4 @@ def test_operands_without_parts(require):
     x, weight = torch.randn(problem.input_shape), torch.randn(problem.weight_shape)
     x[0, 1, 2, 3, 4] = torch.inf
     expected = torch.nn.functional.conv3d(x, weight)
-    torch.testing.assert_close(backend.forward(problem, x, weight, None), expected, equal_nan=True)
+    assert_close(backend.forward(problem, x, weight, None), expected, equal_nan=True)

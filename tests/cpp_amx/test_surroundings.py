@@ -16,6 +16,7 @@ import pyvolconv
 from pyvolconv.dispatch import choose, forget_choices
 from pyvolconv.problem import LAYOUTS, PASSES, ConvProblem
 
+from ..closeness import assert_close
 from .units import WITH
 
 
@@ -224,8 +225,8 @@ def test_through_the_operators(own):
             assert torch.equal(pyvolconv.conv3d(x, weight, *options), y)
             assert pyvolconv.conv3d(x[:0], weight, *options).shape == (0, *y.shape[1:])
     expected = torch.nn.functional.conv3d(x, weight, *options)
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(first, torch.autograd.grad(expected, x, grad)[0])
-    torch.testing.assert_close(second, torch.nn.functional.conv3d(direction, weight, *options))
+    assert_close(y, expected)
+    assert_close(first, torch.autograd.grad(expected, x, grad)[0])
+    assert_close(second, torch.nn.functional.conv3d(direction, weight, *options))
     with torch.autocast("cpu", torch.bfloat16):
         assert pyvolconv.conv3d(x, weight, *options).dtype == torch.bfloat16

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pyvolconv
 from pyvolconv.fused_derivatives import use_dense_backward
 
+from ..closeness import assert_close
 from .calls import (
     ACTIVATION_AND_POOL,
     WITH_PASSES,
@@ -49,7 +50,7 @@ def test_dense_backward_gives_the_same_gradients(activation, pool, layout, poiso
         got = torch.autograd.grad(y, args, cotangent)
     with Called() as sparse:
         expected = torch.autograd.grad(sparse_y, args, cotangent)
-    torch.testing.assert_close(got, expected)
+    assert_close(got, expected)
     assert {"conv3d_grad_input", "conv3d_grad_weight", "scatter_add"} <= dense.names
     assert not {"conv3d_max_pool_grad_input", "conv3d_max_pool_grad_weight"} & dense.names
     assert {"conv3d_max_pool_grad_input", "conv3d_max_pool_grad_weight"} <= sparse.names
@@ -71,7 +72,7 @@ def test_dense_backward_inside_of_transforms():
 
     expected = jacrev(jacrev(partial(loss, theirs())))(w)
     with use_dense_backward():
-        torch.testing.assert_close(jacrev(jacrev(partial(loss, ours())))(w), expected)
+        assert_close(jacrev(jacrev(partial(loss, ours())))(w), expected)
 
 
 @pytest.mark.parametrize("name", WITH_PASSES)
@@ -134,9 +135,7 @@ def test_function_transforms(activation, arg, transform):
     x, w, b = (tensor.detach() for tensor in operands(size=(2, 3, 2), batch=1))
     args = (x, w[:2, :, :, :1, :].contiguous(), b[:2])
     apply = TRANSFORMS[transform]
-    torch.testing.assert_close(
-        apply(scalar(ours(activation)), arg)(*args), apply(scalar(theirs(activation)), arg)(*args)
-    )
+    assert_close(apply(scalar(ours(activation)), arg)(*args), apply(scalar(theirs(activation)), arg)(*args))
 
 
 def test_mixed_second_derivatives():
@@ -147,7 +146,7 @@ def test_mixed_second_derivatives():
         tangents = tuple(torch.ones_like(arg) for arg in args)
         return jvp(gradients, args, tangents)[1], vjp(gradients, *args)[1](tangents)
 
-    torch.testing.assert_close(mixed(ours("silu")), mixed(theirs("silu")))
+    assert_close(mixed(ours("silu")), mixed(theirs("silu")))
 
 
 IN_DIMS = [dims for dims in itertools.product([None, 0, -1], repeat=3) if any(dim is not None for dim in dims)]
@@ -162,4 +161,4 @@ def test_vmap_over_every_combination_of_operands(in_dims):
     pairs = [(ours(), theirs())]
     pairs += [(grad(scalar(ours()), arg), grad(scalar(theirs()), arg)) for arg in range(3)]
     for got, expected in pairs:
-        torch.testing.assert_close(vmap(got, in_dims)(*mapped), vmap(expected, in_dims)(*mapped))
+        assert_close(vmap(got, in_dims)(*mapped), vmap(expected, in_dims)(*mapped))

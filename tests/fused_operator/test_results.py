@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import pyvolconv
 from pyvolconv.backends.registry import REGISTRY
 
+from ..closeness import assert_close
 from .calls import (
     ACTIVATION_AND_POOL,
     ACTIVATIONS,
@@ -34,10 +35,10 @@ def test_values_and_gradients_are_torchs(name, activation, pool, layout, poisone
     cotangent = torch.randn_like(expected)
     with pyvolconv.use_backend(name):
         y = ours(activation, pool)(*args)
-    torch.testing.assert_close(y, expected)
+    assert_close(y, expected)
     assert y.is_contiguous(memory_format=layout)
     # Outside of the block: a gradient keeps the backend of its forward call.
-    torch.testing.assert_close(torch.autograd.grad(y, args, cotangent), torch.autograd.grad(expected, args, cotangent))
+    assert_close(torch.autograd.grad(y, args, cotangent), torch.autograd.grad(expected, args, cotangent))
 
 
 @st.composite
@@ -82,11 +83,9 @@ def test_any_call_is_torchs(call, name, layout):
             **dict(zip(("pool_size", "pool_stride", "pool_padding"), pool, strict=False)),
             ceil_mode=pool[-1],
         )
-        torch.testing.assert_close(y, expected)
+        assert_close(y, expected)
         cotangent = torch.randn_like(y)
-        torch.testing.assert_close(
-            torch.autograd.grad(y, args, cotangent), torch.autograd.grad(expected, args, cotangent)
-        )
+        assert_close(torch.autograd.grad(y, args, cotangent), torch.autograd.grad(expected, args, cotangent))
 
 
 @pytest.mark.parametrize("wanted", [which for which in itertools.product([False, True], repeat=3) if any(which)])
@@ -95,9 +94,7 @@ def test_gradients_of_any_subset_of_the_operands(wanted):
     inputs = [arg for arg in args if arg.requires_grad]
     y, expected = ours()(*args), theirs()(*args)
     cotangent = torch.randn_like(y)
-    torch.testing.assert_close(
-        torch.autograd.grad(y, inputs, cotangent), torch.autograd.grad(expected, inputs, cotangent)
-    )
+    assert_close(torch.autograd.grad(y, inputs, cotangent), torch.autograd.grad(expected, inputs, cotangent))
 
 
 def test_never_computes_a_gradient_that_nobody_needs(monkeypatch):
@@ -124,10 +121,8 @@ def test_one_sample_and_an_empty_batch():
     for shape in ((4, 4, 6, 5), (0, 4, 4, 6, 5)):
         x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
         y, expected = ours()(x, w, b), theirs()(x, w, b)
-        torch.testing.assert_close(y, expected)
-        torch.testing.assert_close(
-            torch.autograd.grad(y.sum(), (x, w, b)), torch.autograd.grad(expected.sum(), (x, w, b))
-        )
+        assert_close(y, expected)
+        assert_close(torch.autograd.grad(y.sum(), (x, w, b)), torch.autograd.grad(expected.sum(), (x, w, b)))
 
 
 def test_keeps_one_byte_per_pooled_value():
@@ -149,7 +144,7 @@ def test_relu_and_leaky_relu_have_torchs_derivative_at_zero_and_nan():
             leaf = x.clone().requires_grad_()
             y = function(activation, "1x2x2", padding=0)(leaf.expand(6, 1, 1, 2, 2), w)
             gradients.append((y.detach(), torch.autograd.grad(y.sum(), leaf)[0]))
-        torch.testing.assert_close(*gradients, equal_nan=True)
+        assert_close(*gradients, equal_nan=True)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from torch import nn
 
 import pyvolconv
 
+from ..closeness import assert_close
+
 CHAIN = "Conv3d + ReLU + MaxPool3d in one pass"
 
 
@@ -54,8 +56,8 @@ def assert_same_in_training(model, reference):
     for module in (model, reference):
         torch.manual_seed(0)
         results.append(module(small()))
-    torch.testing.assert_close(*results)
-    torch.testing.assert_close(model.state_dict(), reference.state_dict())
+    assert_close(*results)
+    assert_close(model.state_dict(), reference.state_dict())
 
 
 class Ordinary(nn.Module):

@@ -11,6 +11,7 @@ from torch import nn
 
 import pyvolconv
 
+from ..closeness import assert_close
 from .models import Code, Ordinary, assert_same, assert_same_in_training, settle, small
 
 FLAG = True
@@ -23,12 +24,12 @@ def test_forward_code_is_followed_only_while_it_would_be_the_same(passes):
 
     def check(fused):
         passes["fused"] = 0
-        torch.testing.assert_close(model(small()), reference(small()))
+        assert_close(model(small()), reference(small()))
         assert passes["fused"] == fused
 
     check(3)
-    torch.testing.assert_close(model(small(), 3.0), reference(small(), 3.0))
-    torch.testing.assert_close(model(small(), scale=3.0), reference(small(), scale=3.0))
+    assert_close(model(small(), 3.0), reference(small(), 3.0))
+    assert_close(model(small(), scale=3.0), reference(small(), scale=3.0))
     for net in (model, reference):
         net.rate = 0.7
     check(3)  # it is not read in eval mode, and read anew in training:
@@ -79,7 +80,7 @@ def test_modules_replaced_later_are_run(passes):
     model = pyvolconv.accelerate(nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU(), nn.MaxPool3d(2)))
     model[1] = nn.Tanh()
     expected = F.max_pool3d(torch.tanh(F.conv3d(small(), model[0].weight, model[0].bias)), 2)
-    torch.testing.assert_close(model(small()), expected)
+    assert_close(model(small()), expected)
     model[1] = nn.ReLU()
     model.append(nn.Flatten())
     assert model(small()).dim() == 2
@@ -94,7 +95,7 @@ def test_training_norm_is_not_folded_and_keeps_its_statistics():
         model.train(mode)
         reference.train(mode)
         assert_same(model, reference, small())
-        torch.testing.assert_close(model.state_dict(), reference.state_dict())
+        assert_close(model.state_dict(), reference.state_dict())
 
 
 def test_norm_refuses_one_sample_as_before():

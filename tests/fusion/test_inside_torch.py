@@ -12,6 +12,7 @@ from torch import nn
 import pyvolconv
 from pyvolconv.cost.counting import count_model
 
+from ..closeness import assert_close
 from .models import SEQUENTIALS, Ordinary, assert_same, settle, small
 
 
@@ -34,7 +35,7 @@ def test_under_autocast_vmap_and_forced_backends():
     x = small()
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(model(x), reference(x), rtol=0.05, atol=0.05)
-    torch.testing.assert_close(torch.func.vmap(model)(x[:, None]), torch.func.vmap(reference)(x[:, None]))
+    assert_close(torch.func.vmap(model)(x[:, None]), torch.func.vmap(reference)(x[:, None]))
     for name in ("numba", "im2col", "aten", "cpp"):
         with pyvolconv.use_backend(name):
             assert_same(model, reference, x)

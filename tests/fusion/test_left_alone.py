@@ -10,6 +10,7 @@ from torch import nn
 
 import pyvolconv
 
+from ..closeness import assert_close
 from .models import Code, rows, small
 
 
@@ -93,7 +94,7 @@ def test_left_alone(build, why, passes):
     reference = build()
     model = pyvolconv.accelerate(copy.deepcopy(reference))
     assert next(iter(rows(model).values()))[1] == why
-    torch.testing.assert_close(model(small()), reference(small()))
+    assert_close(model(small()), reference(small()))
     assert passes["fused"] == 0
 
 
@@ -101,7 +102,7 @@ def test_return_indices_is_left_alone(passes):
     reference = nn.Sequential(nn.Conv3d(3, 4, 3), nn.MaxPool3d(2, return_indices=True))
     model = pyvolconv.accelerate(copy.deepcopy(reference))
     assert rows(model)["0"] == ("Conv3d alone", "MaxPool3d has return_indices=True")
-    torch.testing.assert_close(model(small()), reference(small()))
+    assert_close(model(small()), reference(small()))
 
 
 LIST = []
@@ -195,5 +196,5 @@ def test_forward_code_that_cannot_be_proven(forward, why, passes):
     torch.manual_seed(0)
     expected = reference(small())
     torch.manual_seed(0)
-    torch.testing.assert_close(model(small()), expected)
+    assert_close(model(small()), expected)
     assert passes["fused"] == 0

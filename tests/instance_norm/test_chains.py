@@ -12,6 +12,7 @@ from torch import nn
 
 import pyvolconv
 
+from ..closeness import assert_close
 from .operands import chain, compiled, models
 
 pytestmark = compiled
@@ -109,7 +110,7 @@ class TheirNorm(nn.InstanceNorm3d):
 def test_subclasses_keep_what_they_do(nodes):
     theirs, ours = models(TheirNorm(6), nn.ReLU())
     x = torch.randn(1, 6, 4, 4, 4)
-    torch.testing.assert_close(ours(x), theirs(x))
+    assert_close(ours(x), theirs(x))
     assert [call.activation for call in nodes] == ["none"]
 
 
@@ -120,14 +121,14 @@ def test_accelerate_reverts_and_pickles(nodes):
     pyvolconv.accelerate(model)
     norm = model[1]
     assert isinstance(norm, pyvolconv.InstanceNorm3d)
-    torch.testing.assert_close(model(x), expected)
+    assert_close(model(x), expected)
     assert not norm.keeps_channels_last
     assert type(pickle.loads(pickle.dumps(model))[1]) is nn.InstanceNorm3d
     assert isinstance(copy.deepcopy(model)[1], pyvolconv.InstanceNorm3d)
     nodes.clear()
     assert pyvolconv.accelerate(model, keep_channels_last=True)[1] is norm
     assert norm.keeps_channels_last
-    torch.testing.assert_close(model(x), expected)
+    assert_close(model(x), expected)
     assert len(nodes) == 1
     assert not pyvolconv.accelerate(model)[1].keeps_channels_last
     pyvolconv.revert(model)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyvolconv.instance_norm import instance_norm_activation
 
+from ..closeness import assert_close
 from .operands import chain, compiled, models, pair
 
 pytestmark = compiled
@@ -26,7 +27,7 @@ def test_strides_of_channels_last(keep, grad):
     ours.keeps_channels_last = keep
     x = torch.randn(2, 6, 4, 5, 6).to(memory_format=torch.channels_last_3d).requires_grad_(grad)
     expected, y = theirs(x), ours(x)
-    torch.testing.assert_close(y, expected)
+    assert_close(y, expected)
     if keep:
         assert y.is_contiguous(memory_format=torch.channels_last_3d)
     else:
@@ -42,7 +43,7 @@ def test_the_module_alone(shape, affine, nodes):
     expected, y = theirs(x), ours(x)
     assert len(nodes) == 1
     assert y.stride() == expected.stride()
-    torch.testing.assert_close(y, theirs.double()(x.double()).float())
+    assert_close(y, theirs.double()(x.double()).float())
 
 
 def untouched():
@@ -79,17 +80,17 @@ def test_transforms_and_tracers_are_torch_s(nodes):
     def loss(model):
         return lambda value: model(value).square().sum()
 
-    torch.testing.assert_close(torch.func.grad(loss(ours))(x), torch.func.grad(loss(theirs))(x))
-    torch.testing.assert_close(torch.func.vmap(ours)(x[None]), theirs(x)[None])
+    assert_close(torch.func.grad(loss(ours))(x), torch.func.grad(loss(theirs))(x))
+    assert_close(torch.func.vmap(ours)(x[None]), theirs(x)[None])
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, torch.ones_like(x).cumsum(2))
         tangents = [forward_ad.unpack_dual(model(dual)).tangent for model in (ours, theirs)]
-    torch.testing.assert_close(*tangents)
+    assert_close(*tangents)
     traced = torch.jit.trace(ours, x, check_trace=False)
-    torch.testing.assert_close(traced(x), theirs(x))
+    assert_close(traced(x), theirs(x))
     assert "InstanceNormFunction" not in str(traced.graph)
     exported = torch.export.export(ours, (x,)).module()
-    torch.testing.assert_close(exported(x), theirs(x))
+    assert_close(exported(x), theirs(x))
     assert nodes == []
 
 
@@ -98,7 +99,7 @@ def test_compiled_models_are_torch_s(nodes):
     theirs, ours = chain("leaky_relu")
     x = torch.randn(2, 6, 3, 3, 3)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), theirs(x))
+    assert_close(compiled(x), theirs(x))
     assert nodes == []
 
 
@@ -112,7 +113,7 @@ def test_hessian_vector_products_agree():
         grad.mul(vector).sum().backward()
         results.append([leaf.grad, *(parameter.grad for parameter in model.parameters())])
     for expected, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected)
+        assert_close(got, expected)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -150,7 +151,7 @@ def test_inference_mode():
     theirs, ours = chain("relu")
     with torch.inference_mode():
         x = torch.randn(1, 6, 4, 4, 4)
-        torch.testing.assert_close(ours(x), theirs(x))
+        assert_close(ours(x), theirs(x))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,7 @@ def test_any_number_of_channels_where_nothing_depends_on_it():
     x = torch.randn(2, 4, 3, 3, 3)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        torch.testing.assert_close(ours(x), theirs(x))
+        assert_close(ours(x), theirs(x))
     assert len(seen) == 2
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from pyvolconv.instance_norm import _Call, instance_norm_activation
 
+from ..closeness import assert_close
 from .operands import ACTIVATIONS, LAYOUTS, SHAPES, by_torch, compiled, leaves, operands, settings
 
 pytestmark = compiled
@@ -103,7 +104,7 @@ def test_planes_of_one_value_and_values_that_are_not_finite():
     y, expected = instance_norm_activation(x, None, None, activation="relu"), F.relu(F.instance_norm(x))
     assert torch.equal(y[0, 0], torch.zeros(4, 4, 4))  # torch's are as large as rounding makes them
     assert torch.equal(y.isnan(), expected.isnan())
-    torch.testing.assert_close(y[1], expected[1], equal_nan=True)
+    assert_close(y[1], expected[1], equal_nan=True)
 
 
 def test_gradients_of_what_is_asked_for():
@@ -139,4 +140,4 @@ def test_the_formula_is_what_the_kernel_computes():
         got = call.backward(grad, (x, weight, bias, None, statistics), wanted)
     expected = call.formula(grad, x, weight, bias, None, wanted)
     for one, other in zip(got[:3], expected[:3], strict=True):
-        torch.testing.assert_close(one, other)
+        assert_close(one, other)
