@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_leaves
 
 from .autotune import tune as time_passes
 from .example_run import forward, forward_and_backward
@@ -80,7 +81,7 @@ def accelerate(
         The same `model`.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, or `example_input` a shape.
         RuntimeError: results on `example_input` changed in shape or dtype.
         UnsupportedProblemError: a forced backend cannot run a convolution of the example.
         BackendError: a backend failed while it ran one, or was timed.
@@ -102,6 +103,11 @@ def accelerate(
             _swap(model, fuse, keep_channels_last)
         return model
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    if all(isinstance(leaf, int) for leaf in tree_leaves(arguments)):
+        raise TypeError(
+            "accelerate() runs the model on example_input, a tensor or a tuple of the model's arguments, but got the "
+            f"numbers {example_input}; give torch.randn of them if they are a shape"
+        )
     with _noted(arguments):
         before = forward(model, arguments)
     with _all_or_nothing(model):

@@ -239,6 +239,15 @@ def _reasons(candidates: Iterable[Backend], problem: ConvProblem, pass_: Pass) -
     }
 
 
+def _refusals(reasons: dict[str, list[str]]) -> str:
+    """The first reason of each backend, once for all backends that have the same."""
+    names: dict[str, list[str]] = {}
+    for name, several in reasons.items():
+        if several:
+            names.setdefault(several[0], []).append(name)
+    return "; ".join(f"{', '.join(who)}: {reason}" for reason, who in names.items())
+
+
 class _NobodyAbleError(Exception):
     """No allowed backend can run a pass."""
 
@@ -264,8 +273,7 @@ def _choose(
     backend = expected_fastest(problem, pass_, able) if measured is None else measured
     if not forced and not backend.ours:
         ours = ", ".join(one.name for one in able if one.ours)
-        refused = "; ".join(f"{name}: {several[0]}" for name, several in reasons.items() if several)
-        why = f"expected to be faster than {ours}" if ours else refused
+        why = f"expected to be faster than {ours}" if ours else _refusals(reasons)
         why = "measured to be as fast or faster" if measured is not None else why
         logger.warning("%s of %s runs in ATen (%s)", pass_, problem, why)
     return backend

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
 from . import tuned
 from .accelerate import accelerate
 from .autotune import Tuned, geometric_mean, tune
 from .example_run import forward_and_backward
+from .status import status
 from .train.models import MISSION_SIZE, build
 
 BUILT_IN = "cnn"
@@ -38,7 +38,8 @@ def find_model(name: str, shapes: Sequence[tuple[int, ...]]) -> nn.Module:
         ValueError: there is no such model; the message says what is wrong with the name.
     """
     if name == BUILT_IN:
-        return build("cnn", shapes[0][2:] if len(shapes[0]) == 5 else MISSION_SIZE)
+        depth, height, width = shapes[0][2:]
+        return build("cnn", (depth, height, width))
     found = _found(name)
     model = _call(name, found) if callable(found) and not isinstance(found, nn.Module) else found
     if not isinstance(model, nn.Module):
@@ -83,7 +84,7 @@ def parse_inputs(name: str, inputs: Sequence[str]) -> list[tuple[int, ...]]:
     """Shapes out of texts like "2,1,32,64,64"; those of the built-in model where none is given.
 
     Raises:
-        ValueError: a text is no shape, or there is none.
+        ValueError: a text is no shape, there is none, or the built-in model does not take such an input.
 
     Example:
         >>> parse_inputs("torch.nn:Conv3d", ["2,1,32,64,64", "2,10"])
@@ -100,6 +101,8 @@ def parse_inputs(name: str, inputs: Sequence[str]) -> list[tuple[int, ...]]:
         if not all(size.strip().isdigit() and int(size) > 0 for size in sizes):
             raise ValueError(f"--input {text!r} is no shape; expected sizes like 2,1,32,64,64")
         shapes.append(tuple(map(int, sizes)))
+    if name == BUILT_IN and [len(shape) for shape in shapes] != [5]:
+        raise ValueError(f"--input {' --input '.join(inputs)}: {BUILT_IN} takes one input of five sizes, N,C,D,H,W")
     return shapes
 
 
@@ -128,7 +131,7 @@ def tune_model(
         seconds: bound on the timing.
         again: time passes whose times are known, too.
         even_if_busy: keep the times of a busy machine, too.
-        console: where a line says what is being timed.
+        console: where a line says what is being timed; if it is no terminal, lines on standard error do.
 
     Raises:
         ValueError: the dtype is none of those above, or the model does not run on such inputs.
@@ -138,19 +141,19 @@ def tune_model(
     memory_format = torch.channels_last_3d if channels_last else torch.contiguous_format
     model = accelerate(model.to(device, getattr(torch, dtype)).train(not inference))
     model = model.to(memory_format=memory_format)  # type: ignore[call-overload]
-    with torch.no_grad() if inference else nullcontext(), console.status("running the model") as status:
+    with torch.no_grad() if inference else nullcontext(), status(console, "running the model") as say:
         examples = tuple(_example(shape, dtype, memory_format).to(device) for shape in shapes)
         try:
             _, asked = forward_and_backward(model, examples)
-        except (TypeError, RuntimeError) as error:
+        except Exception as error:
             given = " ".join(f"--input {','.join(map(str, shape))}" for shape in shapes)
-            raise ValueError(f"the model does not run on {given}: {error}") from error
+            raise ValueError(f"the model does not run on {given}: {error or type(error).__name__}") from error
         return tune(
             asked,
             seconds,
             again=again,
             even_if_busy=even_if_busy,
-            progress=lambda line: status.update(Text(line)),
+            progress=say,
         )
 
 

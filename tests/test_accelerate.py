@@ -145,6 +145,14 @@ def test_takes_a_module(wrong):
         pyvolconv.accelerate(wrong)
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 9, 9, 9), [2, 1, 9, 9, 9], torch.Size([2, 1, 9, 9, 9])])
+def test_takes_no_shape_for_an_example(shape):
+    layer = nn.Conv3d(1, 2, 3)
+    with pytest.raises(TypeError, match=r"the numbers .*2, 1, 9, 9, 9.*; give torch.randn"):
+        pyvolconv.accelerate(layer, shape)
+    assert type(layer) is nn.Conv3d
+
+
 def test_subclass_with_feature_cache(x):
     layer = CausalConv3d(1, 3, 3, padding=1)
     cache = torch.randn(2, 1, 2, 5, 6)

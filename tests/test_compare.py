@@ -115,7 +115,7 @@ def test_a_checkpoint_of_another_run_costs_no_measurement(volumes, tmp_path, mon
     second = CliRunner().invoke(app, [str(argument) for argument in (*arguments, "--resume", "--batch-size", 4)])
     assert second.exit_code == 2
     assert "batch_size=8" in second.stderr
-    assert len(second.stderr.strip().splitlines()) == 1
+    assert second.stderr.count("pyvolconv: ") == 1
     plain = json.loads((tmp_path / "results.json").read_text())
     assert "batch_size=8" in plain["error"]
     assert plain["paths"]

@@ -266,12 +266,12 @@ def test_refused_gradient_is_an_error_and_leaves_nothing_half_written(registry):
 
 
 def test_falling_to_aten_is_logged_once_per_problem(registry, caplog):
-    registry(Recorder("one", refuses=PASSES), REGISTRY[-1])
+    registry(Recorder("one", refuses=PASSES), Recorder("two", refuses=PASSES), REGISTRY[-1])
     with caplog.at_level(logging.WARNING, logger="pyvolconv"):
         for _ in range(3):
             convolve()
         assert [record.getMessage() for record in caplog.records] == [
-            f"forward of {PROBLEM} runs in ATen (one: first reason)"
+            f"forward of {PROBLEM} runs in ATen (one, two: first reason)"
         ]
         caplog.clear()
         with pyvolconv.use_backend("aten"):

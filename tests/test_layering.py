@@ -15,7 +15,7 @@ import pyvolconv
 PACKAGE = Path(pyvolconv.__file__).parent
 REPOSITORY = PACKAGE.parent
 FLOORS = (
-    ("autocast", "epilogue", "precision", "host", "kernels", "_C"),
+    ("autocast", "epilogue", "precision", "host", "status", "kernels", "_C"),
     ("problem",),
     ("errors", "tuned_file"),
     ("backends",),

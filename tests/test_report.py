@@ -218,12 +218,31 @@ def test_results_json_holds_what_the_report_shows(written):
     assert plain["answer"]["headline"] == answer(complete_result()).headline
 
 
-def test_time_ratio_is_work_ratio_times_efficiency_ratio():
+def test_time_ratio_is_work_ratio_over_rate_ratio():
     factors = answer(complete_result()).factors
     assert [item.path for item in factors] == ["torch contiguous", "torch channels_last_3d", "cpp fused"]
     for item in factors:
         assert item.work_ratio == pytest.approx(31.0)
-        assert item.time_ratio == pytest.approx(item.work_ratio * item.efficiency_ratio)
+        assert item.time_ratio == pytest.approx(item.work_ratio / item.rate_ratio)
+
+
+def test_headline_sets_ours_against_torch_at_its_best_too():
+    headline = answer(complete_result()).headline
+    assert "150 ms instead of 700 ms, 4.68× faster" in headline
+    assert "2.26× faster than torch at its best (338 ms: channels_last_3d, pages kept)" in headline
+
+
+@pytest.mark.parametrize(("milliseconds", "said"), [(228.0, False), (236.0, False), (222.0, True), (238.0, True)])
+def test_a_difference_within_the_noise_is_not_called_a_saving(milliseconds, said):
+    """ "Pages kept", which comes after a step of 230 ms."""
+    result = complete_result()
+    paths = [
+        replace(one, milliseconds=milliseconds) if (one.path, one.pages) == ("cpp fused", "kept") else one
+        for one in result.paths
+    ]
+    words = next(text for text in answer(replace(result, paths=paths)).paragraphs if text.startswith("Keeping freed"))
+    assert ("makes no difference beyond the noise" in words) == (not said)
+    assert ("takes away 8.00 ms of 230 ms" in words or "adds 8.00 ms to 230 ms" in words) == said
 
 
 def test_each_change_has_its_own_row():

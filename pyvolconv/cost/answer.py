@@ -3,11 +3,11 @@
 The identity that the answer rests on, with T the time of a training step, F its floating-point operations and
 E = F / T the rate at which they were done:
 
-    T_cnn / T_lstm  =  (F_cnn / F_lstm)  x  (E_lstm / E_cnn)
-      time ratio          work ratio         efficiency ratio
+    T_cnn / T_lstm  =  (F_cnn / F_lstm)  /  (E_cnn / E_lstm)
+      time ratio          work ratio           rate ratio
 
 F follows from how often a weight is used: a convolution weight once per voxel of its output, an LSTM weight once per
-frame. The work ratio is a property of the two networks; only the efficiency ratio is the implementation's.
+frame. The work ratio is a property of the two networks; only the rate ratio is the implementation's.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from .removal import PARTS, Removal, Row, as_installed, removals, rows_of_remova
 from .results import BUSY, ComparisonResult, PathTiming
 
 AS_INSTALLED = " (the allocator as installed)"
+NOISE = 0.03
+"""Share of a step's time below which a difference between two medians is the machine's, not the change's."""
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The identity's four numbers for one CNN path: time = work x efficiency; rates in GF/s."""
+    """The identity's four numbers for one CNN path: time = work / rate; rates in GF/s."""
 
     path: str
     pages: Pages
     time_ratio: float
     work_ratio: float
-    efficiency_ratio: float
+    rate_ratio: float
     cnn_gflops: float
     lstm_gflops: float
 
@@ -85,7 +87,7 @@ def factors_of(result: ComparisonResult, path: PathTiming, pages: Pages) -> Fact
         pages=pages,
         time_ratio=path.milliseconds / lstm.milliseconds,
         work_ratio=cnn_facts.flops / lstm_facts.flops,
-        efficiency_ratio=lstm_rate / cnn_rate,
+        rate_ratio=cnn_rate / lstm_rate,
         cnn_gflops=cnn_rate,
         lstm_gflops=lstm_rate,
     )
@@ -107,6 +109,7 @@ def _landmarks(result: ComparisonResult) -> list[tuple[PathTiming, Pages]]:
 
 def _headline(result: ComparisonResult) -> str:
     torch_default, ours = as_installed(result), result.best(result.after, ours=True)
+    torch_best = result.best(result.after, ours=False)
     lstm_default, lstm_kept = result.lstm_step(result.before), result.lstm_step(result.after)
     if torch_default is None or lstm_default is None:
         return "The run ended before torch's CNN and the LSTM were both timed, so there is no answer yet."
@@ -124,7 +127,17 @@ def _headline(result: ComparisonResult) -> str:
     return (
         f"{sentence}. With pyvolconv{pages} it takes {wording.ratio(ours.milliseconds / lstm_kept.milliseconds)}: "
         f"{wording.milliseconds(ours.milliseconds)} instead of {wording.milliseconds(torch_default.milliseconds)}, "
-        f"{_faster(torch_default.milliseconds / ours.milliseconds)}."
+        f"{_faster(torch_default.milliseconds / ours.milliseconds)}{_against_best(torch_default, torch_best, ours)}."
+    )
+
+
+def _against_best(installed: PathTiming, best: PathTiming | None, ours: PathTiming) -> str:
+    """Torch's best layout in the allocator state of ours, where that is another step than the one as installed."""
+    if best is None or best is installed:
+        return ""
+    return (
+        f", and {_faster(best.milliseconds / ours.milliseconds)} than torch at its best "
+        f"({wording.milliseconds(best.milliseconds)}: {best.path.removeprefix('torch ')}{in_state(best.pages)})"
     )
 
 
@@ -154,13 +167,16 @@ def _identity(item: Factors) -> str:
     return (
         f"{item.path}{in_state(item.pages)}{AS_INSTALLED if item.pages == 'returned' else ''}: "
         f"{wording.ratio(item.time_ratio)} the time = "
-        f"{wording.ratio(item.work_ratio)} the work × {wording.significant(item.efficiency_ratio)} for efficiency. "
+        f"{wording.ratio(item.work_ratio)} the work ÷ {wording.ratio(item.rate_ratio)} the rate. "
         f"The CNN's arithmetic runs at {wording.significant(item.cnn_gflops)} GF/s, "
-        f"{_faster(1 / item.efficiency_ratio)} than the LSTM's {wording.significant(item.lstm_gflops)} GF/s."
+        f"the LSTM's at {wording.significant(item.lstm_gflops)} GF/s."
     )
 
 
 def _removal(item: Removal) -> str:
+    if abs(item.milliseconds) < NOISE * item.before.milliseconds:
+        before, after = (wording.milliseconds(step.milliseconds) for step in (item.before, item.after))
+        return f"{item.change} makes no difference beyond the noise: {after} after {before}."
     verb, of = ("takes away", "of") if item.milliseconds >= 0 else ("adds", "to")
     sign = 1 if item.milliseconds >= 0 else -1
     largest = max(item.parts, key=lambda part: sign * item.parts[part], default=None)

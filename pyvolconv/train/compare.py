@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -29,6 +29,7 @@ from ..cost.machine import Machine, measure_machine, versions
 from ..cost.pages import keep_pages, pages_kept
 from ..cost.results import BUSY, ComparisonResult, DataFacts, PathTiming, TrainingRun
 from ..cost.timing import now
+from ..status import log, status
 from .checkpoint import CheckpointError
 from .data import Splits, batches, frame_average_accuracy
 from .description import DIGITS_WORDS, describe
@@ -54,7 +55,7 @@ def compare(settings: Settings, console: Console) -> ComparisonResult:
 
     Args:
         settings: what was asked for.
-        console: where progress is drawn.
+        console: where progress is drawn; if it is no terminal, lines on standard error say what is being done.
 
     Raises:
         DataError: the user's volumes cannot be used.
@@ -134,7 +135,7 @@ class _Comparison:
 
     def _load_data(self) -> Splits:
         settings = self.settings
-        with self._saying("Reading the volumes" if settings.data else "Drawing the moving digits"):
+        with status(self.console, "Reading the volumes" if settings.data else "Drawing the moving digits"):
             if settings.data:
                 data = load_npz(settings.data, settings.seed)
             else:
@@ -155,7 +156,7 @@ class _Comparison:
         return data
 
     def _measure_machine(self) -> Machine:
-        with self._saying(f"Measuring {'matrix products' if self.gpu else 'FMA peak'} and copy bandwidth"):
+        with status(self.console, f"Measuring {'matrix products' if self.gpu else 'FMA peak'} and copy bandwidth"):
             machine = measure_machine("cuda" if self.gpu else "cpu")
         self.update(machine=machine)
         return machine
@@ -196,7 +197,7 @@ class _Comparison:
             return build("cnn", size, classes, seed)
 
         found: list[Candidate] = []
-        with self._saying(f"Trying {LSTM_PATH}") as say:
+        with status(self.console, f"Trying {LSTM_PATH}") as say:
             spec = PathSpec(LSTM_PATH, "lstm", None, None)
             lstm = fitted([spec], lambda: build(self._lstm, size, classes, seed), x, y, longest)
             for several in sorted(specs, key=_urgency):
@@ -227,7 +228,7 @@ class _Comparison:
         return f"the {self.budget.trying:g} s for trying paths were over, which happens on a busy machine"
 
     def _time_in_state(self, candidates: list[Candidate], pages: Pages, machine: Machine) -> None:
-        with self._saying(f"Timing every path{in_state(pages)}") as say:
+        with status(self.console, f"Timing every path{in_state(pages)}") as say:
             timings, profiles = time_paths(
                 candidates, pages, machine, seconds=self.budget.turns, repeats=self.budget.repeats, say=say
             )
@@ -241,7 +242,7 @@ class _Comparison:
     def _judge_difficulty(self, data: Splits) -> None:
         """What a linear model makes of the embedded data's frame averages."""
         if self.settings.data is None and self.result.data is not None:
-            with self._saying("Fitting a linear model to the average frames"):
+            with status(self.console, "Fitting a linear model to the average frames"):
                 accuracy = frame_average_accuracy(data)
             self.update(data=replace(self.result.data, frame_average_accuracy=accuracy))
 
@@ -271,7 +272,10 @@ class _Comparison:
                 continue
             left = self.budget.total - (time.perf_counter() - self.began)
             seconds = None if unlimited else max(1.0, share * left)
-            run, stopped = trainer.run(name, steps[timing.path], label.format(path=timing.path), seconds)
+            label = label.format(path=timing.path)
+            if not self.console.is_terminal:
+                log(f"Training {label}" + (f", at most {seconds:.0f} s" if seconds is not None else ""))
+            run, stopped = trainer.run(name, steps[timing.path], label, seconds)
             if timing.network == "cnn":
                 run = projected(run, complete)
                 complete = complete or run
@@ -313,12 +317,6 @@ class _Comparison:
                     f"{BUSY} {load.others:.1f} of {load.cores} cores busy while {what}: "
                     "times are longer than on a quiet machine, and ratios less certain."
                 )
-
-    @contextmanager
-    def _saying(self, text: str) -> Iterator[Callable[[str], None]]:
-        """Show what is going on; the value changes the words."""
-        with self.console.status(text) as status:
-            yield status.update
 
 
 def _urgency(several: list[PathSpec]) -> tuple[bool, bool, bool]:
