@@ -1,35 +1,23 @@
-"""Measured choices: who is timed, who is taken, and that tuning leaves no trace in a model; by rigged clocks alone."""
+"""Measured choices: who is timed, who is taken and what is kept; by rigged clocks alone."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-import random
 
-import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import pyvolconv
-from pyvolconv import autotune, dispatch, example_run, tuned, tuned_file
-from pyvolconv.autotune import FEWEST_ROUNDS, measure_alternating, measure_queued, time_pass, tune
+from pyvolconv import dispatch, tuned, tuned_file
+from pyvolconv.autotune import time_pass, tune
 from pyvolconv.cost import busy
 from pyvolconv.problem import ConvProblem
 
+from .rigged import rigged
+
 PLAIN = ConvProblem.parse("cpu-float32-ncdhw-n2ic16oc16-i4x5x6-k3-p1-bias")
 FUSED = ConvProblem.parse("cpu-float32-ndhwc-n2ic8oc8-i4x5x6-k3-p1-bias-leaky_relu-pool2ceil")
-
-
-def rigged(**seconds):
-    """A stopwatch that runs every candidate once and then says what it was told to, one second if nothing."""
-
-    def measure(steps, _):
-        for step in steps.values():
-            step()
-        return {name: seconds.get(name.replace(".", "_"), 1.0) for name in steps}
-
-    return measure
 
 
 @pytest.mark.parametrize("case", [PLAIN, PLAIN.with_(layout="ndhwc", groups=2), PLAIN.with_(dtype="float64")], ids=str)
@@ -239,164 +227,3 @@ def test_what_was_timed_before_an_interruption_is_kept(others):
     tuned.forget()
     assert tuned.milliseconds(larger, "forward")
     assert not tuned.milliseconds(PLAIN, "forward")
-
-
-class Clock:
-    """Time passes only by `run`, which also notes who ran."""
-
-    def __init__(self):
-        self.seconds, self.ran = 0.0, []
-
-    def __call__(self):
-        return self.seconds
-
-    def run(self, name, *durations):
-        def step():
-            self.ran.append(name)
-            self.seconds += durations[min(self.ran.count(name), len(durations)) - 1]
-
-        return step
-
-
-def test_candidates_alternate_and_the_first_call_does_not_count():
-    clock = Clock()
-    steps = {"a": clock.run("a", 9.0, 1.0), "b": clock.run("b", 9.0, 1.5)}
-    assert measure_alternating(steps, 0.0, clock) == {"a": 1.0, "b": 1.5}
-    assert "".join(clock.ran) == "ab" + "ab" + "ba" + "ab" + "ba" + "ab"
-
-
-def test_calls_on_a_gpu_are_timed_several_in_a_row():
-    clock, wait = Clock(), 1e-5
-    steps = {"a": clock.run("a", 1e-4), "b": clock.run("b", 1.1e-4)}
-
-    def synchronised():
-        clock.seconds += wait
-        return clock()
-
-    times = measure_queued(steps, 0.0, synchronised)
-    assert times == pytest.approx({"a": 1e-4, "b": 1.1e-4}, rel=0.01), "not the wait with every call"
-    assert all(clock.ran.count(name) > 5 * FEWEST_ROUNDS for name in "ab")
-    clock = Clock()
-    assert measure_queued({"a": clock.run("a", 0.3), "b": clock.run("b", 1e-4)}, 0.0, clock)["a"] == pytest.approx(0.3)
-    assert clock.ran.count("a") < 2 + 2 * FEWEST_ROUNDS
-
-
-def test_one_interruption_changes_no_winner():
-    clock = Clock()
-    steps = {"a": clock.run("a", 1.0, 50.0, 1.0), "b": clock.run("b", 1.0, 1.5)}
-    assert measure_alternating(steps, 0.0, clock) == {"a": 1.0, "b": 1.5}
-
-
-def test_slow_candidates_are_left_out_of_later_rounds():
-    clock = Clock()
-    times = measure_alternating({"a": clock.run("a", 1.0), "b": clock.run("b", 9.0)}, 1000.0, clock)
-    assert times == {"a": 1.0, "b": 9.0}
-    assert clock.ran.count("b") == 3
-    assert clock.ran.count("a") == 1 + autotune.MOST_ROUNDS
-
-
-def test_hopeless_candidates_run_once_after_the_first_call():
-    """Convolutions of patches have taken torch seconds on GPUs."""
-    clock = Clock()
-    steps = {"a": clock.run("a", 1.0), "b": clock.run("b", 20.0), "c": clock.run("c", 9.0)}
-    measure_alternating(steps, 1000.0, clock)
-    assert [clock.ran.count(name) for name in "bc"] == [2, 3]
-    clock = Clock()
-    measure_alternating({"a": clock.run("a", 1e-4), "b": clock.run("b", 0.09)}, 1000.0, clock)
-    assert clock.ran.count("b") == 3, "short enough to have been interrupted"
-
-
-class Net(nn.Module):
-    """Batch statistics, three random generators, and a parameter that the result does not depend on."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.norm = nn.Conv3d(1, 4, 3), nn.BatchNorm3d(4)
-        self.rest = nn.Sequential(nn.Dropout(), nn.Conv3d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool3d(2))
-        self.unused = nn.Parameter(torch.zeros(2))
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x):
-        random.random(), np.random.rand()
-        self.calls = self.calls + 1
-        return {"y": self.rest(self.norm(self.first(x)))}
-
-
-def random_states():
-    return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
-
-
-@pytest.fixture
-def no_clock(monkeypatch):
-    monkeypatch.setattr(autotune, "measure_alternating", rigged(im2col=0.1, aten=1.1))
-
-
-@pytest.mark.usefixtures("no_clock")
-def test_accelerate_with_an_example_tunes_and_leaves_no_trace():
-    model, x = Net(), torch.randn(2, 1, 6, 6, 6)
-    model.first.bias.grad = torch.ones(4)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    versions = {name: buffer._version for name, buffer in model.named_buffers()}
-    before = random_states()
-    assert pyvolconv.accelerate(model, x) is model
-    assert random_states() == before
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert model.training
-    assert {name: parameter.grad is None for name, parameter in model.named_parameters()} == {
-        name: name != "first.bias" for name, _ in model.named_parameters()
-    }
-    assert torch.equal(model.first.bias.grad, torch.ones(4))
-    assert versions.keys() == dict(model.named_buffers()).keys()
-
-    with dispatch.listen() as asked:
-        model(x)["y"].sum().backward()
-    passes = sorted((problem.pool is not None, pass_) for problem, pass_ in asked)
-    assert passes == [
-        (False, "forward"),
-        (False, "grad_weight"),
-        (True, "forward"),
-        (True, "grad_input"),
-        (True, "grad_weight"),
-    ]
-    for problem, pass_ in asked:
-        assert set(tuned.milliseconds(problem, pass_)) >= {"aten", "cpp.direct"}
-        if problem.pool is None:
-            assert dispatch.choose(problem, pass_).name == "im2col"
-
-
-@pytest.mark.usefixtures("no_clock")
-def test_inference_times_forward_passes_only():
-    model, x = pyvolconv.accelerate(nn.Conv3d(2, 3, 3)), torch.randn(1, 2, 5, 5, 5)
-    with torch.no_grad():
-        _, asked = example_run.forward_and_backward(model, (x,))
-    assert {pass_ for _, pass_ in asked} == {"forward"}
-
-
-def test_without_tuning_nothing_is_timed(monkeypatch):
-    monkeypatch.setattr(autotune, "measure_alternating", lambda steps, seconds: pytest.fail("timed"))
-    pyvolconv.accelerate(nn.Conv3d(2, 3, 3), torch.randn(1, 2, 5, 5, 5), tune=False)
-    pyvolconv.accelerate(nn.Conv3d(2, 3, 3))
-
-
-def test_a_failing_backward_undoes_the_swap():
-    class Failing(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            raise RuntimeError("no way back")
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv3d(1, 1, 1)
-
-        def forward(self, x):
-            return Failing.apply(self.conv(x))
-
-    model = Net()
-    with pytest.raises(RuntimeError, match="no way back"):
-        pyvolconv.accelerate(model, torch.randn(1, 1, 2, 2, 2))
-    assert type(model.conv) is nn.Conv3d
