@@ -128,6 +128,10 @@ void list_parts(Blocking<T>& b, int64_t segments, int64_t part_elements) {
     }
 }
 
+// Of a tile's packed source, and of its sums.
+template <typename T>
+constexpr int64_t kTileBufferValues = kL2Bytes / 2 / static_cast<int64_t>(sizeof(T));
+
 // Values of a tile's packed source, and of its sums; and voxels of a tile that is not cut for the sake of more tasks.
 struct TileRoom {
     int64_t values, few;
@@ -138,17 +142,15 @@ struct TileRoom {
 // whole.
 template <typename T>
 TileRoom tile_room(int64_t weight_bytes, int64_t others) {
-    constexpr int64_t kFew = 96, kManyOthers = 8;
-    const TileRoom room = {kL2Bytes / 2 / static_cast<int64_t>(sizeof(T)), kFew};
-    if (weight_bytes <= larger(l2_bytes(), kL2Bytes)) return room;
-    return {larger(room.values, (l2_bytes() - kL2Bytes) / 2 / static_cast<int64_t>(sizeof(T))),
-            others >= kManyOthers ? 2 * kFew : kFew};
+    constexpr int64_t kManyOthers = 8;
+    if (weight_bytes <= larger(l2_bytes(), kL2Bytes)) return {kTileBufferValues<T>, kFewVoxels};
+    const int64_t spare = (l2_bytes() - kL2Bytes) / 2 / static_cast<int64_t>(sizeof(T));
+    return {larger(kTileBufferValues<T>, spare), others >= kManyOthers ? 2 * kFewVoxels : kFewVoxels};
 }
 
 template <typename T>
 Blocking<T> choose_blocking(const Gather& gather) {
     constexpr int64_t lanes = Vector<T>::lanes;
-    constexpr int64_t kTileValues = kL2Bytes / 2 / sizeof(T);  // of the packed source, and of the sums
     constexpr int64_t kPartBytes = kL1Bytes * 5 / 8, kMaxChunk = 256, kShortRun = 16, kDepthwiseUnit = 8 * lanes;
     const int64_t taps = gather.axis[0].taps * gather.axis[1].taps * gather.axis[2].taps;
 
@@ -168,7 +170,7 @@ Blocking<T> choose_blocking(const Gather& gather) {
         b.units = gather.groups;
         b.unit_sources = gather.source_channels;
         b.unit_targets = gather.target_channels;
-        const int64_t limit = smaller(kMaxChunk, larger(kTileValues / (2 * larger(taps, 1)), 16));
+        const int64_t limit = smaller(kMaxChunk, larger(kTileBufferValues<T> / (2 * larger(taps, 1)), 16));
         b.chunks = ceil_divide(b.unit_sources, limit);
         b.chunk = ceil_divide(b.unit_sources, b.chunks);
         b.elements = taps * b.chunk;
@@ -183,8 +185,9 @@ Blocking<T> choose_blocking(const Gather& gather) {
     b.slabs = gather.window[0].extent != 0 && b.chunks == 1 && depths.step >= depths.extent;
     const TileRoom room = tile_room<T>(b.unit_weights() * static_cast<int64_t>(sizeof(T)), gather.batch * b.units);
     const int64_t voxels = b.slabs ? INT32_MAX : larger(room.values / waiting, 16);
-    b.tiling = choose_tiling(gather,
-                             {room.values / b.chunk, voxels, gather.batch * b.units, b.item_voxels(), false, room.few});
+    TileLimits limits = {room.values / b.chunk, voxels, gather.batch * b.units, b.item_voxels()};
+    limits.few = room.few;
+    b.tiling = choose_tiling(gather, limits);
 
     const int64_t run = (b.tiling.axis[2].tap_step == 1 ? gather.axis[2].taps : 1) * b.chunk;
     if (b.kernel != Kernel::broadcast || run < kShortRun)
