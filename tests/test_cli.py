@@ -159,7 +159,7 @@ def test_tune_shows_every_pass_and_sums_up(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     result = run("tune", "cnn", "--input", "2,1,9,10,11")
     assert result.exit_code == 0, result.output
-    words = result.output
+    words = result.stdout
     assert words.count("bias-relu-pool2ceil") == words.count(" forward ") == 3
     assert (words.count(" grad_input "), words.count(" grad_weight ")) == (2, 3)
     assert "n2ic1oc16-i9x10x11-k3-p1-bias-relu-pool2ceil" in words
