@@ -46,6 +46,7 @@ class InstanceNorm:
         samples: int,
         voxels: int,
         channels: int,
+        sharing: int,
         parameters: int,
         eps: float,
         activation: str,
@@ -99,6 +100,9 @@ def instance_norm_backward(
     grad_weight: int,
     grad_bias: int,
     grad_slopes: int,
+) -> None: ...
+def update_running_statistics(
+    plan: InstanceNorm, double_precision: bool, factor: float, statistics: int, running_mean: int, running_variance: int
 ) -> None: ...
 def compiled_isas() -> list[str]: ...
 def supported_isas() -> list[str]: ...

@@ -4,7 +4,7 @@ conv3d, conv_transpose3d        functions, as in torch.nn.functional
 conv3d_activation               convolution, residual and activation in one pass
 conv3d_max_pool                 convolution, activation and max-pool in one pass
 Conv3d, ConvTranspose3d         modules, as in torch.nn; also LazyConv3d, LazyConvTranspose3d
-InstanceNorm3d                  torch.nn's, forward and backward by one pass each
+InstanceNorm3d, BatchNorm3d     torch.nn's, forward and backward by one pass each
 accelerate(model), revert       swap a model's convolutions in place, and back
 patch()                         a block in which torch's own functions are computed by these
 fusion_report(model)            what became of each convolution, and why no more
@@ -26,7 +26,7 @@ from .errors import BackendError, UnsupportedProblemError
 from .functional import conv3d, conv_transpose3d
 from .fused_functional import conv3d_max_pool
 from .fusion_report import fusion_report
-from .nn import Conv3d, ConvTranspose3d, InstanceNorm3d, LazyConv3d, LazyConvTranspose3d
+from .nn import BatchNorm3d, Conv3d, ConvTranspose3d, InstanceNorm3d, LazyConv3d, LazyConvTranspose3d
 from .patch import patch
 from .precision import get_precision
 from .problem import ConvProblem
@@ -34,6 +34,7 @@ from .problem import ConvProblem
 __version__ = "0.1.0"
 __all__ = [
     "BackendError",
+    "BatchNorm3d",
     "Conv3d",
     "ConvProblem",
     "ConvTranspose3d",

@@ -1,6 +1,7 @@
 """`accelerate(model)`: give every 3-D convolution of a model this package's arithmetic, in place.
 
-So does InstanceNorm3d, the largest cost beside the convolutions of the networks that have it.
+So do InstanceNorm3d and, in training, BatchNorm3d: the largest cost beside the convolutions of the networks that have
+them.
 
 A module keeps its identity, parameters, buffers and hooks; only its class changes, to one derived from both
 the original class and this package's, in that order:
@@ -32,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 from .autotune import tune as time_passes
 from .example_run import forward, forward_and_backward
 from .fusion import find
-from .nn import Conv3d, ConvTranspose3d, InstanceNorm3d
+from .nn import BatchNorm3d, Conv3d, ConvTranspose3d, InstanceNorm3d
 from .wrappers import wrappers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,6 +41,7 @@ _REPLACEMENTS: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
     (nn.Conv3d, Conv3d),
     (nn.ConvTranspose3d, ConvTranspose3d),
     (nn.InstanceNorm3d, InstanceNorm3d),
+    (nn.BatchNorm3d, BatchNorm3d),
 )
 _REPLACED = tuple(torch_class for torch_class, _ in _REPLACEMENTS)
 
@@ -52,11 +54,12 @@ def accelerate(
     tune: bool = True,
     keep_channels_last: bool = False,
 ) -> Model:
-    """Swap every `nn.Conv3d`, `nn.ConvTranspose3d` and `nn.InstanceNorm3d` of `model`, user subclasses included.
+    """Swap every `nn.Conv3d`, `nn.ConvTranspose3d`, `nn.InstanceNorm3d` and `nn.BatchNorm3d`, user subclasses included.
 
     With `fuse`, chains of Conv3d, BatchNorm3d (while in eval mode), ReLU, LeakyReLU, SiLU or GELU, and MaxPool3d run as
-    one pass, and so do InstanceNorm3d and a ReLU, LeakyReLU or PReLU behind it, where it can be proven that nobody sees
-    what is in between: in `nn.Sequential` of any nesting, and in forward code that torch.fx can follow.
+    one pass, and so do InstanceNorm3d, or BatchNorm3d in training mode, and a ReLU, LeakyReLU or PReLU behind it, where
+    it can be proven that nobody sees what is in between: in `nn.Sequential` of any nesting, and in forward code that
+    torch.fx can follow.
     `fusion_report(model)` says what became of each convolution and InstanceNorm3d, and why no more.
 
     With an example the model is checked, and tuned to this machine: it runs forward before and after the swap, then

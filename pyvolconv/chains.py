@@ -8,9 +8,9 @@ chain starts at a convolution and goes on as long as the next module is the next
                      convolution's result is nobody else's), or LeakyReLU where no gradient is kept or the module is
                      `inplace`, or any other activation as it is
 
-Another kind starts at an InstanceNorm3d without running statistics and ends at a ReLU, LeakyReLU or PReLU, with dropout
-that drops nothing between them (`norm_chains`). Convolutions with such chains behind them run in channels_last_3d
-(`stretches`).
+Another kind starts at an InstanceNorm3d without running statistics, or a BatchNorm3d in training mode, and ends at a
+ReLU, LeakyReLU or PReLU, with dropout that drops nothing between them (`norm_chains`). Convolutions with chains of
+InstanceNorm3d behind them run in channels_last_3d (`stretches`).
 
 A BatchNorm3d in eval mode is an affine map per channel, folded into the convolution's weight and bias at every call:
 both are small, gradients reach every parameter, and nothing can be out of date.
@@ -19,7 +19,7 @@ both are small, gradients reach every parameter, and nothing can be out of date.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ def _run_watched(chain: Sequence[nn.Module], x: Tensor) -> Tensor:
     """Hooks that say of themselves that they watch only (the profiler's) see the chain as its first module."""
     first = chain[0]
     with watched(first, x) as result:
-        y = run_norm_chain(chain, x) if isinstance(first, nn.InstanceNorm3d) else _run_chain(chain, x)
+        y = _run_chain(chain, x) if isinstance(first, nn.Conv3d) else run_norm_chain(chain, x)
         result.append(y)
     return y
 
@@ -126,9 +126,9 @@ def describe(chain: Sequence[nn.Module]) -> str:
     """A chain in one line, for the report."""
     links = " + ".join(original_class(module).__name__ for module in chain)
     first, last = chain[0], chain[-1]
-    if isinstance(first, nn.InstanceNorm3d) or link_of(last) == "pool":
+    if not isinstance(first, nn.Conv3d) or link_of(last) == "pool":
         return f"{links} in one pass"
-    if link_of(last) == "activation" and has_activation_in_the_pass(cast("Tensor", first.weight)):
+    if link_of(last) == "activation" and has_activation_in_the_pass(first.weight):
         return f"{links} in one pass"
     if isinstance(last, nn.LeakyReLU) and not last.inplace:
         return f"{links}, in place without gradients"

@@ -1,4 +1,4 @@
-"""Instance normalization and the activation behind it in one pass, for ordinary calls on the CPU.
+"""Instance or batch normalization and the activation behind it in one pass, for ordinary calls on the CPU.
 
 Where a mode, transform, tracer, compiler, autocast or another dtype has a say (`ordinary.is_ordinary`) nothing is done
 here and torch's modules run. So there is no operator, whose transforms and formulas would have to be torch's again: one
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function_variadic
+from torch.overrides import has_torch_function_unary, has_torch_function_variadic
 
 from .backends import cpp_instance_norm
 from .epilogue import Activation
@@ -34,6 +34,7 @@ def is_compiled() -> bool:
 class _Call:
     layout: Layout
     result_layout: Layout
+    batch: bool
     eps: float
     activation: Activation
     negative_slope: float
@@ -41,21 +42,22 @@ class _Call:
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, slopes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        settings = (self.eps, self.activation, self.negative_slope)
-        return cpp_instance_norm.forward(x, self.layout, self.result_layout, weight, bias, slopes, *settings)
+        operands = (x, self.layout, self.result_layout, self.batch, weight, bias, slopes)
+        return cpp_instance_norm.forward(*operands, self.eps, self.activation, self.negative_slope)
 
     def backward(self, grad: Tensor, saved: tuple[Tensor | None, ...], wanted: tuple[bool, ...]) -> Any:
         x, weight, bias, slopes, statistics = saved
         if torch.is_grad_enabled() or not _is_ordinary(grad, x, weight, bias, slopes, statistics):
             return self.formula(grad, x, weight, bias, slopes, wanted)
         grad = in_layout(grad, self.layout)
-        operands = (grad, x, self.layout, weight, bias, slopes, statistics, wanted)
+        operands = (grad, x, self.layout, self.batch, weight, bias, slopes, statistics, wanted)
         return cpp_instance_norm.backward(*operands, self.eps, self.activation, self.negative_slope)  # type: ignore[arg-type]
 
     def formula(self, grad: Tensor, x: Any, weight: Any, bias: Any, slopes: Any, wanted: tuple[bool, ...]) -> Any:
         """The same gradients by torch's functions, which everybody can differentiate and transform."""
-        centred = x - x.mean(VOXEL_AXES, keepdim=True)
-        inverse = (centred.square().mean(VOXEL_AXES, keepdim=True) + self.eps).rsqrt()
+        axes = (0, *VOXEL_AXES) if self.batch else VOXEL_AXES
+        centred = x - x.mean(axes, keepdim=True)
+        inverse = (centred.square().mean(axes, keepdim=True) + self.eps).rsqrt()
         normal = centred * inverse
         z = normal if weight is None else normal * weight.view(-1, 1, 1, 1)
         z = z if bias is None else z + bias.view(-1, 1, 1, 1)
@@ -69,9 +71,9 @@ class _Call:
         elif self.activation == "leaky_relu":
             grad = torch.where(z > 0, grad, grad * self.negative_slope)
         scaled = inverse if weight is None else inverse * weight.view(-1, 1, 1, 1)
-        along = (grad * normal).mean(VOXEL_AXES, keepdim=True)
+        along = (grad * normal).mean(axes, keepdim=True)
         grads = (
-            scaled * (grad - grad.mean(VOXEL_AXES, keepdim=True) - normal * along),
+            scaled * (grad - grad.mean(axes, keepdim=True) - normal * along),
             None if weight is None else (grad * normal).sum((0, *VOXEL_AXES)),
             None if bias is None else grad.sum((0, *VOXEL_AXES)),
             grad_slopes,
@@ -83,15 +85,20 @@ class InstanceNormFunction(torch.autograd.Function):
     """Autograd node of an ordinary call."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, slopes: Any, call: _Call) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, slopes: Any, call: _Call) -> tuple[Tensor, Tensor]:
         y, statistics = call.forward(x, weight, bias, slopes)
         ctx.save_for_backward(x, weight, bias, slopes, statistics)
         ctx.call = call
-        return y
+        ctx.mark_non_differentiable(statistics)
+        return y, statistics
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         return *ctx.call.backward(grad, ctx.saved_tensors, ctx.needs_input_grad[:4]), None
+
+
+class BatchNormFunction(InstanceNormFunction):
+    """The same under the name of the other."""
 
 
 def instance_norm_activation(
@@ -129,6 +136,68 @@ def instance_norm_activation(
         >>> instance_norm_activation(x.half(), None, None) is None
         True
     """
+    found = _normalized(x, weight, bias, slopes, False, eps, activation, negative_slope, keep_channels_last)
+    return None if found is None else found[0]
+
+
+def batch_norm_activation(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None = None,
+    *,
+    running: tuple[Tensor, Tensor, float] | None = None,
+    eps: float = 1e-5,
+    activation: Activation = "none",
+    negative_slope: float = 0.01,
+) -> Tensor | None:
+    """f((x - mean) / sqrt(variance + eps) * weight + bias) over the voxels of each channel in all samples, or None.
+
+    Args:
+        x, weight, bias, slopes, eps, activation, negative_slope: as for `instance_norm_activation`.
+        running: mean and variance that follow, (C,) each, and the share of this batch in them; or None.
+
+    Returns:
+        The result in the layout of x; None as for `instance_norm_activation`, and nothing has changed.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(2, 3, 4, 4, 4)
+        >>> mean, variance = torch.zeros(3), torch.ones(3)
+        >>> y = batch_norm_activation(x, None, None, running=(mean, variance, 0.1), activation="relu")
+        >>> torch.allclose(y, torch.relu(torch.nn.functional.batch_norm(x, None, None, training=True)), atol=1e-5)
+        True
+        >>> torch.allclose(mean, 0.1 * x.mean((0, 2, 3, 4)), atol=1e-6)
+        True
+    """
+    for buffer in running[:2] if running else ():
+        if has_torch_function_unary(buffer) or not _is_ordinary(buffer):
+            return None
+        if not buffer.is_cpu or buffer.dtype != x.dtype or buffer.shape != x.shape[1:2] or not buffer.is_contiguous():
+            return None
+    found = _normalized(x, weight, bias, slopes, True, eps, activation, negative_slope, True)
+    if found is None:
+        return None
+    y, statistics = found
+    if running:
+        mean, variance, factor = running
+        layout: Layout = "ndhwc" if statistics.shape[1] == x.shape[1] else "ncdhw"
+        cpp_instance_norm.update_running_statistics(x, layout, statistics, factor, mean, variance)
+    return y
+
+
+def _normalized(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    batch: bool,
+    eps: float,
+    activation: Activation,
+    negative_slope: float,
+    keep_channels_last: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """The result and the statistics, or None for torch to compute or to refuse."""
     parameters = [parameter for parameter in (weight, bias, slopes) if parameter is not None]
     if not isinstance(x, Tensor) or has_torch_function_variadic(x, *parameters) or not _is_ordinary(x, *parameters):
         return None
@@ -136,7 +205,7 @@ def instance_norm_activation(
         return None
     channels = x.shape[1]
     # Of a mean over one voxel, or none, torch complains in its own words.
-    if x.numel() <= x.shape[0] * channels or not cpp_instance_norm.is_available():
+    if x.numel() <= (1 if batch else x.shape[0]) * channels or not cpp_instance_norm.is_available():
         return None
     for parameter in parameters:
         fits = parameter.dim() == 1 and parameter.is_cpu and parameter.dtype == x.dtype and parameter.is_contiguous()
@@ -149,11 +218,13 @@ def instance_norm_activation(
         layout = "ndhwc"
     else:
         return None
-    call = _Call(layout, layout if keep_channels_last else "ncdhw", float(eps), activation, float(negative_slope))
+    result_layout: Layout = layout if keep_channels_last else "ncdhw"
+    call = _Call(layout, result_layout, batch, float(eps), activation, float(negative_slope))
     if not is_differentiated(x, *parameters):
-        return call.forward(x, weight, bias, slopes)[0]
-    y: Tensor = InstanceNormFunction.apply(x, weight, bias, slopes, call)  # type: ignore[no-untyped-call]
-    return y
+        return call.forward(x, weight, bias, slopes)
+    function = BatchNormFunction if batch else InstanceNormFunction
+    y, statistics = function.apply(x, weight, bias, slopes, call)  # type: ignore[no-untyped-call]
+    return y, statistics
 
 
 def _is_ordinary(*tensors: Tensor | None) -> bool:

@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .arguments import triple
+from .batch_norm import uses_batch_statistics
 from .elsewhere import is_recorded_for_elsewhere
 from .epilogue import LARGEST_WINDOW, Activation, Size3
-from .nn import Conv3d, InstanceNorm3d
+from .nn import BatchNorm3d, Conv3d, InstanceNorm3d
 
 Link = Literal["convolution", "normalization", "activation", "pool", "instance normalization", "PReLU", "dropout"]
 
 _LINKS: dict[type[nn.Module], Link] = {
     Conv3d: "convolution",
     nn.Conv3d: "convolution",
+    BatchNorm3d: "normalization",
     nn.BatchNorm3d: "normalization",
     nn.ReLU: "activation",
     nn.LeakyReLU: "activation",
@@ -176,7 +178,7 @@ def chain_length(
         leave: whether the module at an index must be called as it is for a reason of the caller's.
         in_any_mode: leave out what `train()` and `eval()` change.
     """
-    if link_of(modules[start]) == "instance normalization":
+    if _starts_norm_chain(modules[start], in_any_mode):
         return _norm_chain_length(modules, start, leave, in_any_mode)
     next_link, length = 0, 0
     for index in range(start, len(modules)):
@@ -190,13 +192,21 @@ def chain_length(
     return 1 if saves_nothing else max(length, 1)
 
 
+def _starts_norm_chain(module: nn.Module, in_any_mode: bool) -> bool:
+    if isinstance(module, nn.BatchNorm3d):
+        return in_any_mode or uses_batch_statistics(module)
+    return link_of(module) == "instance normalization"
+
+
 def _norm_chain_length(
     modules: Sequence[nn.Module], start: int, leave: Callable[[int], bool], in_any_mode: bool
 ) -> int:
     for index in range(start, len(modules)):
         link = link_of(modules[index])
         is_first, is_last = index == start, link == "PReLU" or isinstance(modules[index], (nn.ReLU, nn.LeakyReLU))
-        if not (is_first or is_last or link == "dropout") or leave(index) or obstacle(modules[index], in_any_mode):
+        # Training is what a BatchNorm3d in front is for.
+        of_any_mode = in_any_mode or (is_first and link == "normalization")
+        if not (is_first or is_last or link == "dropout") or leave(index) or obstacle(modules[index], of_any_mode):
             break
         if is_last:
             return index - start + 1

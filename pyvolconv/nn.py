@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batch_norm import run_batch_norm
 from .elsewhere import is_recorded_for_elsewhere, script_as
 from .functional import conv3d, conv_transpose3d
 from .instance_norm import instance_norm_activation
@@ -150,3 +151,32 @@ class InstanceNorm3d(nn.InstanceNorm3d):
         return result
 
     _apply_instance_norm = script_as(nn.InstanceNorm3d._apply_instance_norm, _normalize)
+
+
+class BatchNorm3d(nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` by this package's pass on the CPU in training mode, forward and backward: same arguments,
+    results and running statistics.
+
+    What goes this way and what runs in torch is as for `InstanceNorm3d`; so does everything that normalizes by running
+    statistics, as in eval mode.
+
+    Shapes: input and output (N, C, D, H, W).
+
+    Raises:
+        What `torch.nn.BatchNorm3d` raises.
+
+    Example:
+        >>> import torch, pyvolconv
+        >>> pyvolconv.BatchNorm3d(4)(torch.randn(2, 4, 5, 5, 5)).shape
+        torch.Size([2, 4, 5, 5, 5])
+    """
+
+    def _normalize(self, input: Tensor) -> Tensor:
+        if not is_recorded_for_elsewhere():
+            y = run_batch_norm(self, input)
+            if y is not None:
+                return y
+        result: Tensor = super().forward(input)
+        return result
+
+    forward = script_as(nn.BatchNorm3d.forward, _normalize)

@@ -30,6 +30,7 @@ FLOORS = (
     ("shortcut", "cost", "candidates"),
     ("layouts",),
     ("functional", "instance_norm"),
+    ("batch_norm",),
     ("fused_functional", "activation_functional", "nn", "patch"),
     ("links",),
     ("norm_chains",),

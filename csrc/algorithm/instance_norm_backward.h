@@ -59,19 +59,15 @@ void sum_for_gradients(const NormWalk<T>& walk, int64_t chunk, const RowConstant
     fold<kSums>(walk, sums, by_channel);
 }
 
-// dx = scale h + (x - hi) by_x + constant, the last two [2][channels].
+// dx = scale h + (x - hi) by_x + constant, the last two of each lane of a row.
 template <NormActivation A, bool Stream, typename T>
-void write_gradient(const NormWalk<T>& walk, int64_t chunk, const RowConstants<T>& row, const T* by_channel,
-                    const T* grad, const T* x, T* grad_input) {
+void write_gradient(const NormWalk<T>& walk, int64_t chunk, const RowConstants<T>& row, const T* by_x,
+                    const T* constant, const T* grad, const T* x, T* grad_input) {
     using V = Vector<T>;
     using vector = typename V::type;
     struct Column {
         vector hi, scale, shift, slope, by_x, constant;
     };
-    T* by_x = scratch<T>(Scratch::tile_output, 2 * walk.row);
-    T* constant = by_x + walk.row;
-    walk.spread(by_channel, by_x);
-    walk.spread(by_channel + walk.channels, constant);
     const auto constants = [&](int64_t lane) {
         return Column{V::load(row.hi + lane),    V::load(row.scale + lane), V::load(row.shift + lane),
                       V::load(row.slope + lane), V::load(by_x + lane),      V::load(constant + lane)};
@@ -104,43 +100,62 @@ void instance_norm_backward_as(const InstanceNormProblem& problem, const T* grad
     const int64_t sample_size = problem.voxels * problem.channels, planes = problem.samples * problem.channels;
     const int64_t partials_size = problem.samples * walk.chunks * kSums * walk.channels;
     double* partials = scratch<double>(Scratch::shared_partials, partials_size + kSums * planes);
-    double* sums = partials + partials_size;  // of planes: db, dw, dslope
-    T* by_channel = scratch<T>(Scratch::shared_weights, 2 * planes);
+    double* sums = partials + partials_size;                 // of planes: db, dw, dslope
+    constexpr int kConstants = RowConstants<T>::kCount + 2;  // and `by_x`, `constant`
+    T* constants = scratch<T>(Scratch::shared_weights, problem.samples * kConstants * walk.row);
+    const auto row_of = [&](int64_t sample) {
+        return RowConstants<T>(walk, constants + sample * kConstants * walk.row);
+    };
+    const auto by_x_of = [&](int64_t sample) { return row_of(sample).slope + walk.row; };
     const auto partial = [&](int64_t sample, int64_t chunk) {
         return partials + (sample * walk.chunks + chunk) * kSums * walk.channels;
     };
     in_two_passes(
         problem, walk,
+        [&](int64_t sample) { row_of(sample).make(problem, walk, sample, weight, bias, slopes, statistics); },
         [&](int64_t sample, int64_t chunk) {
-            const RowConstants<T> row(problem, walk, sample, weight, bias, slopes, statistics);
+            const RowConstants<T> row = row_of(sample);
             sum_for_gradients<A, Slopes>(walk, chunk, row, grad_output + sample * sample_size, x + sample * sample_size,
                                          partial(sample, chunk));
         },
-        [&](int64_t sample) {
-            const double share = 1.0 / static_cast<double>(problem.voxels);
+        [&](int64_t group) {
+            const double share = 1.0 / static_cast<double>(problem.voxels * problem.sharing);
+            T* by_channel = scratch<T>(Scratch::tile_input, 2 * walk.channels);
+            double* totals = scratch<double>(Scratch::tile_accumulators, kSums * walk.channels);
+            for (int64_t i = 0; i < kSums * walk.channels; ++i) totals[i] = 0;
+            for (int64_t sample = group; sample < problem.samples; sample += problem.groups()) {
+                add_chunks(walk, partial(sample, 0), kSums * walk.channels, totals);
+            }
             for (int64_t c = 0; c < walk.channels; ++c) {
-                double total[kSums] = {};
-                for (int64_t chunk = 0; chunk < walk.chunks; ++chunk) {
-                    for (int k = 0; k < kSums; ++k) total[k] += partial(sample, chunk)[k * walk.channels + c];
-                }
-                const int64_t plane = sample * walk.channels + c;
-                const PlaneConstants<T> constants = constants_of(problem, plane, weight, bias, statistics);
-                const double inverse = statistics[planes + plane], scale = static_cast<double>(constants.scale);
-                total[1] -= constants.lo * total[0];
+                double total[kSums];
+                for (int k = 0; k < kSums; ++k) total[k] = totals[k * walk.channels + c];
+                const int64_t first = group * walk.channels + c;
+                const PlaneConstants<T> plane =
+                    constants_of(problem, first, first % problem.parameters, weight, bias, statistics);
+                const double inverse = statistics[planes + first], scale = static_cast<double>(plane.scale);
+                total[1] -= plane.lo * total[0];
                 const double by_x = -scale * inverse * inverse * total[1] * share;
-                T* of_sample = by_channel + 2 * sample * walk.channels;
-                of_sample[c] = static_cast<T>(by_x);
-                of_sample[walk.channels + c] = static_cast<T>(-scale * total[0] * share - by_x * constants.lo);
+                by_channel[c] = static_cast<T>(by_x);
+                by_channel[walk.channels + c] = static_cast<T>(-scale * total[0] * share - by_x * plane.lo);
                 total[1] *= inverse;
-                for (int k = 0; k < kSums; ++k) sums[k * planes + plane] = total[k];
+                for (int64_t sample = group; sample < problem.samples; sample += problem.groups()) {
+                    for (int k = 0; k < kSums; ++k) {
+                        sums[k * planes + sample * walk.channels + c] = sample == group ? total[k] : 0;
+                    }
+                }
+            }
+            for (int64_t sample = group; sample < problem.samples; sample += problem.groups()) {
+                walk.spread(by_channel, by_x_of(sample));
+                walk.spread(by_channel + walk.channels, by_x_of(sample) + walk.row);
             }
         },
         [&](int64_t sample, int64_t chunk) {
             if (grad_input == nullptr) return;
-            const RowConstants<T> row(problem, walk, sample, weight, bias, slopes, statistics);
+            const RowConstants<T> row = row_of(sample);
+            const T* by_x = by_x_of(sample);
             const auto run = past_caches ? write_gradient<A, true, T> : write_gradient<A, false, T>;
-            run(walk, chunk, row, by_channel + 2 * sample * walk.channels, grad_output + sample * sample_size,
-                x + sample * sample_size, grad_input + sample * sample_size);
+            run(walk, chunk, row, by_x, by_x + walk.row, grad_output + sample * sample_size, x + sample * sample_size,
+                grad_input + sample * sample_size);
         });
     const auto add_up = [&](int which, T* result, int64_t count) {
         if (result == nullptr) return;

@@ -96,27 +96,48 @@ void instance_norm_forward_as(const InstanceNormProblem& problem, const T* x, co
     const auto partial = [&](int64_t sample, int64_t chunk) {
         return partials + (sample * walk.chunks + chunk) * 2 * walk.channels;
     };
+    constexpr int kConstants = RowConstants<T>::kCount;
+    T* constants = scratch<T>(Scratch::shared_weights, problem.samples * kConstants * walk.row);
+    const auto row_of = [&](int64_t sample) {
+        return RowConstants<T>(walk, constants + sample * kConstants * walk.row);
+    };
     in_two_passes(
-        problem, walk,
+        problem, walk, [](int64_t) {},
         [&](int64_t sample, int64_t chunk) {
             sum_for_statistics(walk, chunk, x + sample * sample_size, partial(sample, chunk));
         },
-        [&](int64_t sample) {
-            const double share = 1.0 / static_cast<double>(problem.voxels);
-            for (int64_t c = 0; c < walk.channels; ++c) {
-                double sum = 0, squares = 0;
-                for (int64_t chunk = 0; chunk < walk.chunks; ++chunk) {
-                    sum += partial(sample, chunk)[c];
-                    squares += partial(sample, chunk)[walk.channels + c];
+        [&](int64_t group) {
+            const double voxels = static_cast<double>(problem.voxels);
+            double* sum = scratch<double>(Scratch::tile_accumulators, 4 * walk.channels);
+            double *squares = sum + walk.channels, *mean = squares + walk.channels, *deviations = mean + walk.channels;
+            for (int64_t i = 0; i < 2 * walk.channels; ++i) mean[i] = 0;  // of the planes so far, from the first voxel
+            double merged = 0;
+            for (int64_t sample = group; sample < problem.samples; sample += problem.groups(), ++merged) {
+                for (int64_t i = 0; i < 2 * walk.channels; ++i) sum[i] = 0;
+                add_chunks(walk, partial(sample, 0), 2 * walk.channels, sum);
+                for (int64_t c = 0; c < walk.channels; ++c) {
+                    const double within = squares[c] - sum[c] * sum[c] / voxels;
+                    const double between = static_cast<double>(x[sample * sample_size + c]) -
+                                           static_cast<double>(x[group * sample_size + c]) + sum[c] / voxels - mean[c];
+                    mean[c] += between / (merged + 1);
+                    deviations[c] += (within < 0 ? 0 : within) + between * between * voxels * merged / (merged + 1);
                 }
-                const double distance = sum * share, variance = squares * share - distance * distance;
-                const int64_t plane = sample * walk.channels + c;
-                statistics[plane] = static_cast<double>(x[sample * sample_size + c]) + distance;
-                statistics[planes + plane] = 1.0 / __builtin_sqrt((variance < 0 ? 0 : variance) + problem.eps);
+            }
+            for (int64_t c = 0; c < walk.channels; ++c) {
+                const double variance = deviations[c] / (voxels * merged);
+                for (int64_t sample = group; sample < problem.samples; sample += problem.groups()) {
+                    double* of_plane = statistics + sample * walk.channels + c;
+                    of_plane[0] = static_cast<double>(x[group * sample_size + c]) + mean[c];
+                    of_plane[planes] = 1.0 / __builtin_sqrt(variance + problem.eps);
+                    of_plane[2 * planes] = variance;
+                }
+            }
+            for (int64_t sample = group; sample < problem.samples; sample += problem.groups()) {
+                row_of(sample).make(problem, walk, sample, weight, bias, slopes, statistics);
             }
         },
         [&](int64_t sample, int64_t chunk) {
-            const RowConstants<T> row(problem, walk, sample, weight, bias, slopes, statistics);
+            const RowConstants<T> row = row_of(sample);
             if (problem.planar_result) {
                 normalize_planar<A>(walk, chunk, row, problem.voxels, x + sample * sample_size,
                                     y + sample * sample_size, past_caches);

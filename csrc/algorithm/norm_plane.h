@@ -1,6 +1,7 @@
-// Instance normalization and the activation behind it: definition, and the constants of a plane.
+// Instance and batch normalization and the activation behind it: definition, and the constants of a plane.
 //
-// Over the V voxels of a plane (a channel of a sample), with weight w, bias b, and f the activation,
+// Over the V voxels of a plane (a channel of a sample; of all samples for batch normalization), with weight w, bias b,
+// and f the activation,
 //
 //     m = mean(x)    r = 1 / sqrt(mean((x - m)^2) + eps)    z = (x - m) r w + b    y = f(z)
 //
@@ -11,7 +12,9 @@
 // so forward and backward are one pass for sums and one that writes. All sums are of doubles, and of differences from a
 // value of the plane: from its first voxel for the statistics, whose distance from the mean enters the variance itself
 // and so cannot exceed it more than V times; from m, rounded to T, afterwards, where what rounding took from m goes
-// into the constants. So a mean of many deviations costs nothing but its own rounding in x.
+// into the constants. So a mean of many deviations costs nothing but its own rounding in x. Planes that share
+// statistics are merged by the difference of their means (Chan, Golub, LeVeque, "Updating formulae and a pairwise
+// algorithm for computing sample variances", 1979).
 #pragma once
 
 #include "norm_walk.h"
@@ -50,39 +53,38 @@ struct PlaneConstants {
 };
 
 template <typename T>
-PlaneConstants<T> constants_of(const InstanceNormProblem& problem, int64_t plane, const T* weight, const T* bias,
-                               const double* statistics) {
-    const int64_t planes = problem.samples * problem.channels, parameter = plane % problem.parameters;
+PlaneConstants<T> constants_of(const InstanceNormProblem& problem, int64_t plane, int64_t parameter, const T* weight,
+                               const T* bias, const double* statistics) {
+    const int64_t planes = problem.samples * problem.channels;
     return {statistics[plane], statistics[planes + plane],
             weight == nullptr ? 1.0 : static_cast<double>(weight[parameter]),
             bias == nullptr ? 0.0 : static_cast<double>(bias[parameter])};
 }
 
-template <typename T>
-T slope_of(const InstanceNormProblem& problem, int64_t plane, const T* slopes) {
-    if (slopes == nullptr) return static_cast<T>(problem.negative_slope);
-    return slopes[problem.slopes == 1 ? 0 : plane % problem.parameters];
-}
-
-// hi, scale, shift and slope for each lane of a row of a sample, in this thread's scratch memory.
+// What is multiplied with the lanes of a row: z = (x - hi) scale + shift, and f's slope.
 template <typename T>
 struct RowConstants {
+    static constexpr int kCount = 4;
     T *hi, *scale, *shift, *slope;
 
-    RowConstants(const InstanceNormProblem& problem, const NormWalk<T>& walk, int64_t sample, const T* weight,
-                 const T* bias, const T* slopes, const double* statistics) {
-        T* space = scratch<T>(Scratch::tile_input, 4 * walk.row + 4 * walk.channels);
-        hi = space, scale = hi + walk.row, shift = scale + walk.row, slope = shift + walk.row;
-        T* by_channel = slope + walk.row;
+    RowConstants(const NormWalk<T>& walk, T* space)
+        : hi(space), scale(hi + walk.row), shift(scale + walk.row), slope(shift + walk.row) {}
+
+    // Those of a sample.
+    void make(const InstanceNormProblem& problem, const NormWalk<T>& walk, int64_t sample, const T* weight,
+              const T* bias, const T* slopes, const double* statistics) const {
+        T* by_channel = scratch<T>(Scratch::tile_input, kCount * walk.channels);
+        const int64_t first = sample * walk.channels, first_parameter = first % problem.parameters;
         for (int64_t c = 0; c < walk.channels; ++c) {
-            const int64_t plane = sample * walk.channels + c;
-            const PlaneConstants<T> constants = constants_of(problem, plane, weight, bias, statistics);
+            const int64_t parameter = first_parameter + c;
+            const PlaneConstants<T> constants = constants_of(problem, first + c, parameter, weight, bias, statistics);
             by_channel[c] = constants.hi;
             by_channel[walk.channels + c] = constants.scale;
             by_channel[2 * walk.channels + c] = constants.shift;
-            by_channel[3 * walk.channels + c] = slope_of(problem, plane, slopes);
+            by_channel[3 * walk.channels + c] = slopes == nullptr ? static_cast<T>(problem.negative_slope)
+                                                                  : slopes[problem.slopes == 1 ? 0 : parameter];
         }
-        for (int k = 0; k < 4; ++k) walk.spread(by_channel + k * walk.channels, space + k * walk.row);
+        for (int k = 0; k < kCount; ++k) walk.spread(by_channel + k * walk.channels, hi + k * walk.row);
     }
 };
 

@@ -1,4 +1,4 @@
-// How the memory of instance normalization is walked: forward and backward are one pass for sums and one that writes.
+// How the memory of a normalization is walked: forward and backward are one pass for sums and one that writes.
 //
 // Memory is read as rows of `columns` vectors, the shortest that hold whole voxels, with constants per lane. A sample
 // is cut into chunks of rows; sums of chunks are added in order, so which thread summed what changes no bit.
@@ -13,9 +13,10 @@ namespace pvc {
 namespace {
 
 constexpr int64_t kNormChunk = 16 * 1024;    // elements
+constexpr int64_t kNormRows = 32;            // rows of a chunk at least: else its sums are as much memory as it is
 constexpr int64_t kNormBlock = 4 * 1024;     // elements of which a column at a time is summed: they stay in L1
 constexpr int64_t kNormSerial = 16 * 1024;   // elements that are not worth waking other threads for
-constexpr int64_t kNormPlanesPerThread = 4;  // from so many samples on each is one thread's, while it is in its cache
+constexpr int64_t kNormPlanesPerThread = 4;  // from so many groups on each is one thread's, while it is in its cache
 constexpr int64_t kNormAhead = 8 * 1024;     // bytes between what is read and what is asked for
 constexpr int64_t kNormStreamed = 16 << 20;  // bytes of a result from which on it is written past the caches
 
@@ -74,7 +75,7 @@ struct NormWalk {
         row = columns * lanes;
         rows = problem.voxels * channels / row;
         rest = problem.voxels * channels % row;
-        rows_per_chunk = kNormChunk / row > 1 ? kNormChunk / row : 1;
+        rows_per_chunk = kNormChunk / row > kNormRows ? kNormChunk / row : kNormRows;
         chunks = rows > rows_per_chunk ? (rows + rows_per_chunk - 1) / rows_per_chunk : 1;
     }
 
@@ -134,26 +135,55 @@ void fold(const NormWalk<T>& walk, const double* sums, double* by_channel) {
     }
 }
 
-// Every chunk is reduced, then each sample combined, then every chunk applied.
-template <typename T, typename Reduce, typename Combine, typename Apply>
-void in_two_passes(const InstanceNormProblem& problem, const NormWalk<T>& walk, const Reduce& reduce,
-                   const Combine& combine, const Apply& apply) {
+// Adds the sums of a sample's chunks, [chunks][count], to `totals`, in order.
+template <typename T>
+void add_chunks(const NormWalk<T>& walk, const double* of_chunks, int64_t count, double* totals) {
+    for (int64_t chunk = 0; chunk < walk.chunks; ++chunk, of_chunks += count) {
+        for (int64_t i = 0; i < count; ++i) totals[i] += of_chunks[i];
+    }
+}
+
+// Calls body(task) for [0, tasks) of `elements` each. Neighbours write to the same cache lines: as many as make a chunk
+// are one thread's.
+template <typename Body>
+void parallel_for_neighbours(int64_t tasks, int64_t elements, const Body& body) {
+    const int64_t each = elements < kNormChunk ? kNormChunk / elements : 1;
+    parallel_for((tasks + each - 1) / each, [&](int64_t block) {
+        const int64_t end = (block + 1) * each < tasks ? (block + 1) * each : tasks;
+        for (int64_t task = block * each; task < end; ++task) body(task);
+    });
+}
+
+// Every sample is prepared and its chunks reduced, then each group of samples that share statistics combined, then
+// every chunk applied.
+template <typename T, typename Prepare, typename Reduce, typename Combine, typename Apply>
+void in_two_passes(const InstanceNormProblem& problem, const NormWalk<T>& walk, const Prepare& prepare,
+                   const Reduce& reduce, const Combine& combine, const Apply& apply) {
     const int64_t elements = problem.samples * problem.voxels * problem.channels;
-    const auto sample_at_once = [&](int64_t sample) {
-        for (int64_t chunk = 0; chunk < walk.chunks; ++chunk) reduce(sample, chunk);
-        combine(sample);
+    const int64_t groups = problem.groups();
+    const auto group_at_once = [&](int64_t group) {
+        for (int64_t sample = group; sample < problem.samples; sample += groups) {
+            prepare(sample);
+            for (int64_t chunk = 0; chunk < walk.chunks; ++chunk) reduce(sample, chunk);
+        }
+        combine(group);
         // Backwards: what was read last is still in the cache.
-        for (int64_t chunk = walk.chunks - 1; chunk >= 0; --chunk) apply(sample, chunk);
+        for (int64_t sample = problem.samples - groups + group; sample >= 0; sample -= groups) {
+            for (int64_t chunk = walk.chunks - 1; chunk >= 0; --chunk) apply(sample, chunk);
+        }
     };
+    // Samples of a group are not neighbours: short ones are read in the order of memory.
+    const bool in_order = problem.sharing > 1 && problem.voxels * problem.channels < kNormChunk / 2;
     if (elements <= kNormSerial) {
-        for (int64_t sample = 0; sample < problem.samples; ++sample) sample_at_once(sample);
-    } else if (problem.samples >= kNormPlanesPerThread * omp_get_max_threads()) {
-        parallel_for(problem.samples, sample_at_once);
+        for (int64_t group = 0; group < groups; ++group) group_at_once(group);
+    } else if (groups >= kNormPlanesPerThread * omp_get_max_threads() && !in_order) {
+        parallel_for_neighbours(groups, elements / groups, group_at_once);
     } else {
-        const int64_t tasks = problem.samples * walk.chunks;
-        parallel_for(tasks, [&](int64_t task) { reduce(task / walk.chunks, task % walk.chunks); });
-        parallel_for(problem.samples, combine);
-        parallel_for(tasks, [&](int64_t task) {
+        const int64_t tasks = problem.samples * walk.chunks, each = elements / tasks;
+        for (int64_t sample = 0; sample < problem.samples; ++sample) prepare(sample);
+        parallel_for_neighbours(tasks, each, [&](int64_t task) { reduce(task / walk.chunks, task % walk.chunks); });
+        parallel_for_neighbours(groups, problem.sharing * walk.chunks * walk.channels, combine);
+        parallel_for_neighbours(tasks, each, [&](int64_t task) {
             const int64_t reversed = tasks - 1 - task;
             apply(reversed / walk.chunks, reversed % walk.chunks);
         });

@@ -1,4 +1,4 @@
-"""Instance normalization and the activation behind it in one pass, from csrc/algorithm/instance_norm_*.h.
+"""Instance or batch normalization and the activation behind it in one pass, from csrc/algorithm/instance_norm_*.h.
 
 Tensors arrive dense in one layout, float32 or float64, on the CPU, with more than one voxel; weight, bias and PReLU's
 weights are dense vectors of the same dtype, or None.
@@ -34,6 +34,7 @@ def is_available() -> bool:
 def _plan(
     shape: tuple[int, ...],
     channels_last: bool,
+    batch: bool,
     planar_result: bool,
     eps: float,
     activation: Activation,
@@ -42,10 +43,15 @@ def _plan(
 ) -> _C.InstanceNorm:
     samples, channels, *size = shape
     voxels = size[0] * size[1] * size[2]
+    sharing = samples if batch else 1
+    if channels_last:
+        # With channels innermost, the voxels of samples that share statistics are those of one sample.
+        samples, voxels, sharing = samples // sharing, voxels * sharing, 1
     plan: _C.InstanceNorm = kernels().InstanceNorm(
         samples=samples if channels_last else samples * channels,
         voxels=voxels,
         channels=channels if channels_last else 1,
+        sharing=sharing,
         parameters=channels,
         eps=eps,
         activation=activation,
@@ -59,6 +65,7 @@ def _plan(
 def _plan_of(
     x: Tensor,
     layout: Layout,
+    batch: bool,
     slopes: Tensor | None,
     eps: float,
     activation: Activation,
@@ -66,13 +73,14 @@ def _plan_of(
     planar_result: bool = False,
 ) -> _C.InstanceNorm:
     count = 0 if slopes is None else slopes.numel()
-    return _plan(tuple(x.shape), layout == "ndhwc", planar_result, eps, activation, negative_slope, count)
+    return _plan(tuple(x.shape), layout == "ndhwc", batch, planar_result, eps, activation, negative_slope, count)
 
 
 def forward(
     x: Tensor,
     layout: Layout,
     result_layout: Layout,
+    batch: bool,
     weight: Tensor | None,
     bias: Tensor | None,
     slopes: Tensor | None,
@@ -80,21 +88,25 @@ def forward(
     activation: Activation,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor]:
-    """The result, and what `backward` takes: mean and 1 / sqrt(variance + eps) of each plane, (2, N * C) in float64.
+    """The result, and what `backward` takes: mean, 1 / sqrt(variance + eps) and variance of each plane, in float64.
+
+    The statistics are (3, N * C), or with `batch` in "ndhwc" (3, C).
 
     Args:
         x: (N, C, D, H, W), dense in `layout`.
         layout: of x.
-        result_layout: of the result: that of x, or "ncdhw".
+        result_layout: of the result: that of x, or "ncdhw", which `batch` does not have for "ndhwc".
+        batch: whether all samples share the statistics of a channel: batch normalization.
         weight, bias: (C,) or None.
         slopes: PReLU's weight, (1,) or (C,), in place of `activation`; or None.
         eps: added to the variance.
         activation: none, relu or leaky_relu.
         negative_slope: of leaky_relu.
     """
-    plan = _plan_of(x, layout, slopes, eps, activation, negative_slope, layout != result_layout)
+    plan = _plan_of(x, layout, batch, slopes, eps, activation, negative_slope, layout != result_layout)
     y = torch.empty(x.shape, dtype=x.dtype, memory_format=MEMORY_FORMAT[result_layout])
-    statistics = torch.empty(2, x.shape[0] * x.shape[1], dtype=torch.float64)
+    planes = x.shape[1] if batch and layout == "ndhwc" else x.shape[0] * x.shape[1]
+    statistics = torch.empty(3, planes, dtype=torch.float64)
     options = (x.dtype == torch.float64,)
     call(kernels().instance_norm_forward, plan, x, weight, bias, slopes, y, statistics, options=options)
     return y, statistics
@@ -104,6 +116,7 @@ def backward(
     grad: Tensor,
     x: Tensor,
     layout: Layout,
+    batch: bool,
     weight: Tensor | None,
     bias: Tensor | None,
     slopes: Tensor | None,
@@ -119,9 +132,9 @@ def backward(
         grad: of the result, dense in `layout`.
         statistics: what `forward` returned.
         wanted: which gradients.
-        x, layout, weight, bias, slopes, eps, activation, negative_slope: as `forward` took them.
+        x, layout, batch, weight, bias, slopes, eps, activation, negative_slope: as `forward` took them.
     """
-    plan = _plan_of(x, layout, slopes, eps, activation, negative_slope)
+    plan = _plan_of(x, layout, batch, slopes, eps, activation, negative_slope)
     grad_x = torch.empty(x.shape, dtype=x.dtype, memory_format=MEMORY_FORMAT[layout]) if wanted[0] else None
     parameters = [
         torch.empty(operand.shape, dtype=x.dtype) if operand is not None and is_wanted else None
@@ -130,3 +143,20 @@ def backward(
     operands = (grad, x, weight, bias, slopes, statistics, grad_x, *parameters)
     call(kernels().instance_norm_backward, plan, *operands, options=(x.dtype == torch.float64,))
     return grad_x, *parameters
+
+
+def update_running_statistics(
+    x: Tensor, layout: Layout, statistics: Tensor, factor: float, mean: Tensor, variance: Tensor
+) -> None:
+    """Have the running statistics of a batch normalization follow, as torch's do; their versions stay as they are.
+
+    Args:
+        x: what was normalized, with more than one voxel in each channel.
+        layout: of x.
+        statistics: what `forward` returned with `batch`.
+        factor: the share of this batch.
+        mean, variance: the running statistics, (C,), dense, of the dtype of x; changed in place.
+    """
+    plan = _plan_of(x, layout, True, None, 0.0, "none", 0.0)
+    options = (x.dtype == torch.float64, factor)
+    call(kernels().update_running_statistics, plan, statistics, mean, variance, options=options)

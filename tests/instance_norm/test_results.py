@@ -131,7 +131,7 @@ def test_gradcheck_and_gradgradcheck(activation, layout):
 
 
 def test_the_formula_is_what_the_kernel_computes():
-    call = _Call("ncdhw", "ncdhw", 1e-5, "leaky_relu", 0.2)
+    call = _Call("ncdhw", "ncdhw", False, 1e-5, "leaky_relu", 0.2)
     x, grad = (torch.randn(2, 3, 4, 5, 6, dtype=torch.float64) for _ in range(2))
     weight, bias, _ = operands("none", 3, torch.float64)
     _, statistics = call.forward(x, weight, bias, None)
