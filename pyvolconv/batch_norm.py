@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .epilogue import NEGATIVE_SLOPE, Activation
-from .instance_norm import batch_norm_activation
+from .instance_norm import RunningStatistics, batch_norm_activation
 
 FEWEST_VALUES = 1 << 19
 """From so many on this pass is faster than torch's: below, calling it takes longer than what it saves."""
@@ -54,8 +54,8 @@ def run_batch_norm(
     if norm.training and norm.track_running_stats:
         if norm.running_mean is None or norm.running_var is None:
             return None
-        running = (norm.running_mean, norm.running_var, _factor(norm))
-    y = batch_norm_activation(
+        running = RunningStatistics(norm.running_mean, norm.running_var, _factor(norm), norm.num_batches_tracked)
+    return batch_norm_activation(
         x,
         norm.weight,
         norm.bias,
@@ -65,9 +65,6 @@ def run_batch_norm(
         activation=activation,
         negative_slope=negative_slope,
     )
-    if y is not None and running is not None and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    return y
 
 
 def _factor(norm: nn.BatchNorm3d) -> float:

@@ -31,6 +31,34 @@ def is_compiled() -> bool:
 
 
 @dataclass(frozen=True)
+class RunningStatistics:
+    """What a batch normalization remembers of its batches.
+
+    Attributes:
+        mean, variance: (C,).
+        factor: the share of the batch at hand in them.
+        batches: how many there were, or None.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    factor: float
+    batches: Tensor | None = None
+
+    def fit(self, x: Tensor) -> bool:
+        """Whether they are ordinary, dense and of the channels and the dtype of x."""
+        return all(
+            not has_torch_function_unary(one)
+            and _is_ordinary(one)
+            and one.is_cpu
+            and one.dtype == x.dtype
+            and one.shape == x.shape[1:2]
+            and one.is_contiguous()
+            for one in (self.mean, self.variance)
+        )
+
+
+@dataclass(frozen=True)
 class _Call:
     layout: Layout
     result_layout: Layout
@@ -38,12 +66,20 @@ class _Call:
     eps: float
     activation: Activation
     negative_slope: float
+    running: RunningStatistics | None = None
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, slopes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         operands = (x, self.layout, self.result_layout, self.batch, weight, bias, slopes)
-        return cpp_instance_norm.forward(*operands, self.eps, self.activation, self.negative_slope)
+        y, statistics = cpp_instance_norm.forward(*operands, self.eps, self.activation, self.negative_slope)
+        if self.running is not None:
+            # Here, because a checkpoint that computes the call anew may stop it when operands are saved.
+            if self.running.batches is not None:
+                self.running.batches.add_(1)
+            into = (self.running.factor, self.running.mean, self.running.variance)
+            cpp_instance_norm.update_running_statistics(x, self.layout, statistics, *into)
+        return y, statistics
 
     def backward(self, grad: Tensor, saved: tuple[Tensor | None, ...], wanted: tuple[bool, ...]) -> Any:
         x, weight, bias, slopes, statistics = saved
@@ -146,7 +182,7 @@ def batch_norm_activation(
     bias: Tensor | None,
     slopes: Tensor | None = None,
     *,
-    running: tuple[Tensor, Tensor, float] | None = None,
+    running: RunningStatistics | None = None,
     eps: float = 1e-5,
     activation: Activation = "none",
     negative_slope: float = 0.01,
@@ -155,7 +191,7 @@ def batch_norm_activation(
 
     Args:
         x, weight, bias, slopes, eps, activation, negative_slope: as for `instance_norm_activation`.
-        running: mean and variance that follow, (C,) each, and the share of this batch in them; or None.
+        running: statistics that follow those of the batch, or None.
 
     Returns:
         The result in the layout of x; None as for `instance_norm_activation`, and nothing has changed.
@@ -164,26 +200,17 @@ def batch_norm_activation(
         >>> import torch
         >>> x = torch.randn(2, 3, 4, 4, 4)
         >>> mean, variance = torch.zeros(3), torch.ones(3)
-        >>> y = batch_norm_activation(x, None, None, running=(mean, variance, 0.1), activation="relu")
+        >>> running = RunningStatistics(mean, variance, factor=0.1)
+        >>> y = batch_norm_activation(x, None, None, running=running, activation="relu")
         >>> torch.allclose(y, torch.relu(torch.nn.functional.batch_norm(x, None, None, training=True)), atol=1e-5)
         True
         >>> torch.allclose(mean, 0.1 * x.mean((0, 2, 3, 4)), atol=1e-6)
         True
     """
-    for buffer in running[:2] if running else ():
-        if has_torch_function_unary(buffer) or not _is_ordinary(buffer):
-            return None
-        if not buffer.is_cpu or buffer.dtype != x.dtype or buffer.shape != x.shape[1:2] or not buffer.is_contiguous():
-            return None
-    found = _normalized(x, weight, bias, slopes, True, eps, activation, negative_slope, True)
-    if found is None:
+    if running is not None and not running.fit(x):
         return None
-    y, statistics = found
-    if running:
-        mean, variance, factor = running
-        layout: Layout = "ndhwc" if statistics.shape[1] == x.shape[1] else "ncdhw"
-        cpp_instance_norm.update_running_statistics(x, layout, statistics, factor, mean, variance)
-    return y
+    found = _normalized(x, weight, bias, slopes, True, eps, activation, negative_slope, True, running)
+    return None if found is None else found[0]
 
 
 def _normalized(
@@ -196,6 +223,7 @@ def _normalized(
     activation: Activation,
     negative_slope: float,
     keep_channels_last: bool,
+    running: RunningStatistics | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """The result and the statistics, or None for torch to compute or to refuse."""
     parameters = [parameter for parameter in (weight, bias, slopes) if parameter is not None]
@@ -219,7 +247,7 @@ def _normalized(
     else:
         return None
     result_layout: Layout = layout if keep_channels_last else "ncdhw"
-    call = _Call(layout, result_layout, batch, float(eps), activation, float(negative_slope))
+    call = _Call(layout, result_layout, batch, float(eps), activation, float(negative_slope), running)
     if not is_differentiated(x, *parameters):
         return call.forward(x, weight, bias, slopes)
     function = BatchNormFunction if batch else InstanceNormFunction

@@ -1,4 +1,4 @@
-"""Modules and operands of the tests of instance normalization."""
+"""Modules and operands of the tests of instance and batch normalization."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 import pyvolconv
 from pyvolconv.backends import cpp_instance_norm
+from pyvolconv.instance_norm import batch_norm_activation, instance_norm_activation
 
 compiled = pytest.mark.skipif(not cpp_instance_norm.is_available(), reason="no compiled module")
 
@@ -22,6 +23,8 @@ ACTIVATIONS = {
     "one_slope": lambda: nn.PReLU(init=0.3),
     "slopes": lambda: nn.PReLU(6, init=-0.1),
 }
+KINDS = {"instance": (2, 3, 4), "batch": (0, 2, 3, 4)}
+"""The axes that share statistics."""
 SHAPES = [(2, 6, 5, 4, 7), (1, 6, 33, 31, 30), (6, 6, 1, 2, 3), (1, 6, 1, 1, 2), (40, 6, 3, 4, 5)]
 
 
@@ -42,8 +45,18 @@ def settings(activation):
     return {"activation": activation, "negative_slope": 0.2}
 
 
-def by_torch(activation, x, weight, bias, slopes, eps=1e-5):
-    z = F.instance_norm(x, weight=weight, bias=bias, eps=eps)
+def normalized(kind, x, weight, bias, slopes=None, **options):
+    """By ours, in the layout of x."""
+    if kind == "batch":
+        return batch_norm_activation(x, weight, bias, slopes, **options)
+    return instance_norm_activation(x, weight, bias, slopes, keep_channels_last=True, **options)
+
+
+def by_torch(kind, activation, x, weight, bias, slopes, eps=1e-5):
+    if kind == "batch":
+        z = F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+    else:
+        z = F.instance_norm(x, weight=weight, bias=bias, eps=eps)
     if slopes is not None:
         return F.prelu(z, slopes)
     return {"none": lambda: z, "relu": lambda: F.relu(z), "leaky_relu": lambda: F.leaky_relu(z, 0.2)}[activation]()
