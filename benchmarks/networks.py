@@ -30,6 +30,7 @@ from tests.clients.networks import (
     Network,
     cogvideox_vae,
     monai_dynunet,
+    monai_resnet,
     monai_segresnet,
     monai_unet,
     plain_conv_unet,
@@ -46,6 +47,7 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last_3d": torch.chan
 NETWORKS: dict[str, Callable[[], Network]] = {
     "MONAI UNet 96^3": lambda: monai_unet((16, 32, 64, 128, 256), (96, 96, 96)),
     "MONAI SegResNet 96^3": lambda: monai_segresnet(8, (96, 96, 96)),
+    "MONAI ResNet-18 64^3, batch 4": lambda: monai_resnet((2, 2, 2, 2), (64, 128, 256, 512), (64, 64, 64), batch=4),
     "MONAI DynUNet 48^3": lambda: monai_dynunet((32, 64, 128, 256), (48, 48, 48)),
     "nnU-Net PlainConvUNet 64^3": lambda: plain_conv_unet(
         (32, 64, 128, 256), (64, 64, 64), kernel_sizes=3, strides=[1, 2, 2, 2]

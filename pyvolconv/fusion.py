@@ -135,10 +135,18 @@ def _join(path: str, name: str) -> str:
 
 def chains_among(modules: Sequence[tuple[str, nn.Module]], shared: set[str]) -> Iterator[tuple[int, int]]:
     """(start, length) of the chains among (path, module) pairs that are called in this order."""
+
+    def is_left_alone(index: int) -> bool:
+        return modules[index][0] in shared
+
     position = 0
     bare = [module for _, module in modules]
     while position < len(modules):
-        length = chain_length(bare, position, lambda index: modules[index][0] in shared, in_any_mode=True)
+        length = chain_length(bare, position, is_left_alone, in_any_mode=True)
+        last = position + length - 1
+        if link_of(bare[last]) == "normalization" and length > 1:
+            # In training mode another chain starts there.
+            length += chain_length(bare, last, is_left_alone, in_any_mode=True) - 1
         if length > 1:
             yield position, length
         position += length

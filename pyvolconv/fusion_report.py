@@ -1,4 +1,4 @@
-"""What became of every 3-D convolution and InstanceNorm3d of a model, and why no more: `fusion_report(model)`."""
+"""What became of every 3-D convolution and norm of a model, and why no more: `fusion_report(model)`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,26 @@ from typing import cast
 
 from torch import nn
 
+from .batch_norm import uses_batch_statistics
+from .chains import describe
 from .fused_graph import called_by
-from .fusion import Findings, find
-from .links import CONVOLUTION_CHAIN, flatten, has_global_hooks, is_plain_sequential, link_of, obstacle, original_class
-from .nn import Conv3d, ConvTranspose3d, InstanceNorm3d
+from .fusion import Findings, Site, find
+from .links import (
+    CONVOLUTION_CHAIN,
+    chain_length,
+    flatten,
+    has_global_hooks,
+    is_plain_sequential,
+    link_of,
+    obstacle,
+    original_class,
+)
+from .nn import BatchNorm3d, Conv3d, ConvTranspose3d, InstanceNorm3d
 
 
 @dataclass(frozen=True)
 class Row:
-    """One convolution, or InstanceNorm3d.
+    """One convolution or norm.
 
     Attributes:
         module: its path in the model.
@@ -31,7 +42,9 @@ class Row:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """A row for every 3-D convolution and InstanceNorm3d, in the order of `model.modules()`; `str()` is a table.
+    """A row for every 3-D convolution, InstanceNorm3d and BatchNorm3d in training mode; `str()` is a table.
+
+    Rows are in the order of `model.modules()`.
 
     Attributes:
         rows: what became of each.
@@ -51,7 +64,7 @@ class FusionReport:
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
-    """What `accelerate` made of each 3-D convolution and InstanceNorm3d, as the model stands now.
+    """What `accelerate` made of each 3-D convolution and norm, as the model stands now.
 
     Args:
         model: any module; it is only looked at. One that was not accelerated says so in every row.
@@ -78,25 +91,48 @@ def fusion_report(model: nn.Module) -> FusionReport:
             _row(path, module, model, findings)
             for path, module in model.named_modules()
             if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d, nn.InstanceNorm3d))
+            or (isinstance(module, nn.BatchNorm3d) and uses_batch_statistics(module))
         )
     )
 
 
 def _row(path: str, module: nn.Module, model: nn.Module, findings: Findings) -> Row:
     name = original_class(module).__name__
-    if not isinstance(module, (Conv3d, ConvTranspose3d, InstanceNorm3d)):
+    if not isinstance(module, (Conv3d, ConvTranspose3d, InstanceNorm3d, BatchNorm3d)):
         return Row(path, f"{name} of torch", "not accelerated")
     alone = f"{name} alone"
     if isinstance(module, nn.ConvTranspose3d):
         return Row(path, alone, "transposed convolutions are not fused")
-    site = findings.sites.get(path)
+    site = _site(path, findings)
     if site is None:
         return Row(path, alone, _why_alone(path, module, model, findings))
     if not hasattr(type(model.get_submodule(site.owner)), "_pyvolconv_original"):
         return Row(path, alone, "accelerated without fusing")
+    if isinstance(module, nn.BatchNorm3d):
+        return _row_of_batch_norm(path, site)
     now = "hooks around every module" if has_global_hooks() else ""
     now = now or next((why for _, link in site.chain if (why := obstacle(link))), "")
     return Row(path, alone, f"{now}; otherwise {site}") if now else Row(path, str(site), "")
+
+
+def _site(path: str, findings: Findings) -> Site | None:
+    """The chain that a convolution or norm starts, or one that a BatchNorm3d stands in."""
+    others = (site for site in findings.sites.values() if any(place == path for place, _ in site.chain))
+    return findings.sites.get(path) or next(others, None)
+
+
+def _row_of_batch_norm(path: str, site: Site) -> Row:
+    """It normalizes by its batch, so that the convolution in front of it runs apart."""
+    places = [place for place, _ in site.chain]
+    chain = [module for _, module in site.chain[places.index(path) :]]
+    length = 1 if has_global_hooks() else chain_length(chain, 0)
+    if length > 1:
+        return Row(path, describe(chain[:length]), "")
+    if has_global_hooks():
+        return Row(path, "BatchNorm3d alone", "hooks around every module")
+    behind = f"{original_class(chain[1]).__name__} follows, which does not run in its pass" if chain[1:] else ""
+    why = next((why for module in chain if (why := obstacle(module, in_any_mode=module is chain[0]))), behind)
+    return Row(path, "BatchNorm3d alone", why or "nothing that runs in its pass follows")
 
 
 def _why_alone(path: str, module: nn.Module, model: nn.Module, findings: Findings) -> str:
@@ -132,7 +168,7 @@ def _owner(path: str, model: nn.Module) -> tuple[str, str]:
 
 def _why_not_with(module: nn.Module, path: str, following: nn.Module, findings: Findings) -> str:
     name = original_class(following).__name__
-    if isinstance(module, nn.InstanceNorm3d):
+    if isinstance(module, (nn.InstanceNorm3d, nn.BatchNorm3d)):
         why = obstacle(following, in_any_mode=True) if link_of(following) else ""
         return why or f"{name} follows, which does not run in its pass"
     link = link_of(following)

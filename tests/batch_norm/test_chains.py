@@ -187,3 +187,43 @@ def test_reverted_models_have_torchs_classes():
     assert isinstance(ours[1], pyvolconv.BatchNorm3d)
     pyvolconv.revert(ours)
     assert type(ours[1]) is nn.BatchNorm3d
+
+
+REPORTS = {
+    "sequence": (lambda: nn.Sequential(nn.BatchNorm3d(6), nn.ReLU()), {"0": "BatchNorm3d + ReLU in one pass"}),
+    "behind a convolution": (
+        lambda: nn.Sequential(nn.Conv3d(2, 6, 3), nn.BatchNorm3d(6), nn.PReLU()),
+        {"0": "Conv3d alone", "1": "BatchNorm3d + PReLU in one pass"},
+    ),
+    "forward code": (
+        Block,
+        {
+            "conv1": "Conv3d alone",
+            "bn1": "BatchNorm3d + ReLU in one pass",
+            "conv2": "Conv3d alone",
+            "bn2": "BatchNorm3d alone",
+        },
+    ),
+    "another activation": (lambda: nn.Sequential(nn.BatchNorm3d(6), nn.SiLU()), {"0": "BatchNorm3d alone"}),
+    "eval mode": (
+        lambda: nn.Sequential(nn.Conv3d(2, 6, 3), nn.BatchNorm3d(6), nn.ReLU()).eval(),
+        {"0": "Conv3d + BatchNorm3d + ReLU, in place"},
+    ),
+    "no chain behind": (
+        lambda: nn.Sequential(nn.Conv3d(2, 6, 3), nn.BatchNorm3d(6), nn.AvgPool3d(2)),
+        {"0": "Conv3d alone", "1": "BatchNorm3d alone"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_the_report_says_so(name):
+    make, became = REPORTS[name]
+    rows = pyvolconv.fusion_report(pyvolconv.accelerate(make())).rows
+    assert {row.module: row.became for row in rows} == became
+    assert all(row.why_not for row in rows if row.became.endswith("alone"))
+    before = pyvolconv.fusion_report(make()).rows
+    assert all(row.became.endswith("of torch") for row in before)
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
+        hooked = pyvolconv.fusion_report(pyvolconv.accelerate(make())).rows
+    assert all("hooks around every module" in row.why_not for row in hooked if " + " in became[row.module])

@@ -63,6 +63,15 @@ def monai_segresnet(filters: int, size: Volume, batch: int = 1) -> Network:
     return Network(model, (torch.randn(batch, 1, *size),))
 
 
+def monai_resnet(layers: Sequence[int], widths: Sequence[int], size: Volume, batch: int = 1) -> Network:
+    """A classifier with BatchNorm3d."""
+    with only_what_works():
+        from monai.networks.nets import ResNet
+
+    model = ResNet("basic", layers, widths, spatial_dims=3, n_input_channels=1, num_classes=3)
+    return Network(model, (torch.randn(batch, 1, *size),))
+
+
 def monai_dynunet(filters: Sequence[int], size: Volume, batch: int = 1) -> Network:
     with only_what_works():
         from monai.networks.nets import DynUNet
@@ -173,6 +182,7 @@ class Client:
 CLIENTS = (
     Client("MONAI UNet", "monai", lambda: monai_unet((4, 8, 16), (16, 16, 16))),
     Client("MONAI SegResNet", "monai", lambda: monai_segresnet(8, (16, 16, 16))),
+    Client("MONAI ResNet", "monai", lambda: monai_resnet((1, 1, 1, 1), (4, 8, 8, 16), (16, 20, 24), batch=2)),
     Client("MONAI DynUNet", "monai", lambda: monai_dynunet((4, 8, 16), (16, 16, 16))),
     Client(
         "nnU-Net PlainConvUNet",

@@ -39,6 +39,7 @@ def test_found_in_forward_code(passes):
     model = pyvolconv.accelerate(copy.deepcopy(reference))
     assert rows(model) == {
         "conv1": ("Conv3d alone", f"BatchNorm3d is in training mode; otherwise {WITH_NORM}"),
+        "norm1": ("BatchNorm3d + ReLU in one pass", ""),
         "conv2": (CHAIN, ""),
         "block.0": ("Conv3d + LeakyReLU + MaxPool3d in one pass", ""),
         "layers.0": ("Conv3d + ReLU, in place", ""),
