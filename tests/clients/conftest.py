@@ -6,7 +6,10 @@ import importlib.util
 
 import pytest
 
+from ..batch_norm.conftest import at_any_size
 from .networks import CLIENTS, Client
+
+__all__ = ["at_any_size"]
 
 
 def require_package(name: str) -> None:
@@ -19,3 +22,8 @@ def client(request: pytest.FixtureRequest) -> Client:
     """Each network, small; what a package that is there cannot do is a failure."""
     require_package(request.param.package)
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _norms_go_our_way(at_any_size: None) -> None:
+    """Although networks are small here."""
