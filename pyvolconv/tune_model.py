@@ -23,7 +23,8 @@ from .train.models import MISSION_SIZE, build
 
 BUILT_IN = "cnn"
 WIDE = 100
-"""Columns of a terminal from which on the table says what the cost model would have taken."""
+"""Columns of a terminal from which on there is room for these, too."""
+ONLY_WIDE = ("Torch", "Untuned", "Regret")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
@@ -167,7 +168,7 @@ def print_tuned(console: Console, found: Sequence[Tuned]) -> None:
     title = ", ".join(filter(None, ["Milliseconds per pass", head]))
     table = Table(title=title, title_justify="left", header_style="dim", box=None, padding=(0, 1))
     table.add_column("Problem", overflow="fold")
-    columns = [column for column in COLUMNS if console.width >= WIDE or column != "Untuned"]
+    columns = [column for column in COLUMNS if console.width >= WIDE or column not in ONLY_WIDE]
     for column in columns:
         text = column in ("Pass", "Fastest", "Untuned")
         table.add_column(column, justify="left" if text else "right", no_wrap=True)
