@@ -106,7 +106,8 @@ def accelerate(
             _swap(model, fuse, keep_channels_last)
         return model
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    if all(isinstance(leaf, int) for leaf in tree_leaves(arguments)):
+    leaves = tree_leaves(arguments)
+    if leaves and all(isinstance(leaf, int) for leaf in leaves):
         raise TypeError(
             "accelerate() runs the model on example_input, a tensor or a tuple of the model's arguments, but got the "
             f"numbers {example_input}; give torch.randn of them if they are a shape"
@@ -185,7 +186,10 @@ def _swap(model: nn.Module, fuse: bool, keep_channels_last: bool) -> None:
         module.__class__ = _derive(type(module), None, own)
     for path, (base, members) in find(model).classes.items():
         module = model.get_submodule(path)
-        module.__class__ = _derive(type(module), base, members)
+        if base is None:
+            module.__class__ = _derive(type(module), base, members)
+        else:
+            module.__class__ = _derived_sequential(type(module), base, members["left_alone"])  # type: ignore[arg-type]
 
 
 def _revert(module: nn.Module) -> None:
@@ -214,6 +218,14 @@ def _replace_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]
 @cache
 def _derived(original: type[nn.Module], ours: type[nn.Module], keeps_channels_last: bool = False) -> type[nn.Module]:
     return _derive(original, ours, {"keeps_channels_last": True} if keeps_channels_last else {})
+
+
+@cache
+def _derived_sequential(
+    original: type[nn.Module], base: type[nn.Module], left_alone: frozenset[str]
+) -> type[nn.Module]:
+    """The same for equal models, as `torch.func.stack_module_state` wants it."""
+    return _derive(original, base, {"left_alone": left_alone})
 
 
 def _derive(original: type[nn.Module], ours: type[nn.Module] | None, own: dict[str, Any]) -> type[nn.Module]:

@@ -54,6 +54,7 @@ class RunningStatistics:
             and one.dtype == x.dtype
             and one.shape == x.shape[1:2]
             and one.is_contiguous()
+            and not one.requires_grad
             for one in (self.mean, self.variance)
         )
 
@@ -81,13 +82,37 @@ class _Call:
             cpp_instance_norm.update_running_statistics(x, self.layout, statistics, *into)
         return y, statistics
 
+    def kept(self, bias: Tensor | None, slopes: Tensor | None) -> Tensor | None:
+        """What backward needs of a bias, which others may change meanwhile as torch lets them."""
+        if bias is None or slopes is not None:
+            return bias
+        return None if self.activation == "none" else bias.detach().clone()
+
     def backward(self, grad: Tensor, saved: tuple[Tensor | None, ...], wanted: tuple[bool, ...]) -> Any:
         x, weight, bias, slopes, statistics = saved
-        if torch.is_grad_enabled() or not _is_ordinary(grad, x, weight, bias, slopes, statistics):
+        assert x is not None
+        assert statistics is not None
+        ordinary = not torch.is_grad_enabled() and _is_ordinary(grad, x, weight, bias, slopes, statistics)
+        if not ordinary or not self.takes(grad, x, weight, bias, slopes, statistics):
             return self.formula(grad, x, weight, bias, slopes, wanted)
-        grad = in_layout(grad, self.layout)
+        grad, x = in_layout(grad, self.layout), in_layout(x, self.layout)
         operands = (grad, x, self.layout, self.batch, weight, bias, slopes, statistics, wanted)
         return cpp_instance_norm.backward(*operands, self.eps, self.activation, self.negative_slope)  # type: ignore[arg-type]
+
+    def takes(self, grad: Tensor, x: Tensor, *parameters_and_statistics: Tensor | None) -> bool:
+        """Whether saved tensors are what the kernel reads, whatever hooks made of them in between."""
+        *parameters, statistics = parameters_and_statistics
+        assert statistics is not None
+        samples, channels = x.shape[:2]
+        planes = channels if self.batch and self.layout == "ndhwc" else samples * channels
+        return (
+            grad.shape == x.shape
+            and grad.dtype == x.dtype
+            and statistics.shape == (3, planes)
+            and statistics.dtype == torch.float64
+            and statistics.is_contiguous()
+            and all(one is None or (one.dtype == x.dtype and one.is_contiguous()) for one in parameters)
+        )
 
     def formula(self, grad: Tensor, x: Any, weight: Any, bias: Any, slopes: Any, wanted: tuple[bool, ...]) -> Any:
         """The same gradients by torch's functions, which everybody can differentiate and transform."""
@@ -110,8 +135,8 @@ class _Call:
         along = (grad * normal).mean(axes, keepdim=True)
         grads = (
             scaled * (grad - grad.mean(axes, keepdim=True) - normal * along),
-            None if weight is None else (grad * normal).sum((0, *VOXEL_AXES)),
-            None if bias is None else grad.sum((0, *VOXEL_AXES)),
+            (grad * normal).sum((0, *VOXEL_AXES)),
+            grad.sum((0, *VOXEL_AXES)),
             grad_slopes,
         )
         return tuple(one if is_wanted else None for one, is_wanted in zip(grads, wanted, strict=True))
@@ -123,7 +148,7 @@ class InstanceNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, slopes: Any, call: _Call) -> tuple[Tensor, Tensor]:
         y, statistics = call.forward(x, weight, bias, slopes)
-        ctx.save_for_backward(x, weight, bias, slopes, statistics)
+        ctx.save_for_backward(x, weight, call.kept(bias, slopes), slopes, statistics)
         ctx.call = call
         ctx.mark_non_differentiable(statistics)
         return y, statistics

@@ -95,12 +95,8 @@ def obstacle(module: nn.Module, in_any_mode: bool = False) -> str:
         in_any_mode: leave out what `train()` and `eval()` change.
     """
     original = original_class(module)
-    if original not in _LINKS:
-        base = next(torch_class for torch_class in _LINKS if isinstance(module, torch_class))
-        return f"{original.__name__} is a subclass of {base.__name__}"
-    interference = _interference(module)
-    if interference:
-        return f"{original.__name__} has {interference}"
+    if why := _obstacle_of_class(module):
+        return why
     if isinstance(module, nn.Conv3d) and module.padding_mode != "zeros":
         return f"padding_mode={module.padding_mode!r}"
     if isinstance(module, nn.BatchNorm3d):
@@ -113,6 +109,16 @@ def obstacle(module: nn.Module, in_any_mode: bool = False) -> str:
     if isinstance(module, nn.LeakyReLU) and not 0 <= module.negative_slope < math.inf:
         return f"LeakyReLU has negative_slope={module.negative_slope}"
     return _obstacle_of_pool(module) if isinstance(module, nn.MaxPool3d) else ""
+
+
+def _obstacle_of_class(module: nn.Module) -> str:
+    """What makes calling a module more than what the class in `_LINKS` does."""
+    original = original_class(module)
+    if original not in _LINKS:
+        base = next(torch_class for torch_class in _LINKS if isinstance(module, torch_class))
+        return f"{original.__name__} is a subclass of {base.__name__}"
+    interference = _interference(module)
+    return f"{original.__name__} has {interference}" if interference else ""
 
 
 def _obstacle_of_norm(module: nn.BatchNorm3d, in_any_mode: bool) -> str:
@@ -204,9 +210,11 @@ def _norm_chain_length(
     for index in range(start, len(modules)):
         link = link_of(modules[index])
         is_first, is_last = index == start, link == "PReLU" or isinstance(modules[index], (nn.ReLU, nn.LeakyReLU))
-        # Training is what a BatchNorm3d in front is for.
-        of_any_mode = in_any_mode or (is_first and link == "normalization")
-        if not (is_first or is_last or link == "dropout") or leave(index) or obstacle(modules[index], of_any_mode):
+        if not (is_first or is_last or link == "dropout") or leave(index):
+            break
+        # A BatchNorm3d in front may train, and keep no statistics.
+        is_batch_norm = is_first and link == "normalization"
+        if _obstacle_of_class(modules[index]) if is_batch_norm else obstacle(modules[index], in_any_mode):
             break
         if is_last:
             return index - start + 1

@@ -7,7 +7,7 @@
 namespace pvc {
 namespace {
 
-// Sums of x - x0 and of its square, [2][channels], x0 the first voxel of the sample.
+// Sums of x - x0 and of its square, [2][channels], x0 the first voxel of the sample (`origin_of`).
 template <typename T>
 void sum_for_statistics(const NormWalk<T>& walk, int64_t chunk, const T* x, double* by_channel) {
     using D = Doubles<T>;
@@ -15,6 +15,7 @@ void sum_for_statistics(const NormWalk<T>& walk, int64_t chunk, const T* x, doub
     T* first = scratch<T>(Scratch::tile_input, walk.row);
     double* sums = scratch<double>(Scratch::tile_accumulators, 2 * walk.row);
     walk.spread(x, first);
+    for (int64_t i = 0; i < walk.row; ++i) first[i] = origin_of(first[i]);
     for (int64_t i = 0; i < 2 * walk.row; ++i) sums[i] = 0;
     const auto add = [&](const T* from, int64_t column, int64_t rows) {
         Vector<double>::type origin[D::parts], sum[D::parts] = {}, squares[D::parts] = {};
@@ -96,6 +97,9 @@ void instance_norm_forward_as(const InstanceNormProblem& problem, const T* x, co
     const auto partial = [&](int64_t sample, int64_t chunk) {
         return partials + (sample * walk.chunks + chunk) * 2 * walk.channels;
     };
+    const auto origin = [&](int64_t sample, int64_t c) {
+        return static_cast<double>(origin_of(x[sample * sample_size + c]));
+    };
     constexpr int kConstants = RowConstants<T>::kCount;
     T* constants = scratch<T>(Scratch::shared_weights, problem.samples * kConstants * walk.row);
     const auto row_of = [&](int64_t sample) {
@@ -109,25 +113,31 @@ void instance_norm_forward_as(const InstanceNormProblem& problem, const T* x, co
         [&](int64_t group) {
             const double voxels = static_cast<double>(problem.voxels);
             double* sum = scratch<double>(Scratch::tile_accumulators, 4 * walk.channels);
-            double *squares = sum + walk.channels, *mean = squares + walk.channels, *deviations = mean + walk.channels;
-            for (int64_t i = 0; i < 2 * walk.channels; ++i) mean[i] = 0;  // of the planes so far, from the first voxel
-            double merged = 0;
+            double* squares = sum + walk.channels;
+            // Of the planes so far: differences from the first one's origin, and squares of those from the mean.
+            double *total = squares + walk.channels, *deviations = total + walk.channels, merged = 0;
+            for (int64_t i = 0; i < 2 * walk.channels; ++i) total[i] = 0;
             for (int64_t sample = group; sample < problem.samples; sample += problem.groups(), ++merged) {
                 for (int64_t i = 0; i < 2 * walk.channels; ++i) sum[i] = 0;
                 add_chunks(walk, partial(sample, 0), 2 * walk.channels, sum);
                 for (int64_t c = 0; c < walk.channels; ++c) {
-                    const double within = squares[c] - sum[c] * sum[c] / voxels;
-                    const double between = static_cast<double>(x[sample * sample_size + c]) -
-                                           static_cast<double>(x[group * sample_size + c]) + sum[c] / voxels - mean[c];
-                    mean[c] += between / (merged + 1);
-                    deviations[c] += (within < 0 ? 0 : within) + between * between * voxels * merged / (merged + 1);
+                    // Squares of finite values may overflow: a variance that is infinite.
+                    const bool overflows = squares[c] == __builtin_inf() && sum[c] - sum[c] == 0;
+                    const double within = overflows ? squares[c] : squares[c] - sum[c] * sum[c] / voxels;
+                    const double distance = (origin(sample, c) - origin(group, c)) * voxels + sum[c];
+                    deviations[c] += within < 0 ? 0 : within;
+                    if (merged > 0) {
+                        const double between = (distance - total[c] / merged) / voxels;
+                        deviations[c] += between * between * voxels * merged / (merged + 1);
+                    }
+                    total[c] += distance;
                 }
             }
             for (int64_t c = 0; c < walk.channels; ++c) {
                 const double variance = deviations[c] / (voxels * merged);
                 for (int64_t sample = group; sample < problem.samples; sample += problem.groups()) {
                     double* of_plane = statistics + sample * walk.channels + c;
-                    of_plane[0] = static_cast<double>(x[group * sample_size + c]) + mean[c];
+                    of_plane[0] = origin(group, c) + total[c] / (voxels * merged);
                     of_plane[planes] = 1.0 / __builtin_sqrt(variance + problem.eps);
                     of_plane[2 * planes] = variance;
                 }

@@ -61,6 +61,12 @@ PlaneConstants<T> constants_of(const InstanceNormProblem& problem, int64_t plane
             bias == nullptr ? 0.0 : static_cast<double>(bias[parameter])};
 }
 
+// From which the differences of a channel's values are summed: one of them, but for infinity and NaN.
+template <typename T>
+inline T origin_of(T first) {
+    return first - first == 0 ? first : T(0);
+}
+
 // What is multiplied with the lanes of a row: z = (x - hi) scale + shift, and f's slope.
 template <typename T>
 struct RowConstants {

@@ -132,13 +132,15 @@ def backward(
         grad: of the result, dense in `layout`.
         statistics: what `forward` returned.
         wanted: which gradients.
-        x, layout, batch, weight, bias, slopes, eps, activation, negative_slope: as `forward` took them.
+        x, layout, batch, weight, slopes, eps, activation, negative_slope: as `forward` took them.
+        bias: as `forward` took it, or None without an activation.
     """
     plan = _plan_of(x, layout, batch, slopes, eps, activation, negative_slope)
     grad_x = torch.empty(x.shape, dtype=x.dtype, memory_format=MEMORY_FORMAT[layout]) if wanted[0] else None
+    sizes = (x.shape[1], x.shape[1], 0 if slopes is None else slopes.numel())
     parameters = [
-        torch.empty(operand.shape, dtype=x.dtype) if operand is not None and is_wanted else None
-        for operand, is_wanted in zip((weight, bias, slopes), wanted[1:], strict=True)
+        torch.empty(size, dtype=x.dtype) if is_wanted else None
+        for size, is_wanted in zip(sizes, wanted[1:], strict=True)
     ]
     operands = (grad, x, weight, bias, slopes, statistics, grad_x, *parameters)
     call(kernels().instance_norm_backward, plan, *operands, options=(x.dtype == torch.float64,))

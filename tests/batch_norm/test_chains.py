@@ -163,6 +163,22 @@ def test_with_functional_call_of_other_buffers():
     assert_close(ours.state_dict(), before)
 
 
+def test_models_of_equal_structure_can_be_stacked():
+    models = [
+        both(nn.Sequential(nn.Conv3d(2, 6, 3), nn.BatchNorm3d(6, track_running_stats=False), nn.ReLU()))[1]
+        for _ in range(3)
+    ]
+    parameters, buffers = torch.func.stack_module_state(models)
+    x = torch.randn(2, 2, 5, 6, 7)
+
+    def call(parameters, buffers):
+        return torch.func.functional_call(models[0], (parameters, buffers), (x,))
+
+    together = torch.func.vmap(call)(parameters, buffers)
+    for one, model in zip(together, models, strict=True):
+        assert_close(one, model(x))
+
+
 def test_sync_batch_norm_takes_its_place():
     _, ours = both(nn.Sequential(nn.Conv3d(2, 6, 3), nn.BatchNorm3d(6), nn.ReLU()))
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(ours)
@@ -203,6 +219,10 @@ REPORTS = {
             "conv2": "Conv3d alone",
             "bn2": "BatchNorm3d alone",
         },
+    ),
+    "no statistics": (
+        lambda: nn.Sequential(nn.BatchNorm3d(6, track_running_stats=False), nn.ReLU()),
+        {"0": "BatchNorm3d + ReLU in one pass"},
     ),
     "another activation": (lambda: nn.Sequential(nn.BatchNorm3d(6), nn.SiLU()), {"0": "BatchNorm3d alone"}),
     "eval mode": (

@@ -132,6 +132,54 @@ def test_odd_states_are_torchs():
             assert_close(*buffers)
 
 
+@pytest.mark.parametrize("eps", [0.0, -1.0, 1, "1", None])
+def test_eps_that_torch_refuses(eps):
+    theirs, ours = pair()
+    theirs.eps = ours.eps = eps
+    x = torch.randn(3, 6, 4, 5, 6)
+    assert_same_outcome(outcome(ours, x), outcome(theirs, x))
+
+
+def test_a_subclass_that_checks_its_input():
+    class Picky(nn.BatchNorm3d):
+        def _check_input_dim(self, input):
+            super()._check_input_dim(input)
+            if input.shape[2] < 5:
+                raise ValueError("too thin")
+
+    ours = pyvolconv.accelerate(Picky(6))
+    ours(torch.randn(3, 6, 5, 5, 6))
+    with pytest.raises(ValueError, match="too thin"):
+        ours(torch.randn(3, 6, 4, 5, 6))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_values_that_are_not_finite_or_whose_squares_are_not(dtype, layout):
+    theirs, ours = (one.to(dtype) for one in pair(5))
+    for _ in range(3):
+        x = torch.randn(4, 5, 3, 4, 5, dtype=dtype)
+        x[0, 0, 0, 0, 0] = float("inf")
+        x[1, 1, 1, 1, 1] = -float("inf")
+        x[0, 2, 0, 0, 0] = float("nan")
+        if dtype == torch.float64:  # whose squares overflow; those of float32 are summed in float64 here
+            x[2, 3, 2, 2, 2] = 1e299
+        x = x.to(memory_format=LAYOUTS[layout])
+        assert_close(ours(x), theirs(x), equal_nan=True)
+        assert_close(ours.state_dict(), theirs.state_dict(), equal_nan=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"track_running_stats": False}], ids=str)
+def test_exported_for_any_size(options, monkeypatch):
+    """What is faster at one size decides nothing for others."""
+    monkeypatch.undo()
+    _, ours = pair(4, **options)
+    sizes = ({0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
+    for example, other in (((2, 4, 8, 8, 8), (4, 4, 50, 50, 50)), ((4, 4, 50, 50, 50), (2, 4, 8, 8, 50))):
+        program = torch.export.export(ours, (torch.randn(*example[:4], other[4]),), dynamic_shapes=sizes)
+        assert program.module()(torch.randn(other)).shape == other
+
+
 def test_versions_of_running_statistics_stay():
     """As with torch, a graph that saved them may run backward after another batch."""
     for module in pair():

@@ -1,0 +1,101 @@
+"""What is kept for backward: changed meanwhile by others, or by hooks, as torch lets them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import pyvolconv
+
+from ..batch_norm.conftest import at_any_size
+from ..closeness import assert_close
+from .operands import LAYOUTS, compiled
+
+__all__ = ["at_any_size"]
+
+pytestmark = [compiled, pytest.mark.usefixtures("at_any_size")]
+
+NORMS = {"instance": lambda: nn.InstanceNorm3d(6, affine=True), "batch": lambda: nn.BatchNorm3d(6)}
+BEHIND = {"none": (), "relu": (nn.ReLU(),), "leaky_relu": (nn.LeakyReLU(0.2),), "slopes": (nn.PReLU(6),)}
+HOOKS = {
+    "another layout": (lambda one: one.contiguous(), lambda one: one),
+    "rounded": (lambda one: (one.dtype, one.bfloat16()), lambda pair: pair[1].to(pair[0])),
+    "another dtype": (lambda one: one.float(), lambda one: one),
+    "strided": (lambda one: torch.stack([one, one], -1), lambda one: one[..., 0]),
+}
+
+
+def both(kind, behind):
+    theirs = nn.Sequential(NORMS[kind](), *copy.deepcopy(BEHIND[behind]))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.uniform_(-1, 1)
+    return theirs, pyvolconv.accelerate(copy.deepcopy(theirs), keep_channels_last=True)
+
+
+@pytest.mark.parametrize("hooks", HOOKS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("behind", BEHIND)
+@pytest.mark.parametrize("kind", NORMS)
+def test_hooks_of_saved_tensors(kind, behind, layout, hooks):
+    theirs, ours = both(kind, behind)
+    x = torch.randn(3, 6, 4, 5, 6).to(memory_format=LAYOUTS[layout])
+    grad = torch.randn(x.shape)
+    results = []
+    for model, functions in ((ours, HOOKS[hooks]), (theirs, (lambda one: one, lambda one: one))):
+        given = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(*functions):
+            y = model(given)
+        results.append(torch.autograd.grad(y, [given, *model.parameters()], grad))
+    if hooks == "rounded":
+        # Where rounding takes a value to the other side of zero the gradient is another.
+        for got, expected in zip(*results, strict=True):
+            assert float((got - expected).norm()) < 0.5 * float(expected.norm())
+    else:
+        assert_close(*results)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", NORMS)
+def test_kept_on_the_cpu(kind, layout):
+    theirs, ours = both(kind, "relu")
+    x, grad = (torch.randn(3, 6, 4, 5, 6).to(memory_format=LAYOUTS[layout]) for _ in range(2))
+    results = []
+    for model in (ours, theirs):
+        given = x.clone().requires_grad_()
+        with torch.autograd.graph.save_on_cpu():
+            y = model(given)
+        results.append(torch.autograd.grad(y, [given, *model.parameters()], grad))
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("behind", ["none", "relu", "leaky_relu"])
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_bias_may_change_meanwhile(kind, behind):
+    theirs, ours = both(kind, behind)
+    x = torch.randn(3, 6, 4, 5, 6)
+    results = []
+    for model in (ours, theirs):
+        given = x.clone().requires_grad_()
+        y = model(given)
+        with torch.no_grad():
+            model[0].bias.add_(1)
+        y.square().sum().backward()
+        results.append([given.grad, *(parameter.grad for parameter in model.parameters())])
+    assert_close(*results)
+
+
+def test_a_weight_or_an_input_may_not():
+    theirs, ours = both("batch", "relu")
+    for model in (ours, theirs):
+        for change in (lambda model, x: model[0].weight, lambda model, x: x):
+            x = torch.randn(3, 6, 4, 5, 6)
+            given = (2 * x).requires_grad_()
+            y = model(given)
+            with torch.no_grad():
+                change(model, given).add_(1)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()
