@@ -18,7 +18,7 @@ from .backends.base import MEMORY_FORMAT, activate_in_place
 from .dispatch import choose, run
 from .epilogue import Activation
 from .fused_ops import APPLY
-from .ops import conv3d, conv3d_problem, fake_conv3d, kernel_of, layout_of, library
+from .ops import conv3d, conv3d_problem, fake_conv3d, kernel_of, layout_of, library, require
 from .problem import ConvProblem
 
 library.define(
@@ -38,6 +38,7 @@ def _run_conv3d_activation(
         y = kernel_of(conv3d)(x, weight, bias, *geometry)
         return activate_in_place(y if residual is None else y.add_(residual), activation, slope)
     problem = conv3d_problem(x.shape, weight.shape, tuple(geometry), x, layout, bias is not None)
+    require(problem, weight, problem.weight_shape, x)
     x, weight = x.contiguous(memory_format=memory_format), weight.contiguous(memory_format=memory_format)
     bias = None if bias is None else bias.contiguous()
     return run_activation(problem, x, weight, bias, residual, activation, slope)

@@ -29,7 +29,7 @@ from .backends.base import MEMORY_FORMAT, activate_in_place
 from .dispatch import choose_fused_or_none, choose_or_none, run
 from .epilogue import KEEPS_PREACTIVATION, NEGATIVE_SLOPE, NO_VOXEL, Activation, MaxPool, Size3
 from .fused_voxels import code_of_indices, gather, passed, scatter
-from .ops import conv3d, conv3d_grad_input, conv3d_grad_weight, conv3d_problem, grad_bias, layout_of, library
+from .ops import conv3d, conv3d_grad_input, conv3d_grad_weight, conv3d_problem, grad_bias, layout_of, library, require
 from .problem import ConvProblem, Layout
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
@@ -102,6 +102,7 @@ def _run_conv3d_max_pool(x: Tensor, weight: Tensor, bias: Tensor | None, *sizes:
     layout = layout_of(x, weight)
     plain = conv3d_problem(x.shape, weight.shape, geometry, x, layout, bias is not None)  # type: ignore[arg-type]
     problem = fused_problem(plain, pool, activation, slope)
+    require(problem, weight, problem.weight_shape, x)
     backend = choose_fused_or_none(problem, keeps_choices=True) if x.numel() else None
     if backend is not None:
         x, weight = _dense(layout, x, weight)
@@ -120,6 +121,7 @@ def _run_conv3d_max_pool_grad_input(
     shape = (grad.shape[0], weight.shape[1] * geometry[3], *input_size)
     plain = conv3d_problem(shape, weight.shape, geometry, grad, layout)  # type: ignore[arg-type]
     problem = fused_problem(plain, pool)
+    _require_pooled(problem, grad, code, weight)
     backend = choose_or_none(problem, "grad_input") if grad.numel() and weight.numel() else None
     if backend is not None:
         return run(backend.grad_input_max_pool, problem, "grad_input", *_dense(layout, grad, code, weight))
@@ -134,6 +136,7 @@ def _run_conv3d_max_pool_grad_weight(
     shape = (grad.shape[1], x.shape[1] // geometry[3], *kernel_size)
     plain = conv3d_problem(x.shape, shape, geometry, grad, layout, bias)  # type: ignore[arg-type]
     problem = fused_problem(plain, pool)
+    _require_pooled(problem, grad, code, x)
     backend = choose_or_none(problem, "grad_weight") if grad.numel() and x.numel() else None
     if backend is not None:
         operands = _dense(layout, grad, code, x)
@@ -141,6 +144,11 @@ def _run_conv3d_max_pool_grad_weight(
         return weight_part, grad.new_empty(0) if bias_part is None else bias_part
     weight_part, bias_part = put_together_grad_weight(grad, code, x, kernel_size, bias, *sizes)
     return _dense(layout, weight_part)[0], bias_part
+
+
+def _require_pooled(problem: ConvProblem, grad: Tensor, code: Tensor, like: Tensor) -> None:
+    require(problem, grad, problem.pooled_shape, like)
+    require(problem, code, problem.pooled_shape, like, torch.uint8)
 
 
 def put_together_conv3d_max_pool(x: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> tuple[Tensor, Tensor]:

@@ -117,11 +117,18 @@ def _grad_weight_shapes(grad_output: Tensor, x: Tensor, kernel_size: Sequence[in
     return [grad_output.shape[1], x.shape[1] // groups, *kernel_size]
 
 
-def _require(problem: ConvProblem, operand: Tensor, shape: tuple[int, ...], other: Tensor) -> None:
-    """That operands fit together: hooks of saved tensors may have made anything of one."""
-    if operand.shape != shape or operand.dtype != other.dtype or operand.device != other.device:
+def require(
+    problem: ConvProblem, operand: Tensor, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """That an operand fits to another: hooks of saved tensors may have made anything of it.
+
+    Raises:
+        RuntimeError: it has another shape, dtype (that of `like` unless one is given) or device.
+    """
+    dtype = dtype or like.dtype
+    if operand.shape != shape or operand.dtype != dtype or operand.device != like.device:
         raise RuntimeError(
-            f"{problem}: expected a tensor of {shape} in {other.dtype} on {other.device}, "
+            f"{problem}: expected a tensor of {shape} in {dtype} on {like.device}, "
             f"got {tuple(operand.shape)} in {operand.dtype} on {operand.device}"
         )
 
@@ -129,7 +136,7 @@ def _require(problem: ConvProblem, operand: Tensor, shape: tuple[int, ...], othe
 def _run_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     layout = layout_of(x, weight)
     problem = conv3d_problem(x.shape, weight.shape, geometry, x, layout, bias is not None)
-    _require(problem, weight, problem.weight_shape, x)
+    require(problem, weight, problem.weight_shape, x)
     if x.numel() == 0 or weight.numel() == 0:
         y = empty(problem, "output", like=x).zero_()
         return y if bias is None else y.add_(bias.view(-1, 1, 1, 1))
@@ -148,7 +155,7 @@ def _run_conv3d_grad_input(grad_output: Tensor, weight: Tensor, input_size: Sequ
     layout = layout_of(grad_output, weight)
     shape = _grad_input_shapes(grad_output, weight, input_size, geometry[3])
     problem = conv3d_problem(shape, weight.shape, geometry, grad_output, layout)
-    _require(problem, grad_output, problem.output_shape, weight)
+    require(problem, grad_output, problem.output_shape, weight)
     if grad_output.numel() == 0 or weight.numel() == 0:
         return empty(problem, "input", like=grad_output).zero_()
     memory_format = MEMORY_FORMAT[layout]
@@ -165,7 +172,7 @@ def _run_conv3d_grad_weight(grad_output: Tensor, x: Tensor, kernel_size: Sequenc
     layout = layout_of(grad_output, x)
     shape = _grad_weight_shapes(grad_output, x, kernel_size, geometry[3])
     problem = conv3d_problem(x.shape, shape, geometry, grad_output, layout)
-    _require(problem, grad_output, problem.output_shape, x)
+    require(problem, grad_output, problem.output_shape, x)
     if grad_output.numel() == 0 or x.numel() == 0:
         return empty(problem, "weight", like=grad_output).zero_()
     memory_format = MEMORY_FORMAT[layout]
