@@ -99,3 +99,17 @@ def test_a_weight_or_an_input_may_not():
                 change(model, given).add_(1)
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 y.sum().backward()
+
+
+@pytest.mark.parametrize("behind", ["relu", "leaky_relu", "slopes"])
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_result_may_change(kind, behind):
+    """Nothing of it is kept: gradients are those of the result as it was."""
+    _, ours = both(kind, behind)
+    x = torch.randn(3, 6, 4, 5, 6)
+    results = []
+    for change in (lambda y: y.mul(2), lambda y: y.mul_(2)):
+        given = x.clone().requires_grad_()
+        results.append(torch.autograd.grad(change(ours(given)).sum(), [given, *ours.parameters()]))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
