@@ -71,3 +71,12 @@ def test_what_does_not_fit(name, hook):
     for function in FUNCTIONS[name]:
         with pytest.raises(RuntimeError):
             gradients(function, operands(), REFUSED[hook])
+
+
+@pytest.mark.parametrize("change", [lambda code: code[..., :-1], lambda code: code.to(torch.int16)])
+def test_codes_of_a_pool_that_do_not_fit(change):
+    def hook(one):
+        return change(one) if one.dtype == torch.uint8 else one
+
+    with pytest.raises(RuntimeError, match=r"expected a tensor of \(2, 5, 3, 3, 3\) in torch.uint8"):
+        gradients(FUNCTIONS["conv3d_max_pool"][0], operands(), hook)
