@@ -5,9 +5,9 @@ conv3d_activation               convolution, residual and activation in one pass
 conv3d_max_pool                 convolution, activation and max-pool in one pass
 Conv3d, ConvTranspose3d         modules, as in torch.nn; also LazyConv3d, LazyConvTranspose3d
 InstanceNorm3d, BatchNorm3d     torch.nn's, forward and backward by one pass each
-accelerate(model), revert       swap a model's convolutions in place, and back
+accelerate(model), revert       swap a model's convolutions and norms in place, and back
 patch()                         a block in which torch's own functions are computed by these
-fusion_report(model)            what became of each convolution, and why no more
+fusion_report(model)            what became of each convolution and norm, and why no more
 use_backend(name), backends()   choose who computes
 set_precision("high")           allow algorithms that round more for speed
 ConvProblem                     one convolution as a value

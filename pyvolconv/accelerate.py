@@ -60,7 +60,7 @@ def accelerate(
     one pass, and so do InstanceNorm3d, or BatchNorm3d in training mode, and a ReLU, LeakyReLU or PReLU behind it, where
     it can be proven that nobody sees what is in between: in `nn.Sequential` of any nesting, and in forward code that
     torch.fx can follow.
-    `fusion_report(model)` says what became of each convolution and InstanceNorm3d, and why no more.
+    `fusion_report(model)` says what became of each convolution and norm, and why no more.
 
     With an example the model is checked, and tuned to this machine: it runs forward before and after the swap, then
     backward (where gradients are enabled), and every pass of every convolution that this asks for is timed in all
@@ -224,7 +224,7 @@ def _derived(original: type[nn.Module], ours: type[nn.Module], keeps_channels_la
 def _derived_sequential(
     original: type[nn.Module], base: type[nn.Module], left_alone: frozenset[str]
 ) -> type[nn.Module]:
-    """The same for equal models, as `torch.func.stack_module_state` wants it."""
+    """One class for Sequentials that are alike: `torch.func.stack_module_state` wants models of the same class."""
     return _derive(original, base, {"left_alone": left_alone})
 
 

@@ -39,6 +39,10 @@ def _run_conv3d_activation(
         return activate_in_place(y if residual is None else y.add_(residual), activation, slope)
     problem = conv3d_problem(x.shape, weight.shape, tuple(geometry), x, layout, bias is not None)
     require(problem, weight, problem.weight_shape, x)
+    if bias is not None:
+        require(problem, bias, (problem.out_channels,), x)
+    if residual is not None:
+        require(problem, residual, problem.output_shape, x)
     x, weight = x.contiguous(memory_format=memory_format), weight.contiguous(memory_format=memory_format)
     bias = None if bias is None else bias.contiguous()
     return run_activation(problem, x, weight, bias, residual, activation, slope)

@@ -29,7 +29,7 @@ from .activation_functional import conv3d_activation
 from .epilogue import NEGATIVE_SLOPE
 from .functional import conv3d
 from .fused_functional import conv3d_max_pool
-from .links import CONVOLUTION_CHAIN, activation_name, chain_length, link_of, original_class, watched
+from .links import activation_name, chain_length, link_of, original_class, watched
 from .norm_chains import run_norm_chain
 from .stretches import run_stretch, stretch_end
 
@@ -124,9 +124,6 @@ def _fold(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm3d) -> tuple[Te
 
 def describe(chain: Sequence[nn.Module]) -> str:
     """A chain in one line, for the report."""
-    if isinstance(chain[0], nn.Conv3d):
-        # What else may follow a BatchNorm3d is in a pass of its own, in training mode.
-        chain = [module for module in chain if link_of(module) in CONVOLUTION_CHAIN]
     links = " + ".join(original_class(module).__name__ for module in chain)
     first, last = chain[0], chain[-1]
     if not isinstance(first, nn.Conv3d) or link_of(last) == "pool":

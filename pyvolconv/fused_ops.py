@@ -103,6 +103,8 @@ def _run_conv3d_max_pool(x: Tensor, weight: Tensor, bias: Tensor | None, *sizes:
     plain = conv3d_problem(x.shape, weight.shape, geometry, x, layout, bias is not None)  # type: ignore[arg-type]
     problem = fused_problem(plain, pool, activation, slope)
     require(problem, weight, problem.weight_shape, x)
+    if bias is not None:
+        require(problem, bias, (problem.out_channels,), x)
     backend = choose_fused_or_none(problem, keeps_choices=True) if x.numel() else None
     if backend is not None:
         x, weight = _dense(layout, x, weight)

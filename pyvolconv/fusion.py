@@ -54,6 +54,10 @@ class FusedSequential(nn.Sequential):
     forward = script_as(nn.Sequential.forward, _run)
 
 
+STARTS = ("convolution", "normalization", "instance normalization")
+"""Links that a chain may start with."""
+
+
 @dataclass(frozen=True)
 class Site:
     """A chain that was found.
@@ -75,7 +79,7 @@ class Findings:
     """What fusing a model means.
 
     Attributes:
-        sites: path of a convolution -> the chain that it starts.
+        sites: path of a convolution or norm -> the chain that it starts.
         classes: path of a module -> what its class becomes: (base or None, members of the derived class).
         unproven: path of a module -> why its forward was not read.
         graphs: path of a module -> the graph of its forward.
@@ -101,7 +105,7 @@ def find(model: nn.Module) -> Findings:
         elif (
             link_of(module) is None
             and _has_code_of_its_own(module)
-            and any(link_of(inner) in ("convolution", "instance normalization") for inner in module.modules())
+            and any(link_of(inner) in STARTS for inner in module.modules())
         ):
             try:
                 _find_in_forward(path, module, findings)
@@ -152,12 +156,23 @@ def chains_among(modules: Sequence[tuple[str, nn.Module]], shared: set[str]) -> 
         position += length
 
 
+def _sites(owner: str, chain: tuple[tuple[str, nn.Module], ...]) -> Iterator[tuple[str, Site]]:
+    """(path of the first link, chain) of the chains that start in one of `chains_among`: in training another may."""
+    bare = [module for _, module in chain]
+    for start, module in enumerate(bare):
+        if start == 0 or link_of(module) == "normalization":
+            length = chain_length(bare, start, in_any_mode=True)
+            if length > 1:
+                yield chain[start][0], Site(owner, chain[start : start + length])
+
+
 def _find_in_sequential(path: str, module: nn.Module, findings: Findings) -> None:
     assert isinstance(module, nn.Sequential)
     items = [(_join(path, name), inner) for name, inner in flatten(module)]
     found = [tuple(items[start : start + length]) for start, length in chains_among(items, findings.shared)]
     for chain in found:
-        findings.sites.setdefault(chain[0][0], Site(path, chain))
+        for start, site in _sites(path, chain):
+            findings.sites.setdefault(start, site)
     if found:
         left_alone = frozenset(name for name, _ in flatten(module) if _join(path, name) in findings.shared)
         findings.classes[path] = (FusedSequential, {"left_alone": left_alone})
@@ -188,7 +203,7 @@ def _fuse_graph(path: str, root: nn.Module, graph: fx.Graph, findings: Findings)
             is_left_alone = any(place in findings.shared for place, _, node in calls if node in nodes)
             # A chain inside of one node is a plain Sequential's own affair.
             if len(nodes) > 1 and replaced.isdisjoint(nodes) and not is_left_alone:
-                findings.sites[links[start][0]] = Site(path, tuple(links[start : start + length]))
+                findings.sites.update(_sites(path, tuple(links[start : start + length])))
                 replaced.update(nodes)
                 replace(graph, nodes, root)
     return bool(replaced)

@@ -8,17 +8,16 @@ from typing import cast
 from torch import nn
 
 from .batch_norm import uses_batch_statistics
-from .chains import describe
 from .fused_graph import called_by
 from .fusion import Findings, Site, find
 from .links import (
     CONVOLUTION_CHAIN,
-    chain_length,
     flatten,
     has_global_hooks,
     is_plain_sequential,
     link_of,
     obstacle,
+    obstacle_of_class,
     original_class,
 )
 from .nn import BatchNorm3d, Conv3d, ConvTranspose3d, InstanceNorm3d
@@ -103,42 +102,26 @@ def _row(path: str, module: nn.Module, model: nn.Module, findings: Findings) -> 
     alone = f"{name} alone"
     if isinstance(module, nn.ConvTranspose3d):
         return Row(path, alone, "transposed convolutions are not fused")
-    site = _site(path, findings)
+    site = findings.sites.get(path)
     if site is None:
         return Row(path, alone, _why_alone(path, module, model, findings))
     if not hasattr(type(model.get_submodule(site.owner)), "_pyvolconv_original"):
         return Row(path, alone, "accelerated without fusing")
-    if isinstance(module, nn.BatchNorm3d):
-        return _row_of_batch_norm(path, site)
     now = "hooks around every module" if has_global_hooks() else ""
-    now = now or next((why for _, link in site.chain if (why := obstacle(link))), "")
+    now = now or next((why for _, link in site.chain if (why := _obstacle(link, site))), "")
     return Row(path, alone, f"{now}; otherwise {site}") if now else Row(path, str(site), "")
 
 
-def _site(path: str, findings: Findings) -> Site | None:
-    """The chain that a convolution or norm starts, or one that a BatchNorm3d stands in."""
-    others = (site for site in findings.sites.values() if any(place == path for place, _ in site.chain))
-    return findings.sites.get(path) or next(others, None)
-
-
-def _row_of_batch_norm(path: str, site: Site) -> Row:
-    """It normalizes by its batch, so that the convolution in front of it runs apart."""
-    places = [place for place, _ in site.chain]
-    chain = [module for _, module in site.chain[places.index(path) :]]
-    length = 1 if has_global_hooks() else chain_length(chain, 0)
-    if length > 1:
-        return Row(path, describe(chain[:length]), "")
-    if has_global_hooks():
-        return Row(path, "BatchNorm3d alone", "hooks around every module")
-    behind = f"{original_class(chain[1]).__name__} follows, which does not run in its pass" if chain[1:] else ""
-    why = next((why for module in chain if (why := obstacle(module, in_any_mode=module is chain[0]))), behind)
-    return Row(path, "BatchNorm3d alone", why or "nothing that runs in its pass follows")
+def _obstacle(link: nn.Module, site: Site) -> str:
+    """Why a link does not run in the chain now; a BatchNorm3d at its start may train, and keep no statistics."""
+    is_first = link is site.chain[0][1]
+    return obstacle_of_class(link) if is_first and isinstance(link, nn.BatchNorm3d) else obstacle(link)
 
 
 def _why_alone(path: str, module: nn.Module, model: nn.Module, findings: Findings) -> str:
     if path in findings.shared:
         return "stands in several places, or shares a parameter"
-    why = obstacle(module, in_any_mode=True)
+    why = obstacle_of_class(module) if isinstance(module, nn.BatchNorm3d) else obstacle(module, in_any_mode=True)
     if why:
         return why
     owner, name = _owner(path, model)

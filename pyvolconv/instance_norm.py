@@ -83,7 +83,10 @@ class _Call:
         return y, statistics
 
     def kept(self, bias: Tensor | None, slopes: Tensor | None) -> Tensor | None:
-        """What backward needs of a bias, which others may change meanwhile as torch lets them."""
+        """What backward needs of a bias, which others may change meanwhile as torch lets them.
+
+        But for slopes, whose gradient depends on the bias itself.
+        """
         if bias is None or slopes is not None:
             return bias
         return None if self.activation == "none" else bias.detach().clone()
@@ -101,17 +104,18 @@ class _Call:
 
     def takes(self, grad: Tensor, x: Tensor, *parameters_and_statistics: Tensor | None) -> bool:
         """Whether saved tensors are what the kernel reads, whatever hooks made of them in between."""
-        *parameters, statistics = parameters_and_statistics
+        weight, bias, slopes, statistics = parameters_and_statistics
         assert statistics is not None
-        samples, channels = x.shape[:2]
+        if grad.shape != x.shape or grad.dtype != x.dtype or not (grad.is_cpu and x.is_cpu):
+            return False
+        samples, channels = grad.shape[:2]
         planes = channels if self.batch and self.layout == "ndhwc" else samples * channels
         return (
-            grad.shape == x.shape
-            and grad.dtype == x.dtype
-            and statistics.shape == (3, planes)
+            statistics.shape == (3, planes)
             and statistics.dtype == torch.float64
+            and statistics.is_cpu
             and statistics.is_contiguous()
-            and all(one is None or (one.dtype == x.dtype and one.is_contiguous()) for one in parameters)
+            and _fit(x, weight, bias, slopes)
         )
 
     def formula(self, grad: Tensor, x: Any, weight: Any, bias: Any, slopes: Any, wanted: tuple[bool, ...]) -> Any:
@@ -135,8 +139,8 @@ class _Call:
         along = (grad * normal).mean(axes, keepdim=True)
         grads = (
             scaled * (grad - grad.mean(axes, keepdim=True) - normal * along),
-            (grad * normal).sum((0, *VOXEL_AXES)),
-            grad.sum((0, *VOXEL_AXES)),
+            (grad * normal).sum((0, *VOXEL_AXES)) if wanted[1] else None,
+            grad.sum((0, *VOXEL_AXES)) if wanted[2] else None,
             grad_slopes,
         )
         return tuple(one if is_wanted else None for one, is_wanted in zip(grads, wanted, strict=True))
@@ -146,15 +150,14 @@ class InstanceNormFunction(torch.autograd.Function):
     """Autograd node of an ordinary call."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, slopes: Any, call: _Call) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, slopes: Any, call: _Call) -> Tensor:
         y, statistics = call.forward(x, weight, bias, slopes)
         ctx.save_for_backward(x, weight, call.kept(bias, slopes), slopes, statistics)
         ctx.call = call
-        ctx.mark_non_differentiable(statistics)
-        return y, statistics
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return *ctx.call.backward(grad, ctx.saved_tensors, ctx.needs_input_grad[:4]), None
 
 
@@ -197,8 +200,7 @@ def instance_norm_activation(
         >>> instance_norm_activation(x.half(), None, None) is None
         True
     """
-    found = _normalized(x, weight, bias, slopes, False, eps, activation, negative_slope, keep_channels_last)
-    return None if found is None else found[0]
+    return _normalized(x, weight, bias, slopes, False, eps, activation, negative_slope, keep_channels_last)
 
 
 def batch_norm_activation(
@@ -234,8 +236,7 @@ def batch_norm_activation(
     """
     if running is not None and not running.fit(x):
         return None
-    found = _normalized(x, weight, bias, slopes, True, eps, activation, negative_slope, True, running)
-    return None if found is None else found[0]
+    return _normalized(x, weight, bias, slopes, True, eps, activation, negative_slope, True, running)
 
 
 def _normalized(
@@ -249,8 +250,8 @@ def _normalized(
     negative_slope: float,
     keep_channels_last: bool,
     running: RunningStatistics | None = None,
-) -> tuple[Tensor, Tensor] | None:
-    """The result and the statistics, or None for torch to compute or to refuse."""
+) -> Tensor | None:
+    """The result, or None for torch to compute or to refuse."""
     parameters = [parameter for parameter in (weight, bias, slopes) if parameter is not None]
     if not isinstance(x, Tensor) or has_torch_function_variadic(x, *parameters) or not _is_ordinary(x, *parameters):
         return None
@@ -260,10 +261,8 @@ def _normalized(
     # Of a mean over one voxel, or none, torch complains in its own words.
     if x.numel() <= (1 if batch else x.shape[0]) * channels or not cpp_instance_norm.is_available():
         return None
-    for parameter in parameters:
-        fits = parameter.dim() == 1 and parameter.is_cpu and parameter.dtype == x.dtype and parameter.is_contiguous()
-        if not fits or parameter.numel() not in ((1, channels) if parameter is slopes else (channels,)):
-            return None
+    if not _fit(x, weight, bias, slopes):
+        return None
     layout: Layout
     if x.is_contiguous():
         layout = "ncdhw"
@@ -274,10 +273,19 @@ def _normalized(
     result_layout: Layout = layout if keep_channels_last else "ncdhw"
     call = _Call(layout, result_layout, batch, float(eps), activation, float(negative_slope), running)
     if not is_differentiated(x, *parameters):
-        return call.forward(x, weight, bias, slopes)
+        return call.forward(x, weight, bias, slopes)[0]
     function = BatchNormFunction if batch else InstanceNormFunction
-    y, statistics = function.apply(x, weight, bias, slopes, call)  # type: ignore[no-untyped-call]
-    return y, statistics
+    y: Tensor = function.apply(x, weight, bias, slopes, call)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _fit(x: Tensor, weight: Tensor | None, bias: Tensor | None, slopes: Tensor | None) -> bool:
+    """Whether parameters are dense vectors of the channels, the dtype and the device of x; slopes perhaps only one."""
+    channels = x.shape[1]
+    return all(
+        one is None or (one.shape in sizes and one.dtype == x.dtype and one.device == x.device and one.is_contiguous())
+        for one, sizes in ((weight, [(channels,)]), (bias, [(channels,)]), (slopes, [(1,), (channels,)]))
+    )
 
 
 def _is_ordinary(*tensors: Tensor | None) -> bool:

@@ -95,7 +95,7 @@ def obstacle(module: nn.Module, in_any_mode: bool = False) -> str:
         in_any_mode: leave out what `train()` and `eval()` change.
     """
     original = original_class(module)
-    if why := _obstacle_of_class(module):
+    if why := obstacle_of_class(module):
         return why
     if isinstance(module, nn.Conv3d) and module.padding_mode != "zeros":
         return f"padding_mode={module.padding_mode!r}"
@@ -111,7 +111,7 @@ def obstacle(module: nn.Module, in_any_mode: bool = False) -> str:
     return _obstacle_of_pool(module) if isinstance(module, nn.MaxPool3d) else ""
 
 
-def _obstacle_of_class(module: nn.Module) -> str:
+def obstacle_of_class(module: nn.Module) -> str:
     """What makes calling a module more than what the class in `_LINKS` does."""
     original = original_class(module)
     if original not in _LINKS:
@@ -214,7 +214,7 @@ def _norm_chain_length(
             break
         # A BatchNorm3d in front may train, and keep no statistics.
         is_batch_norm = is_first and link == "normalization"
-        if _obstacle_of_class(modules[index]) if is_batch_norm else obstacle(modules[index], in_any_mode):
+        if obstacle_of_class(modules[index]) if is_batch_norm else obstacle(modules[index], in_any_mode):
             break
         if is_last:
             return index - start + 1

@@ -157,8 +157,9 @@ class BatchNorm3d(nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` by this package's pass on the CPU in training mode, forward and backward: same arguments,
     results and running statistics.
 
-    What goes this way and what runs in torch is as for `InstanceNorm3d`; so does everything that normalizes by running
-    statistics, as in eval mode.
+    What is dense, ordinary and large goes this way, as with `InstanceNorm3d`; what has fewer than 2^19 values or short
+    planes runs in torch, where the call would take longer than the pass saves (`batch_norm`), and so does everything
+    that normalizes by running statistics, as in eval mode.
 
     Shapes: input and output (N, C, D, H, W).
 

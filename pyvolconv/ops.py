@@ -137,6 +137,8 @@ def _run_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) 
     layout = layout_of(x, weight)
     problem = conv3d_problem(x.shape, weight.shape, geometry, x, layout, bias is not None)
     require(problem, weight, problem.weight_shape, x)
+    if bias is not None:
+        require(problem, bias, (problem.out_channels,), x)
     if x.numel() == 0 or weight.numel() == 0:
         y = empty(problem, "output", like=x).zero_()
         return y if bias is None else y.add_(bias.view(-1, 1, 1, 1))

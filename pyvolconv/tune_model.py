@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import tuned
 from .accelerate import accelerate
 from .autotune import Tuned, geometric_mean, tune
+from .errors import BackendError, UnsupportedProblemError
 from .example_run import forward_and_backward
 from .status import status
 from .train.models import MISSION_SIZE, build
@@ -146,9 +147,11 @@ def tune_model(
         examples = tuple(_example(shape, dtype, memory_format).to(device) for shape in shapes)
         try:
             _, asked = forward_and_backward(model, examples)
+        except (BackendError, UnsupportedProblemError):
+            raise
         except Exception as error:
             given = " ".join(f"--input {','.join(map(str, shape))}" for shape in shapes)
-            raise ValueError(f"the model does not run on {given}: {error or type(error).__name__}") from error
+            raise ValueError(f"the model does not run on {given}: {str(error) or type(error).__name__}") from error
         return tune(
             asked,
             seconds,

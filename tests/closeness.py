@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 def assert_close(got: Any, expected: Any, *, equal_nan: bool = False) -> None:
-    """Equal but for rounding, in units in the last place of the largest value: far less than any fault would change.
+    """Equal but for rounding, in units in the last place of the largest value, or of one if all are smaller.
+
+    That is far less than any fault would change.
 
     Tensors, or tuples, lists and mappings of them. Not in units of each value, as `torch.testing.assert_close` counts
     by default: where the products of a sum cancel, the rounding of the sum is large beside what remains, in torch's

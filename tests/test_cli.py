@@ -222,6 +222,14 @@ def test_what_tune_cannot_run_is_one_line_and_status_2(run, arguments, said):
     assert_one_line(run("tune", *arguments), said)
 
 
+def test_a_model_that_fails_without_a_word(run, tmp_path, monkeypatch):
+    (tmp_path / "mine_to_fail.py").write_text(
+        "from torch import nn\nclass Fails(nn.Module):\n    def forward(self, x):\n        raise NotImplementedError\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert_one_line(run("tune", "mine_to_fail:Fails", "--input", "2"), "does not run on --input 2: NotImplementedError")
+
+
 def test_tune_of_a_model_without_convolutions(run):
     result = run("tune", "torch.nn:Identity", "--input", "2,3")
     assert (result.exit_code, "no convolution" in result.output) == (0, True)

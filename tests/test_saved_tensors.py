@@ -73,6 +73,23 @@ def test_what_does_not_fit(name, hook):
             gradients(function, operands(), REFUSED[hook])
 
 
+@pytest.mark.parametrize("change", [lambda b: b[:1], lambda b: b.double(), lambda b: b.half()])
+def test_operators_refuse_a_bias_that_does_not_fit(change):
+    x, w, b = operands()
+    geometry = ([1, 1, 1], [1] * 6, [1, 1, 1], 1)
+    pool = ([2, 2, 2], [2, 2, 2], [0, 0, 0], False)
+    operators = torch.ops.pyvolconv
+    calls = (
+        lambda b: operators.conv3d(x, w, b, *geometry),
+        lambda b: operators.conv3d_activation(x, w, b, None, *geometry, "relu", 0.01),
+        lambda b: operators.conv3d_max_pool(x, w, b, *geometry, "relu", 0.01, *pool),
+    )
+    for call in calls:
+        call(b)
+        with pytest.raises(RuntimeError, match=r"expected a tensor of \(5,\) in torch.float32"):
+            call(change(b))
+
+
 @pytest.mark.parametrize("change", [lambda code: code[..., :-1], lambda code: code.to(torch.int16)])
 def test_codes_of_a_pool_that_do_not_fit(change):
     def hook(one):

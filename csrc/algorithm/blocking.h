@@ -128,12 +128,11 @@ void list_parts(Blocking<T>& b, int64_t segments, int64_t part_elements) {
     }
 }
 
-// Of a tile's packed source, and of its sums.
+// Values of a tile's packed source, and of its sums, unless weights are many.
 template <typename T>
 constexpr int64_t kTileBufferValues = kL2Bytes / 2 / static_cast<int64_t>(sizeof(T));
 
-// Values of a tile's packed source, and of its sums; and voxels of a tile that is not cut for the sake of more tasks.
-struct TileRoom {
+struct TileRoom {  // the same, and `TileLimits::few`
     int64_t values, few;
 };
 

@@ -1,7 +1,7 @@
 // Instance and batch normalization and the activation behind it: definition, and the constants of a plane.
 //
-// Over the V voxels of a plane (a channel of a sample; of all samples for batch normalization), with weight w, bias b,
-// and f the activation,
+// Over the V voxels that share statistics (of a channel of a sample; of all samples for batch normalization), with
+// weight w, bias b, and f the activation,
 //
 //     m = mean(x)    r = 1 / sqrt(mean((x - m)^2) + eps)    z = (x - m) r w + b    y = f(z)
 //

@@ -51,14 +51,14 @@ struct Tiling {
     int64_t count() const { return tiles[0] * tiles[1] * tiles[2]; }
 };
 
-constexpr int64_t kFewVoxels = 96;
+constexpr int64_t kFewVoxels = 96;  // a tile of these is not cut for the sake of more tasks
 
 struct TileLimits {
     int64_t packed_voxels, voxels;  // at most, per tile
     int64_t other_tasks;            // tasks per tile: samples and units of channels
     int64_t vector;                 // voxels along the width that a kernel computes at once
     bool whole_rows = false;        // cut the width last: rows are transposed, or interleaved
-    int64_t few = kFewVoxels;       // voxels of a tile that is not cut for the sake of more tasks
+    int64_t few = kFewVoxels;
 };
 
 inline Tiling cut(const Gather& gather, const int64_t pieces[3], const TileLimits& limits) {

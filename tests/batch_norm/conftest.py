@@ -1,18 +1,5 @@
 """Small calls go our way here."""
 
-from __future__ import annotations
+from ..norm_fixtures import at_any_size, calls
 
-import pytest
-
-from pyvolconv import batch_norm
-
-from ..instance_norm.conftest import nodes
-
-__all__ = ["nodes"]
-
-
-@pytest.fixture
-def at_any_size(monkeypatch):
-    """Where torch is faster, too."""
-    for name in ("FEWEST_VALUES", "FEWEST_VOXELS", "FEWEST_VOXELS_ALONE"):
-        monkeypatch.setattr(batch_norm, name, 0)
+__all__ = ["at_any_size", "calls"]

@@ -48,6 +48,15 @@ class PreActivation(nn.Module):
         return self.conv(self.relu(self.bn(x)))
 
 
+class NormAndActivation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm3d(6)
+
+    def forward(self, x):
+        return F.relu(self.bn(x))
+
+
 def both(model):
     with torch.no_grad():
         for parameter in model.parameters():
@@ -68,7 +77,7 @@ def assert_same_step(ours, theirs, x):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_in_a_sequence(activation, layout, nodes):
+def test_in_a_sequence(activation, layout, calls):
     theirs, ours = both(
         nn.Sequential(nn.Conv3d(2, 6, 3), nn.BatchNorm3d(6), nn.Dropout(0.0), ACTIVATIONS[activation]()).double()
     )
@@ -78,33 +87,33 @@ def test_in_a_sequence(activation, layout, nodes):
     for _ in range(2):
         assert_same_step(ours, theirs, x)
     fused = activation in ("relu", "in_place", "leaky_relu", "prelu")
-    assert [call.activation != "none" or fused for call in nodes] == [fused, fused]
+    assert [call.activation != "none" or fused for call in calls] == [fused, fused]
     ours.eval(), theirs.eval()
     assert_close(ours(x), theirs(x))
-    assert len(nodes) == 2
+    assert len(calls) == 2
 
 
-@pytest.mark.parametrize("make", [Block, PreActivation])
-def test_in_forward_code(make, nodes):
+@pytest.mark.parametrize("make", [Block, PreActivation, NormAndActivation])
+def test_in_forward_code(make, calls):
     theirs, ours = both(make().double())
     x = torch.randn(2, 6, 5, 6, 7, dtype=torch.float64)
     assert_same_step(ours, theirs, x)
     expected = ["relu", "none"] if make is Block else ["relu"]
-    assert [call.activation for call in nodes] == expected
+    assert [call.activation for call in calls] == expected
     ours.eval(), theirs.eval()
     assert_close(ours(x), theirs(x))
 
 
-def test_a_norm_that_stands_in_two_places(nodes):
+def test_a_norm_that_stands_in_two_places(calls):
     norm = nn.BatchNorm3d(6)
     theirs, ours = both(nn.Sequential(norm, nn.ReLU(), nn.Conv3d(6, 6, 3, padding=1), norm, nn.ReLU()).double())
     x = torch.randn(2, 6, 5, 6, 7, dtype=torch.float64)
     assert_same_step(ours, theirs, x)
-    assert [call.activation for call in nodes] == ["none", "none"]
+    assert [call.activation for call in calls] == ["none", "none"]
     assert int(ours[0].num_batches_tracked) == 2
 
 
-def test_hooks_see_what_torchs_see(nodes):
+def test_hooks_see_what_torchs_see(calls):
     theirs, ours = both(nn.Sequential(nn.BatchNorm3d(6), nn.ReLU()))
     x, seen = torch.randn(2, 6, 5, 6, 7), []
     handles = [
@@ -113,11 +122,11 @@ def test_hooks_see_what_torchs_see(nodes):
     theirs(x), ours(x)
     assert_close(seen[1], seen[0])
     assert (seen[1] < 0).any()
-    assert [call.activation for call in nodes] == ["none"]
+    assert [call.activation for call in calls] == ["none"]
     for handle in handles:
         handle.remove()
     ours(x)
-    assert nodes[-1].activation == "relu"
+    assert calls[-1].activation == "relu"
 
 
 @pytest.mark.parametrize("behind", [(), (nn.ReLU(),), (nn.ReLU(), nn.Conv3d(6, 6, 1), nn.Sigmoid())])
@@ -186,7 +195,7 @@ def test_sync_batch_norm_takes_its_place():
     assert converted[1].weight.shape == (6,)
 
 
-def test_double_backward(nodes):
+def test_double_backward(calls):
     theirs, ours = both(nn.Sequential(nn.BatchNorm3d(6), nn.LeakyReLU(0.3)).double())
     x = torch.randn(2, 6, 3, 4, 5, dtype=torch.float64)
     results = []
@@ -195,7 +204,7 @@ def test_double_backward(nodes):
         (gradient,) = torch.autograd.grad(model(given).pow(3).sum(), given, create_graph=True)
         results.append(torch.autograd.grad(gradient.square().sum(), [given, *model.parameters()]))
     assert_close(*results)
-    assert len(nodes) == 1
+    assert len(calls) == 1
 
 
 def test_reverted_models_have_torchs_classes():
@@ -223,6 +232,18 @@ REPORTS = {
     "no statistics": (
         lambda: nn.Sequential(nn.BatchNorm3d(6, track_running_stats=False), nn.ReLU()),
         {"0": "BatchNorm3d + ReLU in one pass"},
+    ),
+    "dropout between": (
+        lambda: nn.Sequential(nn.Conv3d(2, 6, 3), nn.BatchNorm3d(6), nn.Dropout(0.2), nn.ReLU()),
+        {"0": "Conv3d alone", "1": "BatchNorm3d alone"},
+    ),
+    "dropout between, in eval mode": (
+        lambda: nn.Sequential(nn.Conv3d(2, 6, 3), nn.BatchNorm3d(6), nn.Dropout(0.2), nn.ReLU()).eval(),
+        {"0": "Conv3d + BatchNorm3d, folded"},
+    ),
+    "code without a convolution": (
+        lambda: nn.Sequential(NormAndActivation(), nn.Conv3d(6, 2, 3)),
+        {"0.bn": "BatchNorm3d + ReLU in one pass", "1": "Conv3d alone"},
     ),
     "another activation": (lambda: nn.Sequential(nn.BatchNorm3d(6), nn.SiLU()), {"0": "BatchNorm3d alone"}),
     "eval mode": (

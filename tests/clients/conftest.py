@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from ..batch_norm.conftest import at_any_size
+from ..norm_fixtures import at_any_size
 from .networks import CLIENTS, Client
 
 __all__ = ["at_any_size"]

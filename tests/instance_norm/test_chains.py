@@ -20,7 +20,7 @@ pytestmark = compiled
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "one_slope", "slopes"])
 @pytest.mark.parametrize("training", [True, False])
-def test_chains_are_found_and_agree(activation, training, nodes):
+def test_chains_are_found_and_agree(activation, training, calls):
     theirs, ours = (model.train(training) for model in chain(activation))
     x = torch.randn(2, 6, 5, 6, 7)
     results = []
@@ -29,7 +29,7 @@ def test_chains_are_found_and_agree(activation, training, nodes):
         y = model(leaf)
         y.backward(torch.ones_like(y).cumsum(2))
         results.append([y, leaf.grad, *(parameter.grad for parameter in model.parameters())])
-    assert len(nodes) == 1
+    assert len(calls) == 1
     assert y.grad_fn.name() == "InstanceNormFunctionBackward"
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
@@ -68,18 +68,18 @@ class Block(nn.Module):
         return F.leaky_relu(self.again(y), 0.1) + x
 
 
-def test_chains_in_forward_code(nodes):
+def test_chains_in_forward_code(calls):
     theirs = Block()
     ours = pyvolconv.accelerate(copy.deepcopy(theirs))
     x = torch.randn(1, 2, 6, 6, 6)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
-    assert [call.activation for call in nodes] == ["none", "leaky_relu"]
+    assert [call.activation for call in calls] == ["none", "leaky_relu"]
     became = [row.became for row in pyvolconv.fusion_report(ours).rows[1:]]
     assert became == ["InstanceNorm3d + PReLU in one pass", "InstanceNorm3d + LeakyReLU in one pass"]
     ours.act.register_forward_hook(lambda *seen: None)
-    nodes.clear()
+    calls.clear()
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
-    assert len(nodes) == 2
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -94,12 +94,12 @@ def test_hooks_are_called(place):
     assert pyvolconv.fusion_report(ours).rows[0].became == "InstanceNorm3d alone"
 
 
-def test_dropout_that_drops_is_called(nodes):
+def test_dropout_that_drops_is_called(calls):
     _, ours = models(nn.InstanceNorm3d(6), nn.Dropout(1.0), nn.ReLU())
     x = torch.randn(1, 6, 4, 4, 4)
     assert not ours.train()(x).any()
     assert ours.eval()(x).any()
-    assert [call.activation for call in nodes] == ["none", "relu"]
+    assert [call.activation for call in calls] == ["none", "relu"]
 
 
 class TheirNorm(nn.InstanceNorm3d):
@@ -107,14 +107,14 @@ class TheirNorm(nn.InstanceNorm3d):
         return super().forward(input) + 1
 
 
-def test_subclasses_keep_what_they_do(nodes):
+def test_subclasses_keep_what_they_do(calls):
     theirs, ours = models(TheirNorm(6), nn.ReLU())
     x = torch.randn(1, 6, 4, 4, 4)
     assert_close(ours(x), theirs(x))
-    assert [call.activation for call in nodes] == ["none"]
+    assert [call.activation for call in calls] == ["none"]
 
 
-def test_accelerate_reverts_and_pickles(nodes):
+def test_accelerate_reverts_and_pickles(calls):
     model = nn.Sequential(nn.Conv3d(1, 6, 3), nn.InstanceNorm3d(6, affine=True), nn.LeakyReLU(inplace=True))
     x = torch.randn(1, 1, 6, 6, 6).to(memory_format=torch.channels_last_3d)
     expected = model(x)
@@ -125,11 +125,11 @@ def test_accelerate_reverts_and_pickles(nodes):
     assert not norm.keeps_channels_last
     assert type(pickle.loads(pickle.dumps(model))[1]) is nn.InstanceNorm3d
     assert isinstance(copy.deepcopy(model)[1], pyvolconv.InstanceNorm3d)
-    nodes.clear()
+    calls.clear()
     assert pyvolconv.accelerate(model, keep_channels_last=True)[1] is norm
     assert norm.keeps_channels_last
     assert_close(model(x), expected)
-    assert len(nodes) == 1
+    assert len(calls) == 1
     assert not pyvolconv.accelerate(model)[1].keeps_channels_last
     pyvolconv.revert(model)
     assert type(norm) is nn.InstanceNorm3d

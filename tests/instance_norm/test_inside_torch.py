@@ -36,12 +36,12 @@ def test_strides_of_channels_last(keep, grad):
 
 @pytest.mark.parametrize("shape", [(2, 6, 5, 4, 7), (6, 3, 4, 5), (1, 6, 1, 1, 2)])
 @pytest.mark.parametrize("affine", [True, False])
-def test_the_module_alone(shape, affine, nodes):
+def test_the_module_alone(shape, affine, calls):
     """In float64 torch's: of two values that are nearly equal its float32 is off by far more than ours."""
     theirs, ours = pair(affine=affine)
     x = torch.randn(shape)
     expected, y = theirs(x), ours(x)
-    assert len(nodes) == 1
+    assert len(calls) == 1
     assert y.stride() == expected.stride()
     assert_close(y, theirs.double()(x.double()).float())
 
@@ -55,25 +55,25 @@ def untouched():
 
 @pytest.mark.parametrize(("options", "x"), [pytest.param(*case, id=name) for name, *case in untouched()])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_rest_is_torch_to_the_bit(options, x, training, nodes):
+def test_the_rest_is_torch_to_the_bit(options, x, training, calls):
     theirs, ours = (module.train(training) for module in pair(**options))
     expected, y = theirs(x), ours(x)
     assert torch.equal(y, expected)
     assert y.stride() == expected.stride()
     for buffer, other in zip(ours.buffers(), theirs.buffers(), strict=True):
         assert torch.equal(buffer, other)
-    assert nodes == []
+    assert calls == []
 
 
-def test_autocast_decides_as_for_torch(nodes):
+def test_autocast_decides_as_for_torch(calls):
     theirs, ours = pair(affine=True)
     x = torch.randn(1, 6, 4, 4, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(ours(x), theirs(x))
-    assert nodes == []
+    assert calls == []
 
 
-def test_transforms_and_tracers_are_torch_s(nodes):
+def test_transforms_and_tracers_are_torch_s(calls):
     theirs, ours = chain("slopes")
     x = torch.randn(2, 6, 3, 3, 3)
 
@@ -91,16 +91,16 @@ def test_transforms_and_tracers_are_torch_s(nodes):
     assert "InstanceNormFunction" not in str(traced.graph)
     exported = torch.export.export(ours, (x,)).module()
     assert_close(exported(x), theirs(x))
-    assert nodes == []
+    assert calls == []
 
 
 @pytest.mark.slow
-def test_compiled_models_are_torch_s(nodes):
+def test_compiled_models_are_torch_s(calls):
     theirs, ours = chain("leaky_relu")
     x = torch.randn(2, 6, 3, 3, 3)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     assert_close(compiled(x), theirs(x))
-    assert nodes == []
+    assert calls == []
 
 
 def test_hessian_vector_products_agree():

@@ -10,11 +10,8 @@ from torch import nn
 
 import pyvolconv
 
-from ..batch_norm.conftest import at_any_size
 from ..closeness import assert_close
 from .operands import LAYOUTS, compiled
-
-__all__ = ["at_any_size"]
 
 pytestmark = [compiled, pytest.mark.usefixtures("at_any_size")]
 
@@ -58,6 +55,29 @@ def test_hooks_of_saved_tensors(kind, behind, layout, hooks):
         assert_close(*results)
 
 
+@pytest.mark.parametrize(
+    "change", [lambda one: one[..., :-1].clone(), lambda one: one.flatten()[:-2], lambda one: one[:0]]
+)
+@pytest.mark.parametrize("which", [(5,), (1,), (2,)], ids=["inputs", "parameters", "statistics"])
+@pytest.mark.parametrize("kind", NORMS)
+def test_tensors_that_do_not_fit_are_never_read_past_their_end(kind, which, change):
+    """Those of the statistics are not needed for a formula in torch's functions, which the others do not fit."""
+    _, ours = both(kind, "relu")
+    given = torch.randn(3, 6, 4, 5, 6, requires_grad=True)
+
+    def hook(one):
+        return change(one) if one.dim() in which else one
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: one, hook):
+        y = ours(given)
+    if which == (2,):
+        y.sum().backward()
+        assert_close(given.grad, torch.autograd.grad(ours(given).sum(), given)[0])
+        return
+    with pytest.raises((RuntimeError, IndexError)):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", NORMS)
 def test_kept_on_the_cpu(kind, layout):
@@ -70,6 +90,16 @@ def test_kept_on_the_cpu(kind, layout):
             y = model(given)
         results.append(torch.autograd.grad(y, [given, *model.parameters()], grad))
     assert_close(*results)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_bias_in_front_of_prelu_may_not_change(kind):
+    _, ours = both(kind, "slopes")
+    y = ours(torch.randn(3, 6, 4, 5, 6))
+    with torch.no_grad():
+        ours[0].bias.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("behind", ["none", "relu", "leaky_relu"])
