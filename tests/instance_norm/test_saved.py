@@ -33,6 +33,13 @@ def both(kind, behind):
     return theirs, pyvolconv.accelerate(copy.deepcopy(theirs), keep_channels_last=True)
 
 
+def gradients(model, x, meanwhile=lambda y: y):
+    """Of the input and every parameter, for what `meanwhile` makes of the result."""
+    given = x.clone().requires_grad_()
+    y = meanwhile(model(given))
+    return torch.autograd.grad((y * torch.linspace(-1, 2, y.numel()).view_as(y)).sum(), [given, *model.parameters()])
+
+
 @pytest.mark.parametrize("hooks", HOOKS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("behind", BEHIND)
@@ -40,13 +47,9 @@ def both(kind, behind):
 def test_hooks_of_saved_tensors(kind, behind, layout, hooks):
     theirs, ours = both(kind, behind)
     x = torch.randn(3, 6, 4, 5, 6).to(memory_format=LAYOUTS[layout])
-    grad = torch.randn(x.shape)
-    results = []
-    for model, functions in ((ours, HOOKS[hooks]), (theirs, (lambda one: one, lambda one: one))):
-        given = x.clone().requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(*functions):
-            y = model(given)
-        results.append(torch.autograd.grad(y, [given, *model.parameters()], grad))
+    with torch.autograd.graph.saved_tensors_hooks(*HOOKS[hooks]):
+        got = gradients(ours, x)
+    results = (got, gradients(theirs, x))
     if hooks == "rounded":
         # Where rounding takes a value to the other side of zero the gradient is another.
         for got, expected in zip(*results, strict=True):
@@ -78,20 +81,6 @@ def test_tensors_that_do_not_fit_are_never_read_past_their_end(kind, which, chan
         y.sum().backward()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", NORMS)
-def test_kept_on_the_cpu(kind, layout):
-    theirs, ours = both(kind, "relu")
-    x, grad = (torch.randn(3, 6, 4, 5, 6).to(memory_format=LAYOUTS[layout]) for _ in range(2))
-    results = []
-    for model in (ours, theirs):
-        given = x.clone().requires_grad_()
-        with torch.autograd.graph.save_on_cpu():
-            y = model(given)
-        results.append(torch.autograd.grad(y, [given, *model.parameters()], grad))
-    assert_close(*results)
-
-
 @pytest.mark.parametrize("kind", NORMS)
 def test_a_bias_in_front_of_prelu_may_not_change(kind):
     _, ours = both(kind, "slopes")
@@ -105,17 +94,18 @@ def test_a_bias_in_front_of_prelu_may_not_change(kind):
 @pytest.mark.parametrize("behind", ["none", "relu", "leaky_relu"])
 @pytest.mark.parametrize("kind", NORMS)
 def test_a_bias_may_change_meanwhile(kind, behind):
-    theirs, ours = both(kind, behind)
+    models = both(kind, behind)
     x = torch.randn(3, 6, 4, 5, 6)
-    results = []
-    for model in (ours, theirs):
-        given = x.clone().requires_grad_()
-        y = model(given)
-        with torch.no_grad():
-            model[0].bias.add_(1)
-        y.square().sum().backward()
-        results.append([given.grad, *(parameter.grad for parameter in model.parameters())])
-    assert_close(*results)
+
+    def step(model):
+        def change(y):
+            with torch.no_grad():
+                model[0].bias.add_(1)
+            return y
+
+        return gradients(model, x, change)
+
+    assert_close(*map(step, models))
 
 
 def test_a_weight_or_an_input_may_not():
@@ -137,9 +127,6 @@ def test_a_result_may_change(kind, behind):
     """Nothing of it is kept: gradients are those of the result as it was."""
     _, ours = both(kind, behind)
     x = torch.randn(3, 6, 4, 5, 6)
-    results = []
-    for change in (lambda y: y.mul(2), lambda y: y.mul_(2)):
-        given = x.clone().requires_grad_()
-        results.append(torch.autograd.grad(change(ours(given)).sum(), [given, *ours.parameters()]))
+    results = [gradients(ours, x, change) for change in (lambda y: y.mul(2), lambda y: y.mul_(2))]
     for got, expected in zip(*results, strict=True):
         assert torch.equal(got, expected)
